@@ -1,0 +1,25 @@
+"""Fast decorrelated backpropagation for vision transformers.
+
+dbpkern.decorrelate(model)                  # in place: layers that whiten their inputs with a learned R
+decor = dbpkern.DecorSGD(model)             # updates every R
+...
+loss.backward(); optimizer.step(); decor.step()
+dbpkern.fuse(model)                         # stock layers again, R folded into the weights
+"""
+
+from dbpkern import ops
+from dbpkern.convert import decorrelate, fuse
+from dbpkern.nn import DecorConv2d, DecorLinear, DecorMultiheadAttention
+from dbpkern.optim import DecorSGD
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DecorConv2d",
+    "DecorLinear",
+    "DecorMultiheadAttention",
+    "DecorSGD",
+    "decorrelate",
+    "fuse",
+    "ops",
+]

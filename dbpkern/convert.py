@@ -1,0 +1,251 @@
+"""Convert a model to decorrelated layers and back."""
+
+import re
+from collections.abc import Callable, Iterable
+
+from torch import nn
+
+from dbpkern.nn import DecorConv2d, DecorLinear, DecorMultiheadAttention, Decorrelated, check_form
+
+# The parts of a transformer block by the names that timm, torchvision and Hugging Face give them; a
+# pattern is matched against the end of a module's qualified name.
+SITES = {
+    "patch_embed": r"patch_embed(dings?)?(\.proj|\.projection)?|patch_embedding|conv_proj",
+    "qkv": (
+        r"(attn|attention|self_attn|self_attention)"
+        r"(\.(qkv|query_key_value|query|key|value|[qkv]|[qkv]_proj|in_proj|Wqkv))?"
+    ),
+    "proj": r"(attn|attention|self_attn|self_attention)\.(proj|out_proj|o_proj|output\.dense)",
+    "fc1": r"mlp\.(fc1|fc1_g|fc1_x|0|w12|gate_proj|up_proj)|intermediate\.dense",
+    "fc2": r"mlp\.(fc2|3|w3|down_proj)|(?<!attention\.)output\.dense",
+}
+_PATTERNS = {site: re.compile(rf"(^|.*\.)({pattern})") for site, pattern in SITES.items()}
+
+PRESETS = {
+    "sublayers": ("patch_embed", "qkv", "fc1"),
+    "all": ("patch_embed", "qkv", "proj", "fc1", "fc2"),
+}
+
+_CONVERTERS = {
+    nn.Linear: DecorLinear.from_linear,
+    nn.Conv2d: DecorConv2d.from_conv,
+    nn.MultiheadAttention: DecorMultiheadAttention.from_attention,
+}
+
+Filter = Callable[[str, nn.Module], bool]
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | nn.Conv2d | nn.MultiheadAttention)
+
+
+def _is_patch_conv(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d) and tuple(module.stride) == tuple(module.kernel_size) != (1, 1)
+
+
+def _layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every layer that could hold an R, by name, in the model's order."""
+    return {name: module for name, module in model.named_modules() if _is_layer(module)}
+
+
+def find_sites(model: nn.Module) -> dict[str, dict[str, nn.Module]]:
+    """The sites of a model: for each site name, its layers by qualified name, in the model's order."""
+    found: dict[str, dict[str, nn.Module]] = {site: {} for site in SITES}
+    for name, module in _layers(model).items():
+        for site, pattern in _PATTERNS.items():
+            # What a pattern says of the name, the class must bear out.
+            kinds = {"patch_embed": nn.Conv2d, "qkv": nn.Linear | nn.MultiheadAttention}.get(site, nn.Linear)
+            if isinstance(module, kinds) and pattern.fullmatch(name):
+                found[site][name] = module
+                break
+    return found
+
+
+def _site_names(sites: str | Iterable[str]) -> tuple[str, ...]:
+    if isinstance(sites, str):
+        names = PRESETS.get(sites, (sites,))
+    else:
+        names = tuple(sites)
+    unknown = [name for name in names if name not in SITES]
+    if unknown or not names:
+        raise ValueError(
+            f"sites: expected a preset {tuple(PRESETS)} or some of {tuple(SITES)}, got {sites!r}"
+        )
+    return tuple(dict.fromkeys(names))
+
+
+def _describe(found: dict[str, dict[str, nn.Module]], model: nn.Module) -> str:
+    """What there is to decorrelate, for error messages."""
+    here = [f"{site}: {len(layers)} ({next(iter(layers))}, ...)" for site, layers in found.items() if layers]
+    if here:
+        return "; ".join(here)
+    names = list(_layers(model))
+    listing = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    return f"none of the known sites; layers that sites=None with a filter could choose: {listing or 'none'}"
+
+
+def select(
+    model: nn.Module, sites: str | Iterable[str] | None = "sublayers", filter: Filter | None = None
+) -> dict[str, tuple[nn.Module, str | None]]:
+    """The layers that `decorrelate` with the same arguments would convert: name -> (module, site).
+
+    Raises:
+        ValueError: as `decorrelate` does for sites and filters.
+    """
+    found = find_sites(model)
+    if sites is None:
+        if filter is None:
+            raise ValueError("sites=None: expected a filter(name, module) that chooses the layers")
+        site_of = {name: site for site, layers in found.items() for name in layers}
+        chosen = {
+            name: (module, site_of.get(name))
+            for name, module in _layers(model).items()
+            if not isinstance(module, nn.Conv2d) or _is_patch_conv(module)
+        }
+    else:
+        names = _site_names(sites)
+        for site in names:
+            served_inside = site == "proj" and any(
+                isinstance(module, nn.MultiheadAttention) for module in found["qkv"].values()
+            )
+            if served_inside:
+                raise ValueError(
+                    "site 'proj': nn.MultiheadAttention applies its output projection inside one function "
+                    f"({next(iter(found['qkv']))}), where its input cannot be sampled; name the other "
+                    "sites: sites=('patch_embed', 'qkv', 'fc1', 'fc2')"
+                )
+            if not found[site]:
+                raise ValueError(
+                    f"site {site!r} matches no layer of this model; it has {_describe(found, model)}"
+                )
+        # In the model's order, so that equal layers lie side by side in their stack.
+        site_of = {name: site for site in names for name in found[site]}
+        chosen = {name: (m, site_of[name]) for name, m in _layers(model).items() if name in site_of}
+    if filter is not None:
+        chosen = {name: (m, site) for name, (m, site) in chosen.items() if filter(name, m)}
+    if not chosen:
+        raise ValueError(f"the filter leaves no layer; the model has {_describe(found, model)}")
+    return chosen
+
+
+def as_decorrelated(module: nn.Module, form: str = "auto") -> Decorrelated:
+    """A decorrelated layer over the same Parameters with R = I; `module` itself if it is one already."""
+    return module if isinstance(module, Decorrelated) else _CONVERTERS[type(module)](module, form)
+
+
+def _check_servable(model: nn.Module, chosen: dict[str, tuple[nn.Module, str | None]]) -> None:
+    """Refuse layers in which R would be ignored or would do harm."""
+    modules = dict(model.named_modules())
+    users: dict[int, list[tuple[nn.Module, str]]] = {}
+    for name, module in modules.items():
+        for key, parameter in module._parameters.items():
+            users.setdefault(id(parameter), []).append((module, f"{name}.{key}"))
+    for name, (module, _) in chosen.items():
+        if not name:
+            raise ValueError(
+                f"the model itself is a {type(module).__name__}, which cannot be replaced in place; use "
+                "DecorLinear.from_linear, DecorConv2d.from_conv or DecorMultiheadAttention.from_attention"
+            )
+        if type(module) not in _CONVERTERS:
+            raise ValueError(
+                f"{name}: expected exactly nn.Linear, nn.Conv2d or nn.MultiheadAttention, got "
+                f"{type(module).__module__}.{type(module).__qualname__}, whose forward may differ; "
+                "exclude it with filter"
+            )
+        owner = modules[name.rpartition(".")[0]]
+        if isinstance(owner, nn.TransformerEncoderLayer | nn.MultiheadAttention):
+            raise ValueError(
+                f"{name}: {type(owner).__name__} reads this layer's weight without calling the layer, so "
+                "its R would be ignored; exclude it with filter"
+            )
+        weight = module.in_proj_weight if isinstance(module, nn.MultiheadAttention) else module.weight
+        tied = [label for user, label in users[id(weight)] if user is not module]
+        if tied:
+            raise ValueError(
+                f"{name}: its weight is tied to {', '.join(tied)}; fusing R into it would change "
+                "that layer, too; exclude it with filter"
+            )
+
+
+def decorrelate(
+    model: nn.Module,
+    sites: str | Iterable[str] | None = "sublayers",
+    filter: Filter | None = None,
+    form: str = "auto",
+) -> nn.Module:
+    """Replace layers of a model by decorrelated ones, in place.
+
+    R starts as the identity, so the model's outputs stay the same bit for bit; Parameters stay the same
+    objects, so an optimizer made before remains valid. Separate q, k and v projections (or gate and up
+    projections) that stand side by side share one R. Nothing happens to R until a `DecorSGD` is made.
+
+    Args:
+        model: any model; the site names know the ViTs of timm, torchvision and Hugging Face.
+        sites: which layers: "sublayers" (patch embedding, qkv, fc1: the inputs of both sublayers), "all"
+            (with proj and fc2), or some of "patch_embed", "qkv", "proj", "fc1", "fc2". With None, `filter`
+            alone chooses among all linear layers, patch convolutions and `nn.MultiheadAttention`.
+        filter: `filter(name, module) -> bool` narrows the choice to the layers it accepts, for example
+            `lambda name, module: not name.startswith("decoder")`.
+        form: how the layers compute: "auto", "fold" or "apply", see `dbpkern.nn`.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: a site that matches nothing (the message lists what exists) or that cannot be served, a
+            filter that leaves nothing, a model that is converted already, tied weights, an unknown form.
+            The model is unchanged then.
+    """
+    check_form(form)
+    already = [name for name, module in model.named_modules() if isinstance(module, Decorrelated)]
+    if already:
+        raise ValueError(
+            f"the model is decorrelated already ({already[0]} and {len(already) - 1} more layers); "
+            "name all sites in one call, or fuse(model) first"
+        )
+    chosen = select(model, sites, filter)
+    _check_servable(model, chosen)
+    converted: dict[int, nn.Module] = {}
+    inputs: dict[tuple, Decorrelated] = {}
+    for name, (module, site) in chosen.items():
+        new = as_decorrelated(module, form)
+        new.site = site
+        converted[id(module)] = new
+        if site in ("qkv", "fc1") and isinstance(new, DecorLinear):
+            # One block's projections of one site and width read one input: timm's and Hugging Face's do.
+            first = inputs.setdefault((name.rpartition(".")[0], site, new.in_features), new)
+            if first is not new:
+                first.shared = new.shared = first.shared or object()
+                new.R = first.R
+    _replace(model, converted)
+    return model
+
+
+def fuse(model: nn.Module) -> nn.Module:
+    """Fold every R into its weight, `W <- W R`, and put stock layers back, in place.
+
+    The model computes the same function, bit for bit where it computed in the folded form, with the
+    stock state_dict; Parameters stay the same objects.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: nothing in the model is decorrelated, or the model itself is one such layer (its
+            `fused()` returns the stock layer).
+    """
+    layers = {id(m): m for m in model.modules() if isinstance(m, Decorrelated)}
+    if not layers:
+        raise ValueError("fuse: expected a model with decorrelated layers, found none")
+    if isinstance(model, Decorrelated):
+        raise ValueError("fuse: the model itself is a decorrelated layer; call its fused() instead")
+    _replace(model, {key: layer.fused() for key, layer in layers.items()})
+    return model
+
+
+def _replace(model: nn.Module, new: dict[int, nn.Module]) -> None:
+    """Put `new[id(old)]` wherever a module `old` is registered."""
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if id(child) in new:
+                module._modules[name] = new[id(child)]

@@ -1,0 +1,272 @@
+"""What one looks at to see whether decorrelation works: correlations, losses, variances, conditioning.
+
+    with diagnostics.observe(model) as layers:
+        model(images)
+    layers["blocks.3.attn.qkv"].loss_after
+    diagnostics.plot_correlations(layers, "correlations.png")
+
+The plots need matplotlib, nothing else here does.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from dbpkern.convert import Filter, as_decorrelated, select
+from dbpkern.nn import Decorrelated
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class Layer:
+    """Second moments of one layer's input, before and after R, over the rows seen so far.
+
+    A stock layer is seen as if its R were the identity.
+    """
+
+    def __init__(self, name: str, layer: Decorrelated) -> None:
+        self.name = name
+        self.R = layer.R.detach().double()
+        self.rows = 0
+        self._sum = torch.zeros_like(self.R)
+
+    def add(self, x: Tensor) -> None:
+        """Count in the rows `x [n, d]`."""
+        x = x.double()
+        self._sum += x.mT @ x
+        self.rows += len(x)
+
+    @property
+    def before(self) -> Tensor:
+        """`E[x x^T] [d, d]`, not centred, fp64."""
+        return self._sum / max(self.rows, 1)
+
+    @property
+    def after(self) -> Tensor:
+        """`E[z z^T] = R E[x x^T] R^T`, `[d, d]`, fp64."""
+        return self.R @ self.before @ self.R.mT
+
+    @property
+    def loss_before(self) -> float:
+        """Decorrelation loss of x: `||offdiag E[x x^T]||_F^2 / d^2`."""
+        return _loss(self.before)
+
+    @property
+    def loss_after(self) -> float:
+        """Decorrelation loss of z: `||offdiag E[z z^T]||_F^2 / d^2`."""
+        return _loss(self.after)
+
+    @property
+    def correlation_before(self) -> float:
+        """Root mean square of the off-diagonal correlations of x; unlike the loss, free of scale."""
+        return _loss(correlations(self.before)) ** 0.5
+
+    @property
+    def correlation_after(self) -> float:
+        """Root mean square of the off-diagonal correlations of z."""
+        return _loss(correlations(self.after)) ** 0.5
+
+    @property
+    def variance_before(self) -> Tensor:
+        """Mean squares of the features of x, `[d]`."""
+        return self.before.diagonal()
+
+    @property
+    def variance_after(self) -> Tensor:
+        """Mean squares of the features of z, `[d]`."""
+        return self.after.diagonal()
+
+    @property
+    def condition_before(self) -> float:
+        """Condition number of `E[x x^T]`; infinite for fewer rows than features."""
+        return _condition(self.before, self.rows)
+
+    @property
+    def condition_after(self) -> float:
+        """Condition number of `E[z z^T]`; infinite for fewer rows than features."""
+        return _condition(self.after, self.rows)
+
+    @property
+    def condition_R(self) -> float:
+        """Condition number of R: how far the folded weight's scales lie apart."""
+        return torch.linalg.cond(self.R).item()
+
+
+def _loss(G: Tensor) -> float:
+    off = G - torch.diag(G.diagonal())
+    return (off.square().sum() / max(G.numel(), 1)).item()
+
+
+def _condition(G: Tensor, rows: int) -> float:
+    return torch.linalg.cond(G).item() if rows >= len(G) else float("inf")
+
+
+def correlations(G: Tensor) -> Tensor:
+    """Scale a second moment `[d, d]` to unit diagonal; features that are always zero stay zero."""
+    scale = G.diagonal().clamp(min=0).sqrt()
+    scale = torch.where(scale > 0, 1 / scale, 0)
+    return scale[:, None] * G * scale
+
+
+@contextlib.contextmanager
+def observe(
+    model: nn.Module,
+    sites: str | Iterable[str] | None = "sublayers",
+    filter: Filter | None = None,
+) -> Iterator[dict[str, Layer]]:
+    """Gather the input statistics of layers while the body of the `with` runs the model.
+
+    Args:
+        model: a converted model, whose decorrelated layers are observed, or a stock one, whose layers
+            `sites` and `filter` choose as in `decorrelate`, with R = I.
+        sites: as in `decorrelate`; for stock models alone.
+        filter: as in `decorrelate`.
+
+    Yields:
+        The observed layers by name, in the model's order; complete once the body has ended.
+
+    Raises:
+        ValueError: as `decorrelate`, for stock models.
+    """
+    found = {name: m for name, m in model.named_modules() if isinstance(m, Decorrelated)}
+    if found:
+        found = {name: m for name, m in found.items() if filter is None or filter(name, m)}
+    else:
+        found = {name: module for name, (module, _) in select(model, sites, filter).items()}
+    layers: dict[str, Layer] = {}
+    handles = []
+    for name, module in found.items():
+        source = as_decorrelated(module)
+        layers[name] = Layer(name, source)
+
+        def hook(_, args, kwargs, layer=layers[name], source=source):
+            x = args[0] if args else next(iter(kwargs.values()))
+            if source.count_rows(x):
+                layer.add(source.take_rows(x.detach(), None))
+
+        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    try:
+        yield layers
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _figure(width: float, height: float) -> "Figure":
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "the plots of dbpkern.diagnostics need matplotlib: pip install matplotlib"
+        ) from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _save(figure: "Figure", path: str | Path | None) -> "Figure":
+    if path is not None:
+        figure.savefig(path, dpi=120)
+    return figure
+
+
+def plot_correlations(
+    layers: Mapping[str, Layer], path: str | Path | None = None, limit: int = 8, features: int = 128
+) -> "Figure":
+    """Correlation matrices before and after R, side by side, one row a layer.
+
+    Args:
+        layers: what `observe` gave.
+        path: file to save to, if any.
+        limit: layers shown, spread evenly over the model.
+        features: features shown of each layer, the first ones.
+
+    Raises:
+        ValueError: no layers.
+        ImportError: matplotlib is missing.
+    """
+    names = list(layers)
+    if not names:
+        raise ValueError("plot_correlations: expected at least one layer, got none")
+    if len(names) > limit:
+        names = [names[round(i * (len(names) - 1) / max(limit - 1, 1))] for i in range(limit)]
+    figure = _figure(6.4, 2.9 * len(names) + 0.4)
+    axes = figure.subplots(len(names), 2, squeeze=False)
+    for (left, right), name in zip(axes, names, strict=True):
+        layer = layers[name]
+        for axis, matrix, title in (
+            (left, layer.before, f"{name}\nx: {layer.correlation_before:.3f}"),
+            (right, layer.after, f"{name}\nz = R x: {layer.correlation_after:.3f}"),
+        ):
+            part = correlations(matrix)[:features, :features].cpu()
+            image = axis.imshow(part, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
+            axis.set_title(title, fontsize=8)
+            axis.set_xticks([])
+            axis.set_yticks([])
+    figure.colorbar(image, ax=axes.ravel().tolist(), shrink=0.6 / len(names) ** 0.5, label="correlation")
+    figure.suptitle("Input correlations; the number is their root mean square", fontsize=9)
+    return _save(figure, path)
+
+
+def plot_layers(layers: Mapping[str, Layer], path: str | Path | None = None) -> "Figure":
+    """Decorrelation loss, mean variance and condition number of every layer, before and after R.
+
+    Raises:
+        ValueError: no layers.
+        ImportError: matplotlib is missing.
+    """
+    if not layers:
+        raise ValueError("plot_layers: expected at least one layer, got none")
+    panels = {
+        "decorrelation loss": ("loss_before", "loss_after"),
+        "mean variance": ("variance_before", "variance_after"),
+        "condition number": ("condition_before", "condition_after"),
+    }
+    figure = _figure(max(6.4, 0.35 * len(layers)), 8)
+    axes = figure.subplots(len(panels), 1, sharex=True)
+    for axis, (title, attributes) in zip(axes, panels.items(), strict=True):
+        for attribute, label, marker in zip(attributes, ("x", "z = R x"), "o^", strict=True):
+            values = [getattr(layer, attribute) for layer in layers.values()]
+            axis.plot([v.mean().item() if isinstance(v, Tensor) else v for v in values], marker, label=label)
+        axis.set_yscale("log")
+        axis.set_ylabel(title)
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    axes[-1].set_xticks(range(len(layers)), list(layers), rotation=90, fontsize=6)
+    return _save(figure, path)
+
+
+def plot_losses(
+    history: Mapping[str, Mapping[int, float]], path: str | Path | None = None, title: str = ""
+) -> "Figure":
+    """Decorrelation loss of every layer over the steps of a run.
+
+    Args:
+        history: for each layer, its loss by step.
+        path: file to save to, if any.
+        title: of the figure.
+
+    Raises:
+        ValueError: no layers.
+        ImportError: matplotlib is missing.
+    """
+    if not history:
+        raise ValueError("plot_losses: expected the losses of at least one layer, got none")
+    figure = _figure(8, 4.8)
+    from matplotlib import colormaps
+
+    axis = figure.subplots()
+    colors = colormaps["viridis"]
+    for i, (name, losses) in enumerate(history.items()):
+        color = colors(i / max(len(history) - 1, 1))
+        axis.plot(list(losses), list(losses.values()), color=color, label=name, linewidth=1.2)
+    axis.set_yscale("log")
+    axis.set_xlabel("step")
+    axis.set_ylabel("decorrelation loss")
+    axis.set_title(title, fontsize=9)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=6, ncols=2, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return _save(figure, path)

@@ -1,0 +1,42 @@
+"""Statistics over many processes.
+
+Every process samples its own rows; their statistics are averaged, weighted by the number of rows, so that
+all processes make the same step and hold bitwise the same R. R itself is never sent.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Number of processes, 1 where no process group is initialised."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number, 0 where no process group is initialised."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def average_statistics(M: Tensor, a: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Average `M [L, d, d]`, `a [L, d]` over processes, each weighted by its `counts [L]` of rows.
+
+    One collective for the stack: M is symmetric, so each layer sends its lower triangle, its mean squares
+    and its count, `d (d + 1) / 2 + d + 1` numbers.
+
+    Returns:
+        The averages and the total counts `[L]`. Layers without a row on any process come back as zeros.
+    """
+    L, d, _ = M.shape
+    row, column = torch.tril_indices(d, d, device=M.device)
+    packed = torch.cat([M[:, row, column], a, torch.ones_like(a[:, :1])], dim=1)  # [L, d(d+1)/2 + d + 1]
+    packed.mul_(counts[:, None])
+    dist.all_reduce(packed)
+    total = packed[:, -1].clone()
+    packed.div_(total.clamp(min=1)[:, None])
+    triangle, a = packed[:, :-1].split([len(row), d], dim=1)
+    M = torch.empty_like(M)
+    M[:, row, column] = triangle
+    M[:, column, row] = triangle
+    return M, a, total

@@ -1,0 +1,367 @@
+"""Layers that decorrelate their input.
+
+Each is a subclass of the stock layer it replaces: `weight` and `bias` keep their names and stay the same
+Parameter objects, and a buffer `R [d, d]` (fp32, the identity at first) joins them. With `z = R x` the
+layer computes `W z + b`, either in the folded form, `x (W R)^T`, whose cost does not grow with the number
+of tokens, or in the applied form, `(x R^T) W^T`, which is cheaper for fewer rows than outputs.
+
+R is not trained by the task loss: `dbpkern.DecorSGD` updates it from rows sampled in the backward pass.
+"""
+
+import copy
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dbpkern import ops
+from dbpkern.sampling import Slot, Tap
+
+FORMS = ("auto", "fold", "apply")
+
+
+def check_form(form: str) -> None:
+    """Raise ValueError unless `form` names a way to compute the layer."""
+    if form not in FORMS:
+        raise ValueError(f"form: expected one of {FORMS}, got {form!r}")
+
+
+def _recast(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
+    """A `cls` with the attributes of `module`: the same Parameters, hooks and flags, not copies."""
+    new = cls.__new__(cls)
+    copies = {k: copy.copy(v) if isinstance(v, dict | set) else v for k, v in module.__dict__.items()}
+    new.__dict__.update(copies)
+    new._compiled_call_impl = None  # made by module.compile(), for the class left behind
+    return new
+
+
+class Decorrelated(nn.Module):
+    """What the decorrelated layers share: R, its precision, its checkpoints and its samples."""
+
+    stock: type[nn.Module]
+    """The class of layer that this one replaces and fuses back into."""
+    weight_name = "weight"
+
+    R: Tensor
+    site: str | None
+    """Where in its block the layer stands, if `decorrelate` knew."""
+    shared: object | None
+    """Layers that hold the same object read one input and have one R."""
+
+    @classmethod
+    def _from_stock(cls, module: nn.Module, form: str) -> Self:
+        if type(module) is not cls.stock:
+            raise TypeError(
+                f"{cls.__name__}: expected exactly {cls.stock.__name__}, got {type(module).__name__}"
+            )
+        check_form(form)
+        new = _recast(module, cls)
+        new.form = form
+        new.site = None
+        new.shared = None
+        new._key = None
+        weight = new._weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        R = torch.eye(new._matrix().shape[1], dtype=dtype, device=weight.device)
+        new.register_buffer("R", R)
+        return new
+
+    @property
+    def _weight(self) -> nn.Parameter:
+        return getattr(self, self.weight_name)
+
+    def _matrix(self) -> Tensor:
+        """The weight as `[o, d]`."""
+        return self._weight
+
+    def count_rows(self, x: Tensor) -> int:
+        """Number of rows in the input x: its tokens."""
+        return x.numel() // x.shape[-1] if x.shape[-1] else 0
+
+    def take_rows(self, x: Tensor, index: Tensor | None) -> Tensor:
+        """The rows `index` of the input x, `[n_s, d]`; all of them for None."""
+        rows = x.reshape(-1, x.shape[-1])
+        return rows.clone() if index is None else rows.index_select(0, index)
+
+    def _folds(self, rows: int) -> bool:
+        return self.form == "fold" or (self.form == "auto" and rows > len(self._matrix()))
+
+    def _tapped(self, x: Tensor) -> Tensor:
+        """The weight, tied to x so that its backward samples x, where anyone asked for samples."""
+        if self._key is None or not self.training or not torch.is_grad_enabled():
+            return self._weight
+        return Tap.apply(self._weight, x.detach(), self._key)
+
+    @property
+    def trains(self) -> bool:
+        """Whether the weight is trained; R rests where it is not."""
+        return self._weight.requires_grad
+
+    @property
+    def slot_key(self) -> Tensor | None:
+        """The key of the slot that samples go to, or None."""
+        return self._key
+
+    def attach(self, slot: Slot | None) -> None:
+        """Send samples to `slot` from now on; None stops sampling."""
+        self._key = None if slot is None else slot.key
+
+    def reset_R(self) -> None:
+        """Set R to the identity, in place."""
+        if self.R.is_meta and not self._weight.is_meta:  # load_state_dict(assign=True) on a meta model
+            self.R = torch.empty_like(self.R, device=self._weight.device)
+        with torch.no_grad():
+            self.R.zero_().diagonal().fill_(1)
+
+    def fused(self) -> nn.Module:
+        """The stock layer with `W <- W R`, written into the same Parameter."""
+        with torch.no_grad():
+            self._weight.copy_(ops.fold(self._matrix(), self.R).view_as(self._weight))
+        new = _recast(self, self.stock)
+        for name in ("form", "site", "shared", "_key"):
+            del new.__dict__[name]
+        del new._buffers["R"]
+        self.attach(None)
+        return new
+
+    def _apply(self, fn, recurse: bool = True):
+        R = self.R
+        super()._apply(fn, recurse)
+        if self.R.dtype not in (torch.float32, torch.float64):
+            # .half() and .to(dtype) are for weights: rounding R would undo what it has learned.
+            self._buffers["R"] = R.to(self.R.device)
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        # A stock checkpoint knows weights that act on x: with R = I this layer's do, too.
+        if prefix + "R" not in state_dict and prefix + self.weight_name in state_dict:
+            if prefix + "R" in missing_keys:
+                missing_keys.remove(prefix + "R")
+            self.reset_R()
+
+    def __getstate__(self):
+        # A copy does not send its samples to the original's optimizer.
+        return {**self.__dict__, "_key": None}
+
+    def extra_repr(self) -> str:
+        """The stock layer's line, the size of R, and the form if it is forced."""
+        d = self.R.shape[-1]
+        form = "" if self.form == "auto" else f", form={self.form}"
+        return f"{super().extra_repr()}, R=[{d}, {d}]{form}".removeprefix(", ")
+
+
+def _autocast(x: Tensor) -> tuple[Tensor, torch.dtype | None]:
+    """x and the dtype for weights as autocast would have them in a matrix product."""
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        # Cast here, once: the sampling and the product then keep one copy of x for the backward.
+        return x.to(dtype), dtype
+    return x, None
+
+
+class DecorLinear(Decorrelated, nn.Linear):
+    """`y = W R x + b`, a linear layer whose input is decorrelated (arXiv 2510.14657, Eqs. 1 to 3).
+
+    Shapes as `nn.Linear`: `[*, d] -> [*, o]`. Made by `from_linear` or `dbpkern.decorrelate`.
+    """
+
+    stock = nn.Linear
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, form: str = "auto") -> Self:
+        """Take over a linear layer: same Parameters, R = I, the same output bit for bit.
+
+        Args:
+            linear: exactly an `nn.Linear`; a subclass may compute something else.
+            form: "fold", "apply", or "auto" to fold when there are more rows than outputs.
+
+        Raises:
+            TypeError: `linear` is of another class.
+            ValueError: unknown form.
+        """
+        return cls._from_stock(linear, form)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[*, d] -> [*, o]`."""
+        x, dtype = _autocast(x)
+        weight = self._tapped(x)
+        if self._folds(self.count_rows(x)):
+            return F.linear(x, ops.fold(weight, self.R, dtype), self.bias)
+        return F.linear(ops.transform(x, self.R), weight, self.bias)
+
+
+class DecorConv2d(Decorrelated, nn.Conv2d):
+    """A convolution whose unfolded patches are decorrelated: a row is one patch of `C kh kw` values.
+
+    Shapes as `nn.Conv2d` with `groups=1`: `[B, C, H, W] -> [B, o, H', W']`. Made for patch embeddings;
+    any kernel size, stride, padding and dilation works. Made by `from_conv` or `dbpkern.decorrelate`.
+    """
+
+    stock = nn.Conv2d
+
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d, form: str = "auto") -> Self:
+        """Take over a convolution: same Parameters, R = I, the same output bit for bit.
+
+        Args:
+            conv: exactly an `nn.Conv2d`, with `groups=1`.
+            form: "fold", "apply", or "auto", which folds: unfolding images costs more than it could save.
+
+        Raises:
+            TypeError: `conv` is of another class.
+            ValueError: unknown form, or a grouped convolution.
+        """
+        if getattr(conv, "groups", 1) != 1:
+            raise ValueError(f"DecorConv2d: expected groups=1, got groups={conv.groups}")
+        return cls._from_stock(conv, form)
+
+    def _matrix(self) -> Tensor:
+        return self.weight.flatten(1)
+
+    def _folds(self, rows: int) -> bool:
+        return self.form != "apply"
+
+    def _padded(self, x: Tensor) -> Tensor:
+        margins = self._reversed_padding_repeated_twice
+        if not any(margins):
+            return x
+        return F.pad(x, margins, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
+
+    def _grid(self, x: Tensor) -> tuple[int, int]:
+        """Numbers of rows and columns of patches in the images x."""
+        left, right, top, bottom = self._reversed_padding_repeated_twice
+        sizes = (x.shape[-2] + top + bottom, x.shape[-1] + left + right)
+        return tuple(
+            (size - dilation * (kernel - 1) - 1) // stride + 1
+            for size, kernel, stride, dilation in zip(
+                sizes, self.kernel_size, self.stride, self.dilation, strict=True
+            )
+        )
+
+    def count_rows(self, x: Tensor) -> int:
+        """Number of patches in the images x, `[B, C, H, W]` or `[C, H, W]`."""
+        rows, columns = self._grid(x)
+        return (len(x) if x.dim() == 4 else 1) * rows * columns
+
+    def take_rows(self, x: Tensor, index: Tensor | None) -> Tensor:
+        """The patches `index` of the images x, `[n_s, C kh kw]`; all of them for None."""
+        _, columns = self._grid(x)
+        if index is None:
+            index = torch.arange(self.count_rows(x), device=x.device)
+        x = x if x.dim() == 4 else x[None]
+        cells = self.count_rows(x) // len(x)
+        x = self._padded(x)
+        # Reads the sampled patches alone: unfolding every patch would copy the whole batch.
+        starts = (index % cells // columns, index % columns)
+        y, v = (
+            start[:, None] * stride + torch.arange(kernel, device=x.device) * dilation  # [n_s, k]
+            for start, stride, kernel, dilation in zip(
+                starts, self.stride, self.kernel_size, self.dilation, strict=True
+            )
+        )
+        image = (index // cells)[:, None, None]
+        patches = x[image, :, y[:, :, None], v[:, None, :]]  # [n_s, kh, kw, C]
+        return patches.permute(0, 3, 1, 2).flatten(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, C, H, W] -> [B, o, H', W']`."""
+        x, dtype = _autocast(x)
+        weight = self._tapped(x)
+        if self._folds(self.count_rows(x)):
+            folded = ops.fold(weight.flatten(1), self.R, dtype).view_as(weight)
+            return self._conv_forward(x, folded, self.bias)
+        images = self._padded(x if x.dim() == 4 else x[None])
+        patches = F.unfold(images, self.kernel_size, self.dilation, stride=self.stride)
+        z = ops.transform(patches.mT, self.R)
+        y = F.linear(z, weight.flatten(1), self.bias).mT.unflatten(2, self._grid(x))
+        return y if x.dim() == 4 else y[0]
+
+
+class DecorMultiheadAttention(Decorrelated, nn.MultiheadAttention):
+    """Self-attention whose input is decorrelated before the q, k and v projections, which share one R.
+
+    Arguments and shapes as `nn.MultiheadAttention`. R acts on `in_proj_weight`; the output projection
+    stays as it is, because the stock function applies it to an input that never leaves it. Made by
+    `from_attention` or `dbpkern.decorrelate`.
+    """
+
+    stock = nn.MultiheadAttention
+    weight_name = "in_proj_weight"
+
+    @classmethod
+    def from_attention(cls, attention: nn.MultiheadAttention, form: str = "auto") -> Self:
+        """Take over an attention layer: same Parameters, R = I, the same output bit for bit.
+
+        Args:
+            attention: exactly an `nn.MultiheadAttention`, with keys and values as wide as queries.
+            form: "fold", "apply", or "auto" to fold when there are more tokens than 3 times the width.
+
+        Raises:
+            TypeError: `attention` is of another class.
+            ValueError: unknown form, or separate projections (`kdim` or `vdim` given).
+        """
+        if getattr(attention, "in_proj_weight", True) is None:
+            raise ValueError(
+                "DecorMultiheadAttention: expected one in_proj_weight for q, k and v, "
+                f"got kdim={attention.kdim}, vdim={attention.vdim}, embed_dim={attention.embed_dim}"
+            )
+        return cls._from_stock(attention, form)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Self-attention; the arguments are those of `nn.MultiheadAttention`.
+
+        Raises:
+            ValueError: query, key and value are not one tensor: their inputs would need an R each.
+        """
+        if key is not query or value is not query:
+            raise ValueError(
+                "DecorMultiheadAttention serves self-attention alone: expected the same tensor as "
+                "query, key and value; keep cross-attention out with decorrelate(filter=...)"
+            )
+        x, dtype = _autocast(query)
+        weight = self._tapped(x)
+        if self._folds(self.count_rows(x)):
+            weight = ops.fold(weight, self.R, dtype)
+        else:
+            x = ops.transform(x, self.R)
+        swap = self.batch_first and x.dim() == 3
+        if swap:
+            x = x.transpose(0, 1)
+        y, attention = F.multi_head_attention_forward(
+            x,
+            x,
+            x,
+            self.embed_dim,
+            self.num_heads,
+            weight,
+            self.in_proj_bias,
+            self.bias_k,
+            self.bias_v,
+            self.add_zero_attn,
+            self.dropout,
+            self.out_proj.weight,
+            self.out_proj.bias,
+            training=self.training,
+            key_padding_mask=key_padding_mask,
+            need_weights=need_weights,
+            attn_mask=attn_mask,
+            average_attn_weights=average_attn_weights,
+            is_causal=is_causal,
+        )
+        return (y.transpose(0, 1) if swap else y), attention

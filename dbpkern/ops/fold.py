@@ -1,0 +1,71 @@
+"""`W R`: the weight that acts on x as W acts on the decorrelated z."""
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from dbpkern.ops._common import FLOATS, autocast_off, check_matrix, check_same_device, check_tensor
+
+
+@torch.library.custom_op("dbpkern::fold", mutates_args=())
+def _fold(W: Tensor, R: Tensor, out_dtype: torch.dtype) -> Tensor:
+    with autocast_off(W.device):
+        compute = torch.promote_types(W.dtype, R.dtype)
+        return torch.matmul(W.to(compute), R.to(compute)).to(out_dtype)
+
+
+@_fold.register_fake
+def _(W: Tensor, R: Tensor, out_dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(W, dtype=out_dtype, memory_format=torch.contiguous_format)
+
+
+def _setup(ctx, inputs, output) -> None:
+    W, R, _ = inputs
+    ctx.save_for_backward(R)
+    ctx.dtype = W.dtype
+
+
+def _backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+    (R,) = ctx.saved_tensors
+    # dW = dW~ R^T is the same product with R transposed, so one op serves both directions.
+    return torch.ops.dbpkern.fold(grad, R.mT, ctx.dtype), None, None
+
+
+_fold.register_autograd(_backward, setup_context=_setup)
+
+
+@register_flop_formula(torch.ops.dbpkern.fold)
+def _flops(W_shape, R_shape, *args, **kwargs) -> int:
+    layers = W_shape[0] if len(W_shape) == 3 else 1
+    return 2 * layers * W_shape[-2] * W_shape[-1] ** 2
+
+
+def fold(W: Tensor, R: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+    """Fold R into a weight: `W~ = W R`, so that `x W~^T = (x R^T) W^T`.
+
+    Costs `2 o d^2` whatever the number of tokens, where applying R to n tokens costs `2 n d^2`.
+
+    Args:
+        W: `[o, d]` or `[L, o, d]`, any floating-point dtype.
+        R: `[d, d]` or `[L, d, d]`; gets no gradient.
+        out_dtype: dtype of the result, by default that of W. The product is formed in the wider dtype of
+            W and R and rounded once: fp32 W and R give a bf16 weight without a second cast.
+
+    Returns:
+        `[(L,) o, d]`, differentiable in W (`dW = dW~ R^T`).
+
+    Raises:
+        TypeError: not floating-point tensors, or `out_dtype` not a floating-point dtype.
+        ValueError: shapes or devices that do not fit.
+    """
+    check_tensor("W", W, "[o, d] or [L, o, d]", (2, 3))
+    check_tensor("R", R, "[d, d] or [L, d, d]", (W.dim(),))
+    check_matrix("R", R, W.shape[-1], "[(L,) d, d]")
+    if W.dim() == 3 and len(R) != len(W):
+        raise ValueError(f"W and R: expected equal numbers of layers, got {len(W)} and {len(R)}")
+    check_same_device(W=W, R=R)
+    if out_dtype is None:
+        out_dtype = W.dtype
+    elif out_dtype not in FLOATS:
+        raise TypeError(f"out_dtype: expected float16, bfloat16, float32 or float64, got {out_dtype}")
+    return torch.ops.dbpkern.fold(W, R, out_dtype)

@@ -1,0 +1,185 @@
+"""Which rows a layer's statistics are taken from, and where they wait for the next step.
+
+The sample is drawn in a layer's backward, where its input is at hand anyway. There, under autograd and
+inside compiled graphs, no Python object of ours can be reached but through the operator
+`dbpkern::capture`: it gets a layer's input and its key, a small CPU tensor that names the layer's slot.
+"""
+
+import hashlib
+import itertools
+import struct
+import weakref
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dbpkern import distributed
+
+
+class RowSource(Protocol):
+    """A layer whose input can be read as rows of features."""
+
+    def count_rows(self, x: Tensor) -> int:
+        """Number of rows of the input x."""
+
+    def take_rows(self, x: Tensor, index: Tensor | None) -> Tensor:
+        """The rows `index` (all of them for None) of the input x, `[n_s, d]`."""
+
+
+def mix(*parts: int) -> int:
+    """A 63-bit seed from integers, the same on every platform and in every process."""
+    packed = struct.pack(f"<{len(parts)}q", *parts)
+    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
+
+
+class Sampler:
+    """Draws one set of rows per step, micro-batch and number of rows: equal inputs share an index.
+
+    The draw is without replacement, on the device of the input. It is a function of (seed, rank, step,
+    micro-batch, n) alone, so a resumed run draws what the interrupted one would have drawn.
+    """
+
+    def __init__(self, sample: float, seed: int) -> None:
+        self.sample = sample
+        self.seed = seed
+        self.step = 0
+        self._drawn: dict[tuple, Tensor] = {}
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    def size(self, n: int) -> int:
+        """Number of rows drawn from n: `max(1, round(sample n))`, and none from none."""
+        return min(n, max(1, round(self.sample * n)))
+
+    def index(self, n: int, turn: int, device: torch.device) -> Tensor | None:
+        """Row numbers `[n_s]` for micro-batch `turn` of this step, or None where every row is taken."""
+        n_s = self.size(n)
+        if n_s == n:
+            return None
+        key = (n, turn, device)
+        if key not in self._drawn:
+            generator = self._generators.get(device)
+            if generator is None:
+                generator = self._generators[device] = torch.Generator(device)
+            generator.manual_seed(mix(self.seed, distributed.rank(), self.step, turn, n))
+            self._drawn[key] = torch.randperm(n, generator=generator, device=device)[:n_s]
+        return self._drawn[key]
+
+    def advance(self) -> None:
+        """Go on to the next step's draws."""
+        self.step += 1
+        self._drawn.clear()
+
+
+_slots: weakref.WeakValueDictionary[int, "Slot"] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+
+class Slot:
+    """The sampled rows of one layer since the last step.
+
+    `room` is the layer's part `[capacity, d]` of its stack's sample buffer; in the steady state every
+    capture lands there and nothing is copied again. Rows that do not fit wait in `spill`.
+    """
+
+    def __init__(self, layer: RowSource, sampler: Sampler) -> None:
+        self.layer = layer
+        self.sampler = sampler
+        number = next(_numbers)
+        # [the slot's number, captures so far]. On the CPU, so that reading it never waits for a device,
+        # and a tensor, so that compiled graphs take it as an input instead of a constant to guard on.
+        self.key = torch.tensor([number, 0])
+        self.room: Tensor | None = None
+        self.clear()
+        _slots[number] = self
+
+    def clear(self) -> None:
+        """Forget the rows; the room stays."""
+        self.turn = 0
+        self.used = 0
+        self.spill: list[Tensor] = []
+        self.pending = False
+
+    def count(self, stale: bool = False) -> int:
+        """Number of rows sampled since the last step; with `stale`, those of the last step otherwise."""
+        return self.used + sum(len(rows) for rows in self.spill) if self.pending or stale else 0
+
+    def gather(self) -> Tensor:
+        """All rows, `[n, d]`, wherever they are."""
+        return torch.cat(([self.room[: self.used]] if self.used else []) + self.spill)
+
+    def house(self, room: Tensor) -> None:
+        """Take `room`, which holds all rows already, as the place for them and for later ones."""
+        self.room, self.used, self.spill = room, len(room), []
+
+    @torch.no_grad()
+    def add(self, x: Tensor) -> None:
+        """Sample the rows of one micro-batch's input."""
+        if not self.pending:  # the first since the last step, whose rows were kept for loss()
+            self.clear()
+            self.pending = True
+        n = self.layer.count_rows(x)
+        if n == 0:
+            return
+        rows = self.layer.take_rows(x, self.sampler.index(n, self.turn, x.device))
+        self.turn += 1
+        end = self.used + len(rows)
+        fits = (
+            not self.spill
+            and self.room is not None
+            and end <= len(self.room)
+            and self.room.dtype == rows.dtype
+            and self.room.device == rows.device
+        )
+        if fits:
+            self.room[self.used : end].copy_(rows)
+            self.used = end
+        else:
+            self.spill.append(rows)
+
+
+def capture_rows(x: Tensor, key: Tensor) -> None:
+    """Sample the rows of x for the slot that `key` names; nothing if its owner is gone."""
+    key[1] += 1
+    slot = _slots.get(int(key[0]))
+    if slot is not None:
+        slot.add(x)
+
+
+@torch.library.custom_op("dbpkern::capture", mutates_args=("key",))
+def _capture(x: Tensor, key: Tensor) -> None:
+    capture_rows(x, key)
+
+
+@_capture.register_fake
+def _(x: Tensor, key: Tensor) -> None:
+    return None
+
+
+class Tap(torch.autograd.Function):
+    """Passes a weight through; its backward samples the input the weight was used with.
+
+    Backward rather than forward: it runs once per backward also where activation checkpointing repeats
+    the forward, and never under `no_grad`. On the weight rather than the input: the first layer's input
+    needs no gradient, and R must rest where W is frozen.
+    """
+
+    @staticmethod
+    def forward(weight: Tensor, x: Tensor, key: Tensor) -> Tensor:  # noqa: D102
+        return weight.view_as(weight)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # noqa: D102
+        _, x, key = inputs
+        ctx.save_for_backward(x)
+        # Not through save_for_backward: the key changes with every capture, which is no error here.
+        ctx.key = key
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # noqa: D102
+        (x,) = ctx.saved_tensors
+        if torch.compiler.is_compiling():
+            torch.ops.dbpkern.capture(x, ctx.key)
+        else:  # saves the dispatch of a Python operator per layer
+            capture_rows(x, ctx.key)
+        return grad, None, None
