@@ -28,7 +28,7 @@ def average_statistics(M: Tensor, a: Tensor, counts: Tensor) -> tuple[Tensor, Te
     Returns:
         The averages and the total counts `[L]`. Layers without a row on any process come back as zeros.
     """
-    L, d, _ = M.shape
+    d = M.shape[-1]
     row, column = torch.tril_indices(d, d, device=M.device)
     packed = torch.cat([M[:, row, column], a, torch.ones_like(a[:, :1])], dim=1)  # [L, d(d+1)/2 + d + 1]
     packed.mul_(counts[:, None])

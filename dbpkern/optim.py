@@ -257,9 +257,9 @@ class DecorSGD(torch.optim.Optimizer):
         silent = [site.name for site in self._sites if not site.slot.pending]
         if silent:
             warnings.warn(
-                f"DecorSGD: {len(silent)} of {len(self._sites)} layers sampled no input before the first step, "
-                f"so their R rests: {', '.join(silent[:5])}{', ...' if len(silent) > 5 else ''}. Frozen weights "
-                "and eval mode do this, and models that read a layer's weight without calling the layer",
+                f"DecorSGD: {len(silent)} of {len(self._sites)} layers sampled no input before the first "
+                f"step, so their R rests: {', '.join(silent[:5])}{', ...' if len(silent) > 5 else ''}. Frozen "
+                "weights and eval mode do this, and models that read a weight without calling its layer",
                 stacklevel=3,
             )
 

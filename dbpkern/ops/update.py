@@ -28,7 +28,7 @@ def forms_correlation(n: int, d: int) -> bool:
 
 @torch.library.custom_op("dbpkern::update_", mutates_args=("R",))
 def _update(R: Tensor, z: Tensor, lr: Tensor, kappa: float) -> None:
-    L, n, d = z.shape
+    _, n, d = z.shape
     if n == 0:
         return
     with autocast_off(R.device):
