@@ -1,0 +1,1 @@
+"""Models built on timm modules; they know nothing of dbpkern."""

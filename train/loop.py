@@ -1,0 +1,311 @@
+"""The training loop that all scripts share: steps, skipped steps, logs, checkpoints, signals."""
+
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import profile, schedule, tensorboard_trace_handler
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from dbpkern import DecorSGD
+from dbpkern.nn import Decorrelated
+from dbpkern.sampling import mix
+from train import checkpoint
+from train.processes import Processes
+from train.run_folder import RunFolder
+
+
+class Diverged(RuntimeError):
+    """Too many steps in a row had a loss or gradient that is not finite."""
+
+
+class Interrupted(Exception):
+    """The run was asked to stop (SIGTERM or Ctrl-C) and has saved its state."""
+
+
+def health(model: nn.Module) -> dict[str, float]:
+    """The largest absolute entry of every parameter and R by name, one wait for the device."""
+    tensors = dict(model.named_parameters())
+    tensors |= {f"{n}.R": m.R for n, m in model.named_modules() if isinstance(m, Decorrelated)}
+    peaks = torch.stack([t.detach().abs().amax().float() for t in tensors.values() if t.numel()])
+    return dict(zip((n for n, t in tensors.items() if t.numel()), peaks.tolist(), strict=True))
+
+
+def blame(model: nn.Module) -> str:
+    """Which layer made the loss non-finite, as far as its state shows, and what to try."""
+    peaks = health(model)
+    broken = [name for name, peak in peaks.items() if not math.isfinite(peak)]
+    matrices = [name for name in peaks if name.endswith(".R")]
+    # R goes first where it goes: its entries grow by factors while weights still look ordinary.
+    wild = [name for name in broken if name in matrices]
+    if not wild and matrices:
+        largest = max(matrices, key=peaks.get)
+        wild = [largest] if peaks[largest] > 1e3 else []
+    if wild:
+        return (
+            f"the decorrelation matrix {wild[0]} has entries up to {peaks[wild[0]]:g}"
+            f"{f' (and {len(wild) - 1} more)' if len(wild) > 1 else ''}; try a smaller --decor.eta"
+        )
+    if broken:
+        return (
+            f"{broken[0]} is not finite ({len(broken)} of {len(peaks)} tensors); "
+            "try a smaller --optim.blr, a longer warm-up, or --optim.clip_grad 1"
+        )
+    return (
+        f"all weights are finite, the largest entry is {max(peaks.values()):g} in "
+        f"{max(peaks, key=peaks.get)}; try a smaller --optim.blr or --optim.clip_grad 1"
+    )
+
+
+@dataclass
+class Loop:
+    """One run: what is trained, how long, and where it is written.
+
+    Args:
+        config: What the run was started with; kept in checkpoints.
+        processes: This process among the others.
+        run: Folder of the run.
+        model: The model whose state is saved.
+        optimizer: Of the weights.
+        decor: Of the decorrelation matrices, None for plain backpropagation.
+        loss: `loss(model, batch) -> 0-d tensor`, with `model` wrapped for what the run needs.
+        evaluate: `evaluate(step) -> record`, called on every process.
+        rate: Learning rate by step.
+        total_steps: Length of the run.
+        batch_size: Samples per step, over all processes and micro-batches; for images/s.
+        accumulation: Micro-batches per step.
+        autocast: dtype of mixed precision, None for none.
+        clip_grad: Largest norm of the gradient, None for no limit.
+        eval_every: Steps between evaluations.
+        checkpoint_every: Steps between checkpoints.
+        keep: Checkpoints kept.
+        max_bad_steps: Steps in a row that may be skipped before the run stops.
+        seed: Of everything random.
+        compile: Whether to run the model through `torch.compile`.
+        profile: Whether to write a trace of a few steps.
+    """
+
+    config: dict
+    processes: Processes
+    run: RunFolder
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    decor: DecorSGD | None
+    loss: Callable[[nn.Module, dict], Tensor]
+    evaluate: Callable[[int], dict]
+    rate: Callable[[int], float]
+    total_steps: int
+    batch_size: int
+    accumulation: int
+    autocast: torch.dtype | None
+    clip_grad: float | None
+    eval_every: int
+    checkpoint_every: int
+    keep: int
+    max_bad_steps: int
+    seed: int
+    compile: bool = False
+    profile: bool = False
+
+    def __post_init__(self) -> None:
+        self.step = 0
+        self.seconds = 0.0  # spent in steps, waiting for data included, evaluation and saving not
+        self.skipped = 0
+        self.unreadable: dict[str, str] = {}
+        self._bad = 0
+        self._stop = False
+
+    def state_dict(self) -> dict:
+        """Everything a checkpoint holds."""
+        return {
+            "config": self.config,
+            "step": self.step,
+            "seconds": self.seconds,
+            "skipped": self.skipped,
+            "unreadable": self.unreadable,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "decor": None if self.decor is None else self.decor.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from a checkpoint's state."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.decor is not None:
+            self.decor.load_state_dict(state["decor"])
+        self.step = state["step"]
+        self.seconds = state["seconds"]
+        self.skipped = state["skipped"]
+        self.unreadable = state["unreadable"]
+
+    def train(self, batches: Iterator[dict]) -> None:
+        """Run from the present step to the last.
+
+        Args:
+            batches: The micro-batches of this process from the present step on.
+
+        Raises:
+            Diverged: `max_bad_steps` steps in a row were skipped; the message names the layer.
+            Interrupted: SIGTERM or Ctrl-C; the state is saved.
+        """
+        main = self.processes.is_main
+        model = self._wrapped()
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        if main:
+            self.run.rewind(self.step)
+        self._log = self.run.log.open("a") if main else None
+        self._board = SummaryWriter(self.run.tensorboard, purge_step=self.step + 1) if main else None
+        previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+        bar = tqdm(total=self.total_steps, initial=self.step, disable=not main, unit="step", mininterval=1)
+        try:
+            if self.step == 0:
+                self._evaluate()
+            with self._profiler() as profiler:
+                while self.step < self.total_steps:
+                    self._train_step(model, parameters, batches, bar)
+                    if profiler is not None:
+                        profiler.step()
+                    last = self.step == self.total_steps
+                    if last or self.step % self.eval_every == 0:
+                        self._evaluate()
+                    if last or self.step % self.checkpoint_every == 0 or self._stop:
+                        self._save()
+                    if self._stop and not last:
+                        raise Interrupted
+        finally:
+            bar.close()
+            for s, handler in previous.items():
+                signal.signal(s, handler)
+            if main:
+                self._log.close()
+                self._board.close()
+
+    def _wrapped(self) -> nn.Module:
+        model = self.model
+        if self.processes.world_size > 1:
+            # R is the same everywhere by construction: nothing to broadcast before each forward.
+            device = self.processes.device
+            ids = [device.index] if device.type == "cuda" else None
+            model = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+        return torch.compile(model) if self.compile else model
+
+    def _train_step(self, model: nn.Module, parameters: list, batches: Iterator[dict], bar: tqdm) -> None:
+        start = time.perf_counter()
+        device = self.processes.device
+        rate = self.rate(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        # The random state of a step is a function of its number, so that resuming needs no stored state.
+        torch.manual_seed(mix(self.seed, self.step, self.processes.rank))
+        total = torch.zeros(2, device=device)  # loss, wish to stop
+        for micro in range(self.accumulation):
+            batch = next(batches)
+            self.unreadable |= dict(batch.pop("skipped", ()))
+            batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+            waits = micro + 1 < self.accumulation and isinstance(model, DistributedDataParallel)
+            with model.no_sync() if waits else nullcontext():
+                with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
+                    loss = self.loss(model, batch) / self.accumulation
+                loss.backward()
+            total[0] += loss.detach()
+        norm = nn.utils.clip_grad_norm_(parameters, self.clip_grad or math.inf)
+        total[0] /= self.processes.world_size
+        total[1] = float(self._stop)
+        # The one wait for the device in a step: whether to make it at all.
+        loss, stop, norm = torch.cat([self.processes.sum(total), norm.reshape(1)]).tolist()
+        self._stop = stop > 0
+        good = math.isfinite(loss) and math.isfinite(norm)
+        if good:
+            self.optimizer.step()
+            if self.decor is not None:
+                self.decor.step()
+        elif self.decor is not None:
+            self.decor.zero_grad()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        duration = time.perf_counter() - start
+        self.seconds += duration
+        speed = self.batch_size / duration
+        if good:
+            self._bad = 0
+            values = {"loss": loss, "lr": rate, "grad_norm": norm, "images_per_second": speed}
+            self._record("step", values | {"seconds": self.seconds})
+        else:
+            self._skip(loss, norm)
+        bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s", refresh=False)
+        bar.update()
+
+    def _skip(self, loss: float, norm: float) -> None:
+        self._bad += 1
+        self.skipped += 1
+        # As text: JSON has no NaN.
+        self._record("skip", {"loss": str(loss), "grad_norm": str(norm), "in_a_row": self._bad})
+        if self._bad >= self.max_bad_steps:
+            raise Diverged(
+                f"step {self.step}: {self._bad} steps in a row had a loss or gradient that is not finite "
+                f"(loss {loss}, gradient norm {norm}) and were skipped. Likely cause: {blame(self.model)}. "
+                f"The checkpoints in {self.run.checkpoints} are from before"
+            )
+
+    def _evaluate(self) -> None:
+        self._record("eval", self.evaluate(self.step) | {"seconds": self.seconds})
+
+    def _save(self) -> None:
+        if self._bad:
+            return  # a state that cannot make a step is not worth replacing one that can
+        self.unreadable = self._gather(self.unreadable)
+        if not self.processes.is_main:
+            self.processes.barrier()
+            return
+        if all(math.isfinite(peak) for peak in health(self.model).values()):
+            checkpoint.save(self.run.checkpoints, self.step, self.state_dict(), self.keep)
+        else:
+            tqdm.write(f"step {self.step}: not saved, {blame(self.model)}")
+        self.processes.barrier()
+
+    def _gather(self, files: dict[str, str]) -> dict[str, str]:
+        if self.processes.world_size == 1:
+            return files
+        found: list = [None] * self.processes.world_size
+        torch.distributed.all_gather_object(found, files)
+        return {name: reason for part in found for name, reason in part.items()}
+
+    def _record(self, kind: str, values: dict) -> None:
+        """One line in the log, and its numbers to TensorBoard."""
+        if self._log is None:
+            return
+        self._log.write(json.dumps({"kind": kind, "step": self.step} | values) + "\n")
+        self._log.flush()
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self._board.add_scalar(f"{kind}/{name}", value, self.step)
+            elif isinstance(value, dict):
+                for key, number in value.items():
+                    self._board.add_scalar(f"{name}/{key}", number, self.step)
+
+    def picture(self, name: str, image: Tensor) -> None:
+        """Show a picture `[3, H, W]` with values in [0, 1] in TensorBoard."""
+        if self._board is not None:
+            self._board.add_image(name, image, self.step)
+
+    def _on_signal(self, *_) -> None:
+        self._stop = True
+
+    def _profiler(self):
+        if not (self.profile and self.processes.is_main):
+            return nullcontext()
+        return profile(
+            schedule=schedule(wait=2, warmup=1, active=3, repeat=1),
+            on_trace_ready=tensorboard_trace_handler(str(self.run.tensorboard)),
+            record_shapes=True,
+            profile_memory=True,
+        )

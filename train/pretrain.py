@@ -1,0 +1,473 @@
+"""Pre-train a masked autoencoder, plain or with decorrelated backpropagation.
+
+    torchrun --standalone --nproc_per_node 1 train/pretrain.py --config train/configs/demo.yaml --out runs/a
+
+Also runs with plain python. `--help` lists every option; `docs/training.md` explains them.
+"""
+
+import copy
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jsonargparse import ArgumentParser
+from safetensors.torch import save
+from timm.optim import param_groups_weight_decay
+from torch import Tensor, nn
+
+import dbpkern
+from dbpkern import diagnostics
+from dbpkern.env import collect
+from models.mae import create_mae
+from train import checkpoint, plots, processes
+from train.data import DataConfig, StepSampler, build_data, build_loader, denormalize
+from train.loop import Diverged, Interrupted, Loop
+from train.processes import Processes
+from train.run_folder import RunFolder, write_atomically
+from train.schedule import warmup_cosine
+
+PICTURES = 8  # images in reconstructions
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and its schedule, as in MAE.
+
+    Args:
+        blr: Base learning rate; the peak rate is blr * batch_size / 256.
+        min_lr: Rate at the end of the cosine.
+        warmup_epochs: Length of the linear warm-up.
+        warmup_steps: The same in steps; overrides warmup_epochs.
+        weight_decay: Of weights with two or more dimensions; biases and norms have none.
+        betas: Of AdamW.
+        clip_grad: Largest norm of the gradient; null for no limit.
+    """
+
+    blr: float = 1.5e-4
+    min_lr: float = 0.0
+    warmup_epochs: float = 40
+    warmup_steps: int | None = None
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip_grad: float | None = None
+
+
+@dataclass
+class DecorConfig:
+    """Decorrelated backpropagation.
+
+    Args:
+        enable: Turns it on.
+        sites: Which layers of a block: "sublayers" (patch embedding, qkv, fc1), "all", or a list of
+            patch_embed, qkv, proj, fc1, fc2.
+        decoder: Whether to decorrelate the decoder, too; it can make training unstable.
+        eta: Rate of the decorrelation step.
+        kappa: Weight in [0, 1] of the unit-variance term.
+        sample: Part of the rows, in (0, 1], that the statistics are taken from.
+        form: "auto", "fold" or "apply"; see docs/method.md.
+    """
+
+    enable: bool = False
+    sites: str | list[str] = "sublayers"
+    decoder: bool = False
+    eta: float = 5e-4
+    kappa: float = 0.0
+    sample: float = 0.1
+    form: Literal["auto", "fold", "apply"] = "auto"
+
+    def accepts(self, name: str, module: nn.Module) -> bool:
+        """The filter for `dbpkern.decorrelate`: leaves the decoder out unless it is asked for."""
+        return self.decoder or not name.startswith("decoder")
+
+
+@dataclass
+class Config:
+    """Pre-training of a masked autoencoder.
+
+    Args:
+        out: Folder of the run; made if missing. It must be empty or hold this very run.
+        model: mae_vit_tiny, mae_vit_small, mae_vit_base, mae_vit_large or mae_vit_huge.
+        decoder: Preset of the decoder: "mae" (8 blocks, 512 wide) or "dbp" (2 blocks, 512 wide).
+        model_args: Changes to the model, such as {depth: 6, embed_dim: 128, decoder_depth: 1}; any of
+            patch_size, embed_dim, depth, num_heads, mlp_ratio, decoder_embed_dim, decoder_depth,
+            decoder_num_heads.
+        img_size: Side of the training crops in pixels, or height and width.
+        mask_ratio: Part of the patches that is hidden, in (0, 1).
+        norm_pix_loss: Whether the targets are pixels normalised per patch.
+        epochs: Length of the run, in passes over the training images.
+        steps: The same in optimizer steps; overrides epochs.
+        batch_size: Images per optimizer step, over all processes and micro-batches.
+        accumulation: Micro-batches per step.
+        optim: The optimizer of the weights.
+        decor: Decorrelated backpropagation.
+        data: The images.
+        seed: Of weights, order, crops, masks and samples.
+        device: "auto", "cpu" or "cuda".
+        precision: "fp32", "bf16" (autocast), or "auto" for bf16 on GPUs and fp32 elsewhere.
+        compile: Whether to run the model through torch.compile.
+        deterministic: Whether to ask for bit-reproducible results on GPUs; on CPUs they always are.
+        resume: "none", "auto" to continue from the newest whole checkpoint in out if there is one, or
+            the path of a checkpoint of this run.
+        eval_every: Steps between evaluations on held-out images.
+        checkpoint_every: Steps between checkpoints.
+        keep: Checkpoints kept.
+        max_bad_steps: Steps in a row with a non-finite loss that are skipped before the run stops.
+        profile: Whether to write a trace of a few steps, for TensorBoard's profiler plugin.
+    """
+
+    out: str
+    model: str = "mae_vit_base"
+    decoder: str = "mae"
+    model_args: dict[str, int | float | list[int]] = field(default_factory=dict)
+    img_size: int | tuple[int, int] = 224
+    mask_ratio: float = 0.75
+    norm_pix_loss: bool = True
+    epochs: float = 800
+    steps: int | None = None
+    batch_size: int = 4096
+    accumulation: int = 1
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    decor: DecorConfig = field(default_factory=DecorConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    compile: bool = False
+    deterministic: bool = False
+    resume: str = "none"
+    eval_every: int = 1000
+    checkpoint_every: int = 1000
+    keep: int = 2
+    max_bad_steps: int = 10
+    profile: bool = False
+
+    def check(self) -> None:
+        """Raise ValueError for numbers out of range."""
+        at_least = {
+            "batch_size": 1, "accumulation": 1, "eval_every": 1, "checkpoint_every": 1,
+            "keep": 1, "max_bad_steps": 1, "seed": 0,
+        }  # fmt: skip
+        for name, least in at_least.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps: expected at least 1, got {self.steps}")
+        if not (math.isfinite(self.epochs) and self.epochs > 0):
+            raise ValueError(f"epochs: expected a number above 0, got {self.epochs}")
+        if not 0 < self.mask_ratio < 1:
+            raise ValueError(f"mask_ratio: expected a number in (0, 1), got {self.mask_ratio}")
+        for name in ("blr", "min_lr", "weight_decay", "warmup_epochs"):
+            value = getattr(self.optim, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"optim.{name}: expected a finite number >= 0, got {value}")
+        if self.optim.clip_grad is not None and not self.optim.clip_grad > 0:
+            raise ValueError(
+                f"optim.clip_grad: expected a number above 0 or null, got {self.optim.clip_grad}"
+            )
+
+
+# What may differ between a run and its continuation: nothing that changes its numbers.
+FREE_TO_CHANGE = ("out", "resume", "eval_every", "checkpoint_every", "keep", "profile", "data.workers")
+
+
+def flat(config: Mapping, prefix: str = "") -> dict[str, object]:
+    """A nested configuration with dotted names; lists and tuples are alike."""
+    items: dict[str, object] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping) and name != "model_args":
+            items |= flat(value, f"{prefix}{name}.")
+        else:
+            items[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return items
+
+
+def check_same_run(old: Mapping, new: Mapping, where: str) -> None:
+    """Raise ValueError naming the settings in which two configurations differ."""
+    old, new = flat(old), flat(new)
+    differing = [
+        f"{name} was {old.get(name)!r}, is {new.get(name)!r}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name) and name not in FREE_TO_CHANGE
+    ]
+    if differing:
+        raise ValueError(f"{where} is of another configuration: {'; '.join(differing)}")
+
+
+def open_run(config: Config, procs: Processes) -> tuple[RunFolder, dict | None]:
+    """The run's folder, and the state to continue from if there is one.
+
+    Raises:
+        ValueError: the folder holds another run, or this one while `resume` is "none".
+        train.checkpoint.CheckpointError: the checkpoint that `resume` names is missing or damaged.
+    """
+    run = RunFolder(config.out)
+    old = run.read_config()
+    if old is not None:
+        check_same_run(old, asdict(config), f"out: the run in {run.path}")
+        if config.resume == "none":
+            raise ValueError(f"out: {run.path} holds a run; continue it with --resume auto or choose another")
+    if config.resume == "none":
+        return run, None
+    if config.resume == "auto":
+        if procs.is_main:
+            checkpoint.clean(run.checkpoints)
+        found = checkpoint.newest(run.checkpoints)
+        if found is None:
+            return run, None
+        path, state = found
+    else:
+        path = Path(config.resume)
+        state = checkpoint.load(path)
+    check_same_run(state["config"], asdict(config), f"resume: {path}")
+    if procs.is_main:
+        print(f"pretrain: resuming from {path}, step {state['step']}", flush=True)
+    return run, state
+
+
+def build_model(config: Config) -> nn.Module:
+    """The model of a configuration, with decorrelated layers if it asks for them."""
+    torch.manual_seed(config.seed)
+    model = create_mae(
+        config.model,
+        config.decoder,
+        img_size=config.img_size,
+        norm_pix_loss=config.norm_pix_loss,
+        **config.model_args,
+    )
+    if config.decor.enable:
+        dbpkern.decorrelate(model, config.decor.sites, config.decor.accepts, config.decor.form)
+    return model
+
+
+def build_optimizers(
+    config: Config, model: nn.Module
+) -> tuple[torch.optim.Optimizer, dbpkern.DecorSGD | None]:
+    """AdamW for the weights, and DecorSGD for R where the model is decorrelated."""
+    groups = param_groups_weight_decay(model, config.optim.weight_decay)
+    peak = config.optim.blr * config.batch_size / 256
+    optimizer = torch.optim.AdamW(groups, lr=peak, betas=config.optim.betas)
+    if not config.decor.enable:
+        return optimizer, None
+    c = config.decor
+    return optimizer, dbpkern.DecorSGD(model, c.eta, c.kappa, c.sample, config.seed)
+
+
+def check_sample(config: Config, num_patches: int, slices: int) -> None:
+    """Raise ValueError if a micro-batch of this size would give no rows to decorrelate by.
+
+    `DecorSGD` takes one row at the least; statistics of one row where the user asked for less are noise.
+    """
+    kept = int(num_patches * (1 - config.mask_ratio)) + 1
+    rows = config.batch_size // slices * kept
+    if config.decor.enable and 0 < config.decor.sample <= 1 and round(config.decor.sample * rows) < 1:
+        raise ValueError(
+            f"decor.sample: {config.decor.sample} of the {rows} rows of a micro-batch gives no rows; "
+            f"expected at least {1 / rows:.2g}"
+        )
+
+
+class Evaluator:
+    """Held-out loss, reconstructions and input correlations of a model."""
+
+    def __init__(self, config: Config, model: nn.Module, held_out, processes: Processes) -> None:
+        self.config = config
+        self.model = model
+        self.processes = processes
+        self.grid: Tensor | None = None
+        self.size = len(held_out)
+        # Processes share the work in contiguous parts; a micro-batch of training fits, so this does.
+        share = config.batch_size // (config.accumulation * processes.world_size)
+        mine = range(self.size)[processes.rank :: processes.world_size]
+        chunks = [list(mine[i : i + share]) for i in range(0, len(mine), share)]
+        self.loader = build_loader(held_out, chunks, 0, pin_memory=False)
+
+    @torch.no_grad()
+    def __call__(self, step: int) -> dict:
+        """Mean loss over the held-out set; the decorrelation loss per layer on part of it."""
+        self.model.eval()
+        total = torch.zeros((), dtype=torch.float64, device=self.processes.device)
+        losses: dict[str, float] = {}
+        for i, batch in enumerate(self.loader):
+            images = batch["image"].to(self.processes.device)
+            noise = batch["noise"].to(self.processes.device)
+            first = i == 0 and self.processes.is_main
+            # Stock layers are observed at the sites that DBP would take: both arms can be compared.
+            decor = self.config.decor
+            watch = diagnostics.observe(self.model, decor.sites, decor.accepts) if first else nullcontext({})
+            with watch as layers:
+                loss, pred, mask = self.model(images, self.config.mask_ratio, noise)
+            losses |= {name: layer.loss_after for name, layer in layers.items()}
+            if first:
+                self.grid = self._pictures(images[:PICTURES], pred[:PICTURES], mask[:PICTURES])
+            total += loss.double() * len(images)
+        self.model.train()
+        self.processes.sum(total)
+        return {"heldout_loss": total.item() / self.size, "decorrelation_loss": losses}
+
+    def _pictures(self, images: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
+        hidden = mask[..., None].expand_as(pred)
+        hidden = self.model.unpatchify(hidden)
+        masked = torch.where(hidden > 0, 0.5, denormalize(images))
+        made = denormalize(self.model.reconstruct(images, pred, mask))
+        return plots.reconstruction_grid(denormalize(images), masked, made)
+
+
+def export_encoder(config: Config, model: nn.Module, path: Path) -> None:
+    """Write the fused encoder under timm's names."""
+    stock = copy.deepcopy(model)
+    if config.decor.enable:
+        dbpkern.fuse(stock)
+    weights = {name: tensor.cpu() for name, tensor in stock.encoder_state_dict().items()}
+    about = {"format": "pt", "model": config.model, "img_size": str(config.img_size)}
+    about |= {name: str(value) for name, value in config.model_args.items()}
+    path.write_bytes(save(weights, metadata=about))
+
+
+def write_results(config: Config, loop: Loop, evaluator: Evaluator) -> None:
+    """The pictures, the encoder and the summary of a finished run."""
+    run = loop.run
+    if evaluator.grid is None:  # the run was complete when it was resumed
+        evaluator(loop.step)
+    records = list(run.records())
+    evals = [r for r in records if r["kind"] == "eval"]
+    steps = [r for r in records if r["kind"] == "step"]
+    plots.plot_curves(records, run.path / "curves.png")
+    plots.save_reconstructions(evaluator.grid, run.path / "reconstructions.png")
+    history: dict[str, dict[int, float]] = {}
+    for record in evals:
+        for name, value in record["decorrelation_loss"].items():
+            history.setdefault(name, {})[record["step"]] = value
+    what = "z = R x" if config.decor.enable else "x (plain backpropagation)"
+    diagnostics.plot_losses(history, run.path / "correlation.png", f"Decorrelation loss of {what}, held out")
+    export_encoder(config, loop.model, run.path / "encoder.safetensors")
+    final = [r["loss"] for r in steps[-plots.WINDOW :]]
+    summary = {
+        "steps": loop.step,
+        "seconds": loop.seconds,
+        "images_per_second": loop.step * config.batch_size / loop.seconds,
+        "final_loss": sum(final) / len(final) if final else None,
+        "heldout_loss": evals[-1]["heldout_loss"],
+        "skipped_steps": loop.skipped,
+        "unreadable_files": loop.unreadable,
+        "processes": loop.processes.world_size,
+        "device": str(loop.processes.device),
+        "parameters": sum(p.numel() for p in loop.model.parameters()),
+        "machine": collect(),
+    }
+    write_atomically(run.summary, json.dumps(summary, indent=1))
+
+
+def prepare(config: Config, procs: Processes) -> tuple[Loop, Evaluator, Iterator[dict]]:
+    """Everything up to the first step. Whatever can be wrong is found before a file is written.
+
+    Raises:
+        ValueError, FileNotFoundError: what the user asked for cannot be done; the message says why.
+    """
+    config.check()
+    if config.deterministic:
+        torch.use_deterministic_algorithms(True)
+    model = build_model(config).to(procs.device)
+    optimizer, decor = build_optimizers(config, model)
+    patches = model.patch_embed
+    training, held_out = build_data(config.data, patches.img_size, patches.num_patches, config.seed)
+    check_sample(config, patches.num_patches, procs.world_size * config.accumulation)
+    per_epoch = len(training) / config.batch_size
+    total = config.steps or max(1, round(config.epochs * per_epoch))
+    warmup = config.optim.warmup_steps
+    if warmup is None:
+        warmup = round(config.optim.warmup_epochs * per_epoch)
+    run, state = open_run(config, procs)
+    sampler = StepSampler(
+        len(training),
+        config.batch_size,
+        config.seed,
+        total,
+        0 if state is None else state["step"],
+        config.accumulation,
+        procs.rank,
+        procs.world_size,
+    )
+    batches = build_loader(training, sampler, config.data.workers, pin_memory=procs.device.type == "cuda")
+    evaluator = Evaluator(config, model, held_out, procs)
+    precision = config.precision
+    if precision == "auto":
+        precision = "bf16" if procs.device.type == "cuda" else "fp32"
+    peak = config.optim.blr * config.batch_size / 256
+    loop = Loop(
+        config=asdict(config),
+        processes=procs,
+        run=run,
+        model=model,
+        optimizer=optimizer,
+        decor=decor,
+        loss=lambda model, batch: model(batch["image"], config.mask_ratio, batch["noise"])[0],
+        evaluate=evaluator,
+        rate=lambda step: warmup_cosine(step, total, warmup, peak, config.optim.min_lr),
+        total_steps=total,
+        batch_size=config.batch_size,
+        accumulation=config.accumulation,
+        autocast=torch.bfloat16 if precision == "bf16" else None,
+        clip_grad=config.optim.clip_grad,
+        eval_every=config.eval_every,
+        checkpoint_every=config.checkpoint_every,
+        keep=config.keep,
+        max_bad_steps=config.max_bad_steps,
+        seed=config.seed,
+        compile=config.compile,
+        profile=config.profile,
+    )
+    if state is not None:
+        loop.load_state_dict(state)
+    procs.barrier()  # nobody writes to the folder before everybody has read it
+    if procs.is_main:
+        run.write_config(asdict(config))
+        write_atomically(run.files, "".join(f"{name}\n" for name in training.files))
+    return loop, evaluator, iter(batches)
+
+
+def parse(arguments: list[str] | None = None) -> Config:
+    """The configuration from the command line and YAML files."""
+    parser = ArgumentParser(prog="train/pretrain.py", description=__doc__)
+    parser.add_argument("--config", action="config", help="YAML file with any of the options below")
+    parser.add_class_arguments(Config)
+    settings = parser.instantiate(parser.parse_args(arguments))
+    settings.pop("config")
+    return Config(**settings)
+
+
+def main() -> None:
+    """Run, and say in one line what went wrong where it is not a defect of the program."""
+    config = parse()
+    procs = None
+    try:
+        procs = processes.start(config.device)
+        loop, evaluator, batches = prepare(config, procs)
+    except (ValueError, FileNotFoundError) as error:
+        processes.stop()
+        if procs is None or procs.is_main:
+            print(f"pretrain: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    try:
+        loop.train(batches)
+    except Diverged as error:
+        sys.exit(f"pretrain: {error}" if procs.is_main else 1)
+    except Interrupted:
+        if procs.is_main:
+            print(f"pretrain: stopped at step {loop.step}, state saved; continue with --resume auto")
+        return
+    finally:
+        del batches  # ends the loader's workers
+        processes.stop()
+    if procs.is_main:
+        write_results(config, loop, evaluator)
+        print(f"pretrain: {loop.step} steps in {loop.seconds:.1f} s, results in {config.out}")
+
+
+if __name__ == "__main__":
+    main()
