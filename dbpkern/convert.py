@@ -133,6 +133,16 @@ def as_decorrelated(module: nn.Module, form: str = "auto") -> Decorrelated:
     return module if isinstance(module, Decorrelated) else _CONVERTERS[type(module)](module, form)
 
 
+def check_kind(name: str, module: nn.Module) -> None:
+    """Raise ValueError unless the layer is of a class that has a decorrelated counterpart."""
+    if type(module) not in _CONVERTERS and not isinstance(module, Decorrelated):
+        raise ValueError(
+            f"{name}: expected exactly nn.Linear, nn.Conv2d or nn.MultiheadAttention, got "
+            f"{type(module).__module__}.{type(module).__qualname__}, whose forward may differ; "
+            "exclude it with filter"
+        )
+
+
 def _check_servable(model: nn.Module, chosen: dict[str, tuple[nn.Module, str | None]]) -> None:
     """Refuse layers in which R would be ignored or would do harm."""
     modules = dict(model.named_modules())
@@ -146,12 +156,7 @@ def _check_servable(model: nn.Module, chosen: dict[str, tuple[nn.Module, str | N
                 f"the model itself is a {type(module).__name__}, which cannot be replaced in place; use "
                 "DecorLinear.from_linear, DecorConv2d.from_conv or DecorMultiheadAttention.from_attention"
             )
-        if type(module) not in _CONVERTERS:
-            raise ValueError(
-                f"{name}: expected exactly nn.Linear, nn.Conv2d or nn.MultiheadAttention, got "
-                f"{type(module).__module__}.{type(module).__qualname__}, whose forward may differ; "
-                "exclude it with filter"
-            )
+        check_kind(name, module)
         owner = modules[name.rpartition(".")[0]]
         if isinstance(owner, nn.TransformerEncoderLayer | nn.MultiheadAttention):
             raise ValueError(
@@ -159,6 +164,13 @@ def _check_servable(model: nn.Module, chosen: dict[str, tuple[nn.Module, str | N
                 "its R would be ignored; exclude it with filter"
             )
         weight = module.in_proj_weight if isinstance(module, nn.MultiheadAttention) else module.weight
+        if weight is None:
+            continue  # separate q, k and v projections: from_attention says so
+        if not isinstance(weight, nn.Parameter):
+            raise ValueError(
+                f"{name}: its weight is not a Parameter but computed from others, as pruning and weight_norm "
+                "do, so fusing R into it would be lost; exclude it with filter"
+            )
         tied = [label for user, label in users[id(weight)] if user is not module]
         if tied:
             raise ValueError(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from dbpkern.convert import Filter, as_decorrelated, select
+from dbpkern.convert import Filter, as_decorrelated, check_kind, select
 from dbpkern.nn import Decorrelated
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Layer:
 
     def __init__(self, name: str, layer: Decorrelated) -> None:
         self.name = name
-        self.R = layer.R.detach().double()
+        self.R = layer.R.detach().to(torch.float64, copy=True)
         self.rows = 0
         self._sum = torch.zeros_like(self.R)
 
@@ -141,6 +141,7 @@ def observe(
     layers: dict[str, Layer] = {}
     handles = []
     for name, module in found.items():
+        check_kind(name, module)
         source = as_decorrelated(module)
         layers[name] = Layer(name, source)
 

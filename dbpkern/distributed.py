@@ -19,6 +19,15 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` holds on any process; a collective, and it waits for the device."""
+    if world_size() == 1:
+        return flag
+    flags = torch.tensor(int(flag), device=device)
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return bool(flags)
+
+
 def average_statistics(M: Tensor, a: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Average `M [L, d, d]`, `a [L, d]` over processes, each weighted by its `counts [L]` of rows.
 

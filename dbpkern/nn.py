@@ -30,8 +30,9 @@ def check_form(form: str) -> None:
 def _recast(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
     """A `cls` with the attributes of `module`: the same Parameters, hooks and flags, not copies."""
     new = cls.__new__(cls)
-    copies = {k: copy.copy(v) if isinstance(v, dict | set) else v for k, v in module.__dict__.items()}
-    new.__dict__.update(copies)
+    new.__dict__.update(module.__dict__)
+    for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+        new.__dict__[name] = copy.copy(module.__dict__[name])
     new._compiled_call_impl = None  # made by module.compile(), for the class left behind
     return new
 

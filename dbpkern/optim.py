@@ -124,8 +124,9 @@ class DecorSGD(torch.optim.Optimizer):
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"DecorSGD: expected a model, got {type(model).__name__}")
-        if not isinstance(lr, Tensor):
-            check_lr(lr)
+        if isinstance(lr, Tensor) and lr.dim():
+            raise ValueError(f"lr: expected a number or a 0-d tensor, got shape {list(lr.shape)}")
+        check_lr(float(lr))
         check_kappa(kappa)
         if not (math.isfinite(sample) and 0.0 < sample <= 1.0):
             raise ValueError(f"sample: expected a fraction in (0, 1], got {sample}")
@@ -198,12 +199,13 @@ class DecorSGD(torch.optim.Optimizer):
         """
         if closure is not None:
             raise ValueError("DecorSGD.step: expected no closure: R is not a function of the task loss")
+        stacks = self._refresh()
         self._warn_of_silent_layers()
         group = self.param_groups[0]
         lr, kappa = group["lr"], group["kappa"]
         if not isinstance(lr, Tensor):
             check_lr(lr)
-        for stack in self._refresh():
+        for stack in stacks:
             if distributed.world_size() > 1:
                 M, *_ = self._statistics(stack, kappa)
                 ops.apply_(stack.R, M, lr)
@@ -241,7 +243,9 @@ class DecorSGD(torch.optim.Optimizer):
         a collective where a process group is initialised. Layers without rows are left out.
         """
         kappa = self.param_groups[0]["kappa"]
-        stale = not any(site.slot.pending for site in self._sites)
+        pending = any(site.slot.pending for site in self._sites)
+        # All processes must mean the same rows, also those that have none since the last step.
+        stale = not distributed.any_process(pending, self._sites[0].R.device)
         losses: dict[str, Tensor] = {}
         for stack in self._refresh():
             off, a, counts = self._statistics(stack, 0.0, stale)  # kappa = 0: the off-diagonal part of G
@@ -282,8 +286,7 @@ class DecorSGD(torch.optim.Optimizer):
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "sampling"})
         for site in self._sites:
             site.slot.clear()
-        self._sampler.seed = state_dict["sampling"]["seed"]
-        self._sampler.step = state_dict["sampling"]["step"]
+        self._sampler.seek(**state_dict["sampling"])
 
     def __getstate__(self) -> dict:
         state = super().__getstate__()
@@ -291,10 +294,13 @@ class DecorSGD(torch.optim.Optimizer):
         return state | {"decor": (layers, self._sampler.sample, self._sampler.seed, self._sampler.step)}
 
     def __setstate__(self, state: dict) -> None:
+        if "decor" not in state:  # Optimizer.load_state_dict comes here, too
+            super().__setstate__(state)
+            return
         layers, sample, seed, step = state.pop("decor")
         super().__setstate__(state)
         self._sampler = Sampler(sample, seed)
-        self._sampler.step = step
+        self._sampler.seek(seed, step)
         self._sites = self._make_sites(layers)
         self._stacks = []
         self._checked = True

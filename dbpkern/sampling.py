@@ -27,7 +27,7 @@ class RowSource(Protocol):
         """The rows `index` (all of them for None) of the input x, `[n_s, d]`."""
 
 
-def mix(*parts: int) -> int:
+def derive_seed(*parts: int) -> int:
     """A 63-bit seed from integers, the same on every platform and in every process."""
     packed = struct.pack(f"<{len(parts)}q", *parts)
     return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
@@ -61,14 +61,18 @@ class Sampler:
             generator = self._generators.get(device)
             if generator is None:
                 generator = self._generators[device] = torch.Generator(device)
-            generator.manual_seed(mix(self.seed, distributed.rank(), self.step, turn, n))
+            generator.manual_seed(derive_seed(self.seed, distributed.rank(), self.step, turn, n))
             self._drawn[key] = torch.randperm(n, generator=generator, device=device)[:n_s]
         return self._drawn[key]
 
+    def seek(self, seed: int, step: int) -> None:
+        """Go to the draws of `step` under `seed`."""
+        self.seed, self.step = seed, step
+        self._drawn.clear()
+
     def advance(self) -> None:
         """Go on to the next step's draws."""
-        self.step += 1
-        self._drawn.clear()
+        self.seek(self.seed, self.step + 1)
 
 
 _slots: weakref.WeakValueDictionary[int, "Slot"] = weakref.WeakValueDictionary()

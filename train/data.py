@@ -10,7 +10,6 @@ import hashlib
 import importlib.resources
 import importlib.util
 import os
-import struct
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision.transforms import InterpolationMode, v2
+
+from dbpkern.sampling import derive_seed
 
 # The statistics of ImageNet, as timm.data.IMAGENET_DEFAULT_MEAN and _STD.
 MEAN = (0.485, 0.456, 0.406)
@@ -125,12 +126,6 @@ def denormalize(images: Tensor) -> Tensor:
     mean = images.new_tensor(MEAN).view(3, 1, 1)
     std = images.new_tensor(STD).view(3, 1, 1)
     return (images * std + mean).clamp(0, 1)
-
-
-def derive_seed(*keys: int) -> int:
-    """Hash 64-bit integers to a seed of 63 bits, so that neighbouring keys share nothing."""
-    digest = hashlib.blake2b(struct.pack(f"<{len(keys)}q", *keys), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from dbpkern import DecorSGD
 from dbpkern.nn import Decorrelated
-from dbpkern.sampling import mix
+from dbpkern.sampling import derive_seed
 from train import checkpoint
 from train.processes import Processes
 from train.run_folder import RunFolder
@@ -205,7 +205,7 @@ class Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         # The random state of a step is a function of its number, so that resuming needs no stored state.
-        torch.manual_seed(mix(self.seed, self.step, self.processes.rank))
+        torch.manual_seed(derive_seed(self.seed, self.step, self.processes.rank))
         total = torch.zeros(2, device=device)  # loss, wish to stop
         for micro in range(self.accumulation):
             batch = next(batches)

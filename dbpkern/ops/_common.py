@@ -78,9 +78,12 @@ def rate_tensor(lr: float | Tensor, layers: int, device: torch.device) -> Tensor
     return lr
 
 
-def per_layer(lr: Tensor) -> Tensor:
-    """A rate shaped to scale stacks `[L, *, *]`: 0-d stays, `[L]` becomes `[L, 1, 1]`."""
-    return lr if lr.dim() == 0 else lr[:, None, None]
+def per_layer(lr: Tensor, dtype: torch.dtype) -> Tensor:
+    """A rate shaped to scale stacks `[L, *, *]`: 0-d stays, `[L]` becomes `[L, 1, 1]` in `dtype`.
+
+    Unlike a 0-d tensor, a wider `[L]` would widen what it scales.
+    """
+    return lr if lr.dim() == 0 else lr[:, None, None].to(dtype)
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:

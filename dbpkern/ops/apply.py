@@ -35,11 +35,12 @@ def _pieces(R: Tensor) -> list[tuple[slice, slice]]:
 
 def apply_in_place(R: Tensor, M: Tensor, lr: Tensor) -> None:
     """`R -= lr M R` with scratch of at most R/8."""
-    rate = per_layer(lr)
+    rate = per_layer(lr, R.dtype)
     for layers, columns in _pieces(R):
         target = R[layers, :, columns]
         old = target * (rate[layers] if rate.dim() else rate)
         target.baddbmm_(M[layers], old, alpha=-1)
+        del old  # before the next piece's is made, or two of them would live at a time
 
 
 @torch.library.custom_op("dbpkern::apply_", mutates_args=("R",))

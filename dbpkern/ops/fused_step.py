@@ -21,8 +21,9 @@ def _fused_step(
     x: Tensor, R: Tensor, index: Tensor, lr: Tensor, kappa: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     with autocast_off(x.device):
-        z = torch.matmul(x.to(R.dtype), R.mT)
-        M, a = torch.ops.dbpkern.correlation(z.index_select(0, index)[None], kappa)
+        compute = torch.promote_types(x.dtype, R.dtype)
+        z = torch.matmul(x.to(compute), R.to(compute).mT)
+        M, a = torch.ops.dbpkern.correlation(z.index_select(0, index)[None].to(R.dtype), kappa)
         R_new = R.clone(memory_format=torch.contiguous_format)
         apply_in_place(R_new[None], M, lr)
         return z.to(x.dtype), R_new, a[0]

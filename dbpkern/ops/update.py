@@ -40,7 +40,7 @@ def _update(R: Tensor, z: Tensor, lr: Tensor, kappa: float) -> None:
         # M R = (1 - kappa) z^T (z R) / n + diag(c) R, with the diagonal of M corrected row by row:
         # c = kappa (a - 1) - (1 - kappa) a.
         a = torch.linalg.vector_norm(z, dim=1).square_().div_(n)
-        rate = per_layer(lr)
+        rate = per_layer(lr, R.dtype)
         rows = 1 - rate * (kappa * (a - 1) - (1 - kappa) * a)[:, :, None]
         zR = torch.bmm(z, R).mul_(rate)
         R.mul_(rows)

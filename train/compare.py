@@ -1,0 +1,211 @@
+"""Compare runs: which reached what loss when.
+
+    python -m train.compare runs/plain runs/dbp [--out comparison.png]
+
+Runs that differ only in their seed are one arm and are averaged. The target is the final training loss of
+the first run's arm: the mean over its last 50 steps and its seeds. An arm reaches it at the first step from
+which its curve (averaged over its seeds, mean of 50 steps) stays at or below the target. Held-out losses
+stand beside it and decide nothing.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from train.plots import WINDOW, trailing_mean
+from train.run_folder import RunFolder
+
+# Settings in which the runs of one arm may differ.
+WITHIN_ARM = ("out", "seed", "resume", "profile", "keep", "checkpoint_every")
+
+
+@dataclass
+class Run:
+    """What a finished or running run has logged."""
+
+    path: Path
+    config: dict
+    losses: list[float]
+    seconds: list[float]
+    heldout: list[tuple[int, float]]
+
+
+def read(path: str | Path) -> Run:
+    """Read a run's folder.
+
+    Raises:
+        ValueError: it is not the folder of a run, or no step was logged.
+    """
+    folder = RunFolder(path)
+    config = folder.read_config()
+    if config is None:
+        raise ValueError(f"no run at {folder.path}")
+    records = list(folder.records())
+    steps = [r for r in records if r["kind"] == "step"]
+    if not steps:
+        raise ValueError(f"{folder.log} has no finished step")
+    heldout = [(r["step"], r["heldout_loss"]) for r in records if r["kind"] == "eval"]
+    return Run(folder.path, config, [r["loss"] for r in steps], [r["seconds"] for r in steps], heldout)
+
+
+def mean(values: Sequence[float]) -> float:
+    """Arithmetic mean."""
+    return sum(values) / len(values)
+
+
+@dataclass
+class Arm:
+    """Runs that differ only in their seed."""
+
+    name: str
+    runs: list[Run]
+
+    def __post_init__(self) -> None:
+        length = min(len(run.losses) for run in self.runs)
+        losses = [mean(values) for values in zip(*(run.losses[:length] for run in self.runs), strict=True)]
+        self.curve = trailing_mean(losses)
+        self.seconds = [
+            mean(values) for values in zip(*(run.seconds[:length] for run in self.runs), strict=True)
+        ]
+        self.final = mean(losses[-WINDOW:])
+        finals = [mean(run.losses[:length][-WINDOW:]) for run in self.runs]
+        self.spread = max(finals) - min(finals)
+        held = [run.heldout[-1][1] for run in self.runs if run.heldout]
+        self.heldout = mean(held) if held else None
+
+    def reaches(self, target: float) -> int | None:
+        """Steps after which the curve stays at or below the target; None if it does not."""
+        above = [i for i, value in enumerate(self.curve) if value > target]
+        first = above[-1] + 1 if above else 0
+        return first + 1 if first < len(self.curve) else None
+
+
+def describe(config: dict) -> str:
+    """Name of an arm in tables."""
+    decor = config.get("decor", {})
+    if not decor.get("enable"):
+        return "plain"
+    sites = decor["sites"] if isinstance(decor["sites"], str) else "+".join(decor["sites"])
+    return f"DBP {sites}"
+
+
+def group(runs: Sequence[Run]) -> list[Arm]:
+    """Runs by arm, in the order in which the arms appear."""
+    arms: dict[str, list[Run]] = {}
+    for run in runs:
+        key = json.dumps({k: v for k, v in run.config.items() if k not in WITHIN_ARM}, sort_keys=True)
+        arms.setdefault(key, []).append(run)
+    names = [describe(members[0].config) for members in arms.values()]
+    return [
+        # Two arms of one name differ in something else: then the folder tells them apart.
+        Arm(name if names.count(name) == 1 else f"{name} ({members[0].path.name})", members)
+        for name, members in zip(names, arms.values(), strict=True)
+    ]
+
+
+def table(arms: Sequence[Arm]) -> tuple[str, list[dict]]:
+    """The comparison as Markdown and as records; the first arm sets the target."""
+    target = arms[0].final
+    rows = []
+    base = arms[0].reaches(target)
+    for arm in arms:
+        steps = arm.reaches(target)
+        rows.append(
+            {
+                "arm": arm.name,
+                "runs": len(arm.runs),
+                "steps": len(arm.curve),
+                "final_loss": arm.final,
+                "spread": arm.spread,
+                "heldout_loss": arm.heldout,
+                "milliseconds_per_step": 1000 * arm.seconds[-1] / len(arm.seconds),
+                "steps_to_target": steps,
+                "seconds_to_target": None if steps is None else arm.seconds[steps - 1],
+                "steps_ratio": None if steps is None or base is None else steps / base,
+                "seconds_ratio": (
+                    None
+                    if steps is None or base is None
+                    else arm.seconds[steps - 1] / arms[0].seconds[base - 1]
+                ),
+            }
+        )
+    lines = [
+        f"Target: {target:.4f}, the final training loss of {arms[0].name} (mean of {WINDOW} steps)",
+        "",
+        "| arm | runs | final loss | spread | held out | ms/step | steps to target | seconds to target |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if row["steps_to_target"] is None:
+            reached = ("not reached", "not reached")
+        else:
+            reached = (
+                f"{row['steps_to_target']} ({row['steps_ratio']:.0%})",
+                f"{row['seconds_to_target']:.1f} ({row['seconds_ratio']:.0%})",
+            )
+        held = "-" if row["heldout_loss"] is None else f"{row['heldout_loss']:.4f}"
+        spread = f"{row['spread']:.4f}" if row["runs"] > 1 else "-"
+        lines.append(
+            f"| {row['arm']} | {row['runs']} | {row['final_loss']:.4f} | {spread} | {held} "
+            f"| {row['milliseconds_per_step']:.0f} | {reached[0]} | {reached[1]} |"
+        )
+    return "\n".join(lines), rows
+
+
+def plot(arms: Sequence[Arm], path: Path) -> None:
+    """Smoothed training losses over steps and over time, the target, and where each arm reaches it."""
+    target = arms[0].final
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    by_step, by_time = figure.subplots(1, 2, sharey=True)
+    for i, arm in enumerate(arms):
+        steps = list(range(1, len(arm.curve) + 1))
+        at = arm.reaches(target)
+        for axis, x in ((by_step, steps), (by_time, arm.seconds)):
+            axis.plot(x, arm.curve, color=f"C{i}", label=f"{arm.name} ({len(arm.runs)} runs)")
+            if at is not None:
+                axis.plot(x[at - 1], arm.curve[at - 1], "o", color=f"C{i}")
+    for axis, label in ((by_step, "step"), (by_time, "seconds")):
+        axis.axhline(target, color="gray", linewidth=0.8, linestyle="--")
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3)
+    # The start of every curve is high and alike: show the part in which they differ.
+    late = [value for arm in arms for value in arm.curve[len(arm.curve) // 10 :]]
+    margin = 0.03 * (max(late) - min(late))
+    by_step.set_ylim(min(late) - margin, max(late) + margin)
+    by_step.set_ylabel(f"training loss, mean of {WINDOW} steps")
+    by_step.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Read, print, plot."""
+    parser = argparse.ArgumentParser(
+        prog="python -m train.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs; the first sets the target")
+    parser.add_argument(
+        "--out", type=Path, default=Path("comparison.png"), help="plot (default: %(default)s)"
+    )
+    parser.add_argument("--json", type=Path, help="also write the table as JSON")
+    options = parser.parse_args(arguments)
+    try:
+        arms = group([read(path) for path in options.runs])
+    except ValueError as error:
+        sys.exit(f"compare: {error}")
+    text, rows = table(arms)
+    print(text)
+    plot(arms, options.out)
+    print(f"\nplot: {options.out}")
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
