@@ -55,9 +55,14 @@ def save(folder: Path, step: int, state: dict, keep: int) -> Path:
         shutil.rmtree(target)
     writing.rename(target)
     _sync(folder)
-    for old in sorted(folder.glob(f"{PREFIX}*"))[:-keep]:
+    for old in paths(folder)[:-keep]:
         shutil.rmtree(old)
     return target
+
+
+def paths(folder: Path) -> list[Path]:
+    """The checkpoints below `folder`, oldest first."""
+    return sorted(folder.glob(f"{PREFIX}*"))
 
 
 def clean(folder: Path) -> None:
@@ -95,7 +100,7 @@ def newest(folder: Path) -> tuple[Path, dict] | None:
 
     Damaged ones are passed over with a message.
     """
-    for path in sorted(folder.glob(f"{PREFIX}*"), reverse=True):
+    for path in reversed(paths(folder)):
         try:
             return path, load(path)
         except CheckpointError as error:

@@ -250,10 +250,11 @@ class Loop:
         # As text: JSON has no NaN.
         self._record("skip", {"loss": str(loss), "grad_norm": str(norm), "in_a_row": self._bad})
         if self._bad >= self.max_bad_steps:
+            saved = checkpoint.paths(self.run.checkpoints)
+            last = f"The last good checkpoint is {saved[-1]}" if saved else "No checkpoint had been saved"
             raise Diverged(
                 f"step {self.step}: {self._bad} steps in a row had a loss or gradient that is not finite "
-                f"(loss {loss}, gradient norm {norm}) and were skipped. Likely cause: {blame(self.model)}. "
-                f"The checkpoints in {self.run.checkpoints} are from before"
+                f"(loss {loss}, gradient norm {norm}) and were skipped. Likely cause: {blame(self.model)}. {last}"
             )
 
     def _evaluate(self) -> None:

@@ -56,7 +56,7 @@ def save_reconstructions(grid: Tensor, path: Path) -> None:
     height, width = grid.shape[-2:]
     figure = Figure(figsize=(9, 9 * height / width + 0.3), layout="constrained")
     axis = figure.subplots()
-    axis.imshow(grid.permute(1, 2, 0).cpu(), interpolation="nearest")
+    axis.imshow(grid.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
     rows = ("original", "masked", "reconstruction")
     ticks = [(i + 0.5) * height / len(rows) for i in range(len(rows))]
     axis.set_yticks(ticks, rows, rotation=90, va="center")

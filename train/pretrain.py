@@ -441,9 +441,9 @@ def parse(arguments: list[str] | None = None) -> Config:
     return Config(**settings)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Run, and say in one line what went wrong where it is not a defect of the program."""
-    config = parse()
+    config = parse(arguments)
     procs = None
     try:
         procs = processes.start(config.device)

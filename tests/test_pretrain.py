@@ -1,0 +1,378 @@
+"""The pre-training script: whole runs, resumed runs, several processes, bad input."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import train.loop
+from train import checkpoint, pretrain
+from train.run_folder import RunFolder
+
+ROOT = Path(__file__).parent.parent
+TINY = [
+    "--model=mae_vit_tiny",
+    "--model_args={patch_size: 8, embed_dim: 32, depth: 2, num_heads: 2, decoder_embed_dim: 16,"
+    " decoder_depth: 1, decoder_num_heads: 2}",
+    "--img_size=32",
+    "--batch_size=8",
+    "--steps=24",
+    "--optim.warmup_steps=2",
+    "--optim.blr=0.03",
+    "--eval_every=8",
+    "--checkpoint_every=4",
+    "--device=cpu",
+]
+DBP = ["--decor.enable=true", "--decor.eta=0.002"]
+
+
+def losses(folder: Path) -> dict[int, float]:
+    return {r["step"]: r["loss"] for r in RunFolder(folder).records() if r["kind"] == "step"}
+
+
+def heldout(folder: Path) -> list[tuple]:
+    records = (r for r in RunFolder(folder).records() if r["kind"] == "eval")
+    return [(r["step"], r["heldout_loss"], r["decorrelation_loss"]) for r in records]
+
+
+def command(*arguments: str, processes: int | None = None) -> list[str]:
+    start = [sys.executable]
+    if processes is not None:
+        start = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={processes}",
+        ]
+    return [*start, str(ROOT / "train" / "pretrain.py"), *TINY, *arguments]
+
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Sums are then made in the same order in this process and in those that it starts."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, one_thread) -> Path:
+    """A whole decorrelated run."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    pretrain.main([*TINY, *DBP, f"--out={out}"])
+    return out
+
+
+def test_a_run_leaves_everything_it_promises(finished):
+    run = RunFolder(finished)
+    assert list(losses(finished)) == list(range(1, 25))
+    evals = [r for r in run.records() if r["kind"] == "eval"]
+    assert [r["step"] for r in evals] == [0, 8, 16, 24]
+    sites = ["patch_embed.proj", *(f"blocks.{i}.{n}" for i in range(2) for n in ("attn.qkv", "mlp.fc1"))]
+    assert list(evals[0]["decorrelation_loss"]) == sites
+    for name in ("curves.png", "reconstructions.png", "correlation.png"):
+        low, high = Image.open(finished / name).convert("L").getextrema()
+        assert high - low > 100, f"{name} is blank"
+    summary = json.loads(run.summary.read_text())
+    assert summary["steps"] == 24
+    assert summary["skipped_steps"] == 0
+    assert summary["final_loss"] == pytest.approx(sum(losses(finished).values()) / 24)
+    assert summary["heldout_loss"] == evals[-1]["heldout_loss"]
+    assert summary["machine"]["packages"]["torch"] == torch.__version__.partition("+")[0]
+    assert any(run.tensorboard.glob("events.*"))
+    assert sorted(p.name for p in run.checkpoints.iterdir()) == ["step-00000020", "step-00000024"]
+    assert run.files.read_text().splitlines()[:2] == ["astronaut.png", "brick.png"]
+
+
+def test_the_exported_encoder_is_the_fused_model_and_a_stock_vit(finished):
+    vit = timm.models.vision_transformer.VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=0
+    )
+    vit.load_state_dict(load_file(finished / "encoder.safetensors"), strict=True)
+    state = checkpoint.load(finished / "checkpoints" / "step-00000024")["model"]
+    name = "blocks.1.attn.qkv"
+    assert (state[f"{name}.R"] - torch.eye(32)).abs().max() > 1e-4
+    folded = state[f"{name}.weight"] @ state[f"{name}.R"]
+    assert torch.allclose(vit.blocks[1].attn.qkv.weight, folded, atol=1e-6)
+
+
+def test_the_same_configuration_gives_the_same_run(finished, tmp_path):
+    pretrain.main([f"--config={finished / 'config.yaml'}", f"--out={tmp_path / 'again'}"])
+    assert losses(tmp_path / "again") == losses(finished)
+
+
+def test_plain_and_decorrelated_arms_start_alike_and_see_the_same_data(finished, tmp_path):
+    out = tmp_path / "plain"
+    pretrain.main([*TINY, f"--out={out}"])
+    assert losses(out)[1] == losses(finished)[1]
+    assert losses(out)[24] != losses(finished)[24]
+    assert (out / "files.txt").read_text() == (finished / "files.txt").read_text()
+    # Also the plain arm reports the correlations of the inputs.
+    record = [r for r in RunFolder(out).records() if r["kind"] == "eval"][-1]
+    assert set(record["decorrelation_loss"]) == {
+        name for r in RunFolder(finished).records() if r["kind"] == "eval" for name in r["decorrelation_loss"]
+    }
+
+
+def wait_for_step(process: subprocess.Popen, out: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while step not in losses(out):
+        assert process.poll() is None, f"ended with {process.returncode} before step {step}"
+        assert time.monotonic() < deadline, f"step {step} did not come"
+        time.sleep(0.005)
+
+
+def test_a_run_killed_twice_gives_the_losses_of_one_never_killed(finished, tmp_path):
+    out = tmp_path / "killed"
+    run = command(*DBP, f"--out={out}", "--resume=auto")
+    for step in (7, 17):
+        process = subprocess.Popen(run, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait_for_step(process, out, step)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = subprocess.run(run, env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    assert "resuming from" in done.stdout
+    assert losses(out) == losses(finished)
+    assert heldout(out) == heldout(finished)
+    encoders = [load_file(folder / "encoder.safetensors") for folder in (out, finished)]
+    assert all(torch.equal(encoders[0][name], tensor) for name, tensor in encoders[1].items())
+
+
+def test_sigterm_saves_on_two_processes_and_one_process_can_go_on(tmp_path):
+    whole, out = tmp_path / "whole", tmp_path / "stopped"
+    arguments = [*DBP, "--decor.sample=1", "--checkpoint_every=1000", "--steps=30"]
+    pretrain.main([*TINY, *arguments, f"--out={whole}"])
+    process = subprocess.Popen(
+        command(*arguments, f"--out={out}", processes=2),
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    wait_for_step(process, out, 2)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert "state saved" in output
+    (saved,) = (out / "checkpoints").iterdir()
+    step = checkpoint.load(saved)["step"]
+    assert step == max(losses(out)) < 30
+    pretrain.main([*TINY, *arguments, f"--out={out}", "--resume=auto"])
+    # Every row is sampled, so that the number of processes changes only the order of sums.
+    assert list(losses(out)) == list(losses(whole))
+    assert list(losses(out).values()) == pytest.approx(list(losses(whole).values()), rel=2e-5)
+
+
+def test_accumulation_changes_only_rounding(tmp_path):
+    runs = []
+    for name, accumulation in (("one", 1), ("four", 4)):
+        pretrain.main(
+            [*TINY, *DBP, "--decor.sample=1", f"--accumulation={accumulation}", f"--out={tmp_path / name}"]
+        )
+        runs.append(list(losses(tmp_path / name).values()))
+    assert runs[0] == pytest.approx(runs[1], rel=2e-5)
+
+
+def test_a_single_bad_step_is_skipped_counted_and_logged(tmp_path, monkeypatch):
+    real = train.loop.nn.utils.clip_grad_norm_
+    calls = []
+
+    def once_infinite(*arguments):
+        calls.append(1)
+        norm = real(*arguments)
+        return torch.full_like(norm, torch.inf) if len(calls) == 3 else norm
+
+    monkeypatch.setattr(train.loop.nn.utils, "clip_grad_norm_", once_infinite)
+    pretrain.main([*TINY, *DBP, f"--out={tmp_path / 'run'}"])
+    records = list(RunFolder(tmp_path / "run").records())
+    assert [r["step"] for r in records if r["kind"] == "skip"] == [3]
+    assert list(losses(tmp_path / "run")) == [step for step in range(1, 25) if step != 3]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["skipped_steps"] == 1
+
+
+def test_divergence_stops_names_the_matrix_and_leaves_a_good_checkpoint(tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit) as stop:
+        pretrain.main([*TINY, *DBP, "--decor.eta=0.02", "--steps=200", "--max_bad_steps=3", f"--out={out}"])
+    message = str(stop.value)
+    assert "3 steps in a row" in message
+    assert "decorrelation matrix" in message
+    assert ".R" in message
+    assert "smaller --decor.eta" in message
+    skips = [r for r in RunFolder(out).records() if r["kind"] == "skip"]
+    assert [r["in_a_row"] for r in skips] == [1, 2, 3]
+    _, state = checkpoint.newest(out / "checkpoints")
+    assert 0 < state["step"] < skips[0]["step"]
+    assert f"step-{state['step']:08d}" in message
+    assert all(torch.isfinite(tensor).all() for tensor in state["model"].values())
+
+
+def test_divergence_of_the_weights_is_told_apart(tmp_path):
+    with pytest.raises(SystemExit, match=r"smaller --optim\.blr"):
+        pretrain.main([*TINY, "--optim.blr=1e38", "--max_bad_steps=2", f"--out={tmp_path / 'run'}"])
+
+
+def test_a_folder_with_broken_files_trains_and_lists_them(tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(12):
+        Image.effect_noise((40, 40), 40 + i).convert("RGB").save(images / f"{i:02d}.png")
+    for i in (3, 7):
+        (images / f"{i:02d}.png").write_bytes(b"not an image")
+    pretrain.main([*TINY, f"--data.source=folder:{images}", "--data.workers=2", f"--out={tmp_path / 'run'}"])
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert set(summary["unreadable_files"]) <= {"03.png", "07.png"}
+    assert summary["unreadable_files"]
+
+
+def test_profile_writes_a_trace_for_tensorboard(tmp_path):
+    pretrain.main([*TINY, *DBP, "--profile=true", f"--out={tmp_path / 'run'}"])
+    (trace,) = (tmp_path / "run" / "tb").glob("*.pt.trace.json")
+    names = {event.get("name", "") for event in json.loads(trace.read_text())["traceEvents"]}
+    assert any("DecorSGD" in name for name in names)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model=mae_vit_giant"], "unknown model 'mae_vit_giant'"),
+        (["--decoder=none"], "unknown decoder 'none'"),
+        (["--model_args={width: 3}"], "unknown argument 'width'"),
+        (["--img_size=30"], "30"),
+        (["--mask_ratio=1"], r"mask_ratio: expected a number in \(0, 1\), got 1"),
+        (["--mask_ratio=.nan"], "mask_ratio"),
+        (["--steps=0"], "steps: expected at least 1, got 0"),
+        (["--batch_size=9", "--accumulation=2"], "multiple of"),
+        (["--optim.blr=.nan"], "optim.blr: expected a finite number"),
+        (["--optim.clip_grad=-1"], "optim.clip_grad"),
+        ([*DBP, "--decor.sites=[qkv,mlp]"], "sites: expected a preset"),
+        ([*DBP, "--decor.sample=0"], r"sample: expected a fraction in \(0, 1\], got 0"),
+        ([*DBP, "--decor.sample=1.5"], "sample: expected a fraction"),
+        ([*DBP, "--decor.sample=0.001"], "gives no rows"),
+        ([*DBP, "--decor.eta=.nan"], "lr: expected a finite number"),
+        ([*DBP, "--decor.eta=-1"], "lr: expected a finite number"),
+        ([*DBP, "--decor.kappa=2"], r"kappa: expected a number in \[0, 1\], got 2"),
+        ([*DBP, "--decor.kappa=.nan"], "kappa"),
+        (["--data.source=folder:/does/not/exist"], "no such folder"),
+        (["--resume=/does/not/exist"], "no checkpoint at"),
+        (["--device=cuda"], "needs a GPU"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(tmp_path, capsys, arguments, message):
+    if arguments == ["--device=cuda"] and torch.cuda.is_available():
+        arguments, message = ["--device=cuda", "--mask_ratio=0"], "mask_ratio"
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit) as stop:
+        pretrain.main([*TINY, *arguments, f"--out={out}"])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("pretrain: ")
+    assert re.search(message, error), error
+    assert not out.exists()
+
+
+def test_a_folder_without_images_is_refused(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit):
+        pretrain.main([*TINY, f"--data.source=folder:{tmp_path / 'empty'}", f"--out={tmp_path / 'run'}"])
+    assert "no image file" in capsys.readouterr().err
+
+
+def test_other_peoples_folders_and_other_runs_are_left_alone(finished, tmp_path, capsys):
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
+    for arguments, message in (
+        (DBP, "holds a run; continue it with --resume auto"),
+        ([*DBP, "--decor.eta=0.02", "--resume=auto"], "decor.eta was 0.002, is 0.02"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            pretrain.main([*TINY, *arguments, f"--out={finished}"])
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
+    assert {p: p.stat().st_mtime_ns for p in finished.rglob("*")} == before
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(SystemExit):
+        pretrain.main([*TINY, f"--out={tmp_path}"])
+    assert "is not the folder of a run" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(finished, tmp_path, capsys):
+    path = finished / "checkpoints" / "step-00000020"
+    with pytest.raises(SystemExit):
+        pretrain.main([*TINY, f"--out={tmp_path / 'run'}", f"--resume={path}"])
+    assert "decor.enable was True, is False" in capsys.readouterr().err
+
+
+def test_a_named_checkpoint_continues_in_another_folder(finished, tmp_path):
+    path = finished / "checkpoints" / "step-00000020"
+    pretrain.main([*TINY, *DBP, f"--out={tmp_path / 'run'}", f"--resume={path}"])
+    assert losses(tmp_path / "run") == {step: losses(finished)[step] for step in range(21, 25)}
+
+
+def test_damaged_checkpoints_are_named_or_passed_over(finished, tmp_path, capsys):
+    run = tmp_path / "run"
+    pretrain.main([*TINY, *DBP, f"--out={run}"])
+    newest = run / "checkpoints" / "step-00000024"
+    content = (newest / "state.pt").read_bytes()
+    (newest / "state.pt").write_bytes(content[: len(content) // 2])
+    with pytest.raises(SystemExit):
+        pretrain.main([*TINY, *DBP, f"--out={tmp_path / 'a'}", f"--resume={newest}"])
+    assert "is truncated" in capsys.readouterr().err
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 1
+    (newest / "state.pt").write_bytes(flipped)
+    with pytest.raises(SystemExit):
+        pretrain.main([*TINY, *DBP, f"--out={tmp_path / 'a'}", f"--resume={newest}"])
+    assert "is corrupted" in capsys.readouterr().err
+    pretrain.main([*TINY, *DBP, f"--out={run}", "--resume=auto"])
+    out = capsys.readouterr().out
+    assert "passing over a damaged checkpoint" in out
+    assert "step 20" in out
+    assert losses(run) == losses(finished)
+
+
+def test_a_checkpoint_cut_off_while_it_is_written_does_not_count(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, 1, {"step": 1}, keep=2)
+
+    def killed(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "_sync", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(tmp_path, 2, {"step": 2}, keep=2)
+    path, state = checkpoint.newest(tmp_path)
+    assert (path.name, state["step"]) == ("step-00000001", 1)
+    checkpoint.clean(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_more_processes_than_data(tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(2):
+        Image.new("RGB", (40, 40), (i, 0, 0)).save(images / f"{i}.png")
+    arguments = [f"--data.source=folder:{images}", f"--out={tmp_path / 'run'}"]
+    done = subprocess.run(command(*arguments, processes=2), env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "2 processes are more than the 1 training samples" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_explains_every_option():
+    done = subprocess.run(command("--help"), env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    for option in ("--out", "--decor.eta", "--data.source", "--optim.blr", "--resume"):
+        assert option in done.stdout
+    assert "Rate of the decorrelation step." in done.stdout
