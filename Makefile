@@ -14,8 +14,16 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
+# Two arms, plain and decorrelated, on photographs that ship with scikit-image and scikit-learn.
+DEMO := runs/demo
+PRETRAIN := $(BIN)/torchrun --standalone --nproc_per_node 1 train/pretrain.py --config train/configs/demo.yaml
+
 demo: install
-	bash train/demo.sh $(BIN)
+	rm -rf $(DEMO)
+	$(PRETRAIN) --out $(DEMO)/plain
+	$(PRETRAIN) --out $(DEMO)/dbp --decor.enable true
+	$(BIN)/python -m train.compare $(DEMO)/plain $(DEMO)/dbp --out $(DEMO)/comparison.png
+	@echo "pictures: $(DEMO)/plain/*.png $(DEMO)/dbp/*.png"
 
 test: install
 	$(BIN)/python -m pytest
