@@ -138,14 +138,15 @@ def observe(
         found = {name: m for name, m in found.items() if filter is None or filter(name, m)}
     else:
         found = {name: module for name, (module, _) in select(model, sites, filter).items()}
-    layers: dict[str, Layer] = {}
-    handles = []
     for name, module in found.items():
         check_kind(name, module)
-        source = as_decorrelated(module)
-        layers[name] = Layer(name, source)
+    # Whatever may fail comes before the first hook.
+    sources = {name: as_decorrelated(module) for name, module in found.items()}
+    layers = {name: Layer(name, source) for name, source in sources.items()}
+    handles = []
+    for name, module in found.items():
 
-        def hook(_, args, kwargs, layer=layers[name], source=source):
+        def hook(_, args, kwargs, layer=layers[name], source=sources[name]):
             x = args[0] if args else next(iter(kwargs.values()))
             if source.count_rows(x):
                 layer.add(source.take_rows(x.detach(), None))

@@ -262,8 +262,9 @@ class DecorSGD(torch.optim.Optimizer):
         if silent:
             warnings.warn(
                 f"DecorSGD: {len(silent)} of {len(self._sites)} layers sampled no input before the first "
-                f"step, so their R rests: {', '.join(silent[:5])}{', ...' if len(silent) > 5 else ''}. Frozen "
-                "weights and eval mode do this, and models that read a weight without calling its layer",
+                f"step, so their R rests: {', '.join(silent[:5])}{', ...' if len(silent) > 5 else ''}. "
+                "Frozen weights and eval mode do this, and models that read a weight without calling its "
+                "layer",
                 stacklevel=3,
             )
 

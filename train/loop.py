@@ -121,7 +121,8 @@ class Loop:
         self.skipped = 0
         self.unreadable: dict[str, str] = {}
         self._bad = 0
-        self._stop = False
+        self._signalled = False  # here
+        self._stop = False  # on any process, as all of them know
 
     def state_dict(self) -> dict:
         """Everything a checkpoint holds."""
@@ -219,7 +220,7 @@ class Loop:
             total[0] += loss.detach()
         norm = nn.utils.clip_grad_norm_(parameters, self.clip_grad or math.inf)
         total[0] /= self.processes.world_size
-        total[1] = float(self._stop)
+        total[1] = float(self._signalled)
         # The one wait for the device in a step: whether to make it at all.
         loss, stop, norm = torch.cat([self.processes.sum(total), norm.reshape(1)]).tolist()
         self._stop = stop > 0
@@ -299,7 +300,7 @@ class Loop:
             self._board.add_image(name, image, self.step)
 
     def _on_signal(self, *_) -> None:
-        self._stop = True
+        self._signalled = True
 
     def _profiler(self):
         if not (self.profile and self.processes.is_main):

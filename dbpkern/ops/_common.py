@@ -53,7 +53,7 @@ def check_kappa(kappa: float) -> None:
 
 def check_lr(lr: float) -> None:
     """Raise unless the rate is finite and not negative."""
-    if not (math.isfinite(lr) and lr >= 0.0):
+    if not 0.0 <= lr < math.inf:  # also false for NaN; math.isfinite would break a compiled graph
         raise ValueError(f"lr: expected a finite number >= 0, got {lr}")
 
 
