@@ -45,17 +45,28 @@ def read(path: str | Path) -> Run:
     config = folder.read_config()
     if config is None:
         raise ValueError(f"no run at {folder.path}")
-    records = list(folder.records())
-    steps = [r for r in records if r["kind"] == "step"]
-    if not steps:
+    run = Run(folder.path, config, [], [], [])
+    for record in folder.records():
+        if record["kind"] == "step":
+            # A skipped step has no loss of its own: it counts, with the loss before it.
+            missing = record["step"] - 1 - len(run.losses)
+            run.losses += [run.losses[-1] if run.losses else record["loss"]] * missing + [record["loss"]]
+            run.seconds += [record["seconds"]] * (missing + 1)
+        elif record["kind"] == "eval":
+            run.heldout.append((record["step"], record["heldout_loss"]))
+    if not run.losses:
         raise ValueError(f"{folder.log} has no finished step")
-    heldout = [(r["step"], r["heldout_loss"]) for r in records if r["kind"] == "eval"]
-    return Run(folder.path, config, [r["loss"] for r in steps], [r["seconds"] for r in steps], heldout)
+    return run
 
 
 def mean(values: Sequence[float]) -> float:
     """Arithmetic mean."""
     return sum(values) / len(values)
+
+
+def average(curves: Sequence[Sequence[float]]) -> list[float]:
+    """Mean of equally long curves, point by point."""
+    return [mean(values) for values in zip(*curves, strict=True)]
 
 
 @dataclass
@@ -67,12 +78,9 @@ class Arm:
 
     def __post_init__(self) -> None:
         length = min(len(run.losses) for run in self.runs)
-        losses = [mean(values) for values in zip(*(run.losses[:length] for run in self.runs), strict=True)]
-        self.curve = trailing_mean(losses)
-        self.seconds = [
-            mean(values) for values in zip(*(run.seconds[:length] for run in self.runs), strict=True)
-        ]
-        self.final = mean(losses[-WINDOW:])
+        self.curve = trailing_mean(average([run.losses[:length] for run in self.runs]))
+        self.seconds = average([run.seconds[:length] for run in self.runs])
+        self.final = self.curve[-1]
         finals = [mean(run.losses[:length][-WINDOW:]) for run in self.runs]
         self.spread = max(finals) - min(finals)
         held = [run.heldout[-1][1] for run in self.runs if run.heldout]
@@ -112,7 +120,6 @@ def table(arms: Sequence[Arm]) -> tuple[str, list[dict]]:
     """The comparison as Markdown and as records; the first arm sets the target."""
     target = arms[0].final
     rows = []
-    base = arms[0].reaches(target)
     for arm in arms:
         steps = arm.reaches(target)
         rows.append(
@@ -126,14 +133,9 @@ def table(arms: Sequence[Arm]) -> tuple[str, list[dict]]:
                 "milliseconds_per_step": 1000 * arm.seconds[-1] / len(arm.seconds),
                 "steps_to_target": steps,
                 "seconds_to_target": None if steps is None else arm.seconds[steps - 1],
-                "steps_ratio": None if steps is None or base is None else steps / base,
-                "seconds_ratio": (
-                    None
-                    if steps is None or base is None
-                    else arm.seconds[steps - 1] / arms[0].seconds[base - 1]
-                ),
             }
         )
+    base = rows[0]  # ends at the target by definition, so it always reaches it
     lines = [
         f"Target: {target:.4f}, the final training loss of {arms[0].name} (mean of {WINDOW} steps)",
         "",
@@ -144,9 +146,10 @@ def table(arms: Sequence[Arm]) -> tuple[str, list[dict]]:
         if row["steps_to_target"] is None:
             reached = ("not reached", "not reached")
         else:
+            ratios = [row[key] / base[key] for key in ("steps_to_target", "seconds_to_target")]
             reached = (
-                f"{row['steps_to_target']} ({row['steps_ratio']:.0%})",
-                f"{row['seconds_to_target']:.1f} ({row['seconds_ratio']:.0%})",
+                f"{row['steps_to_target']} ({ratios[0]:.0%})",
+                f"{row['seconds_to_target']:.1f} ({ratios[1]:.0%})",
             )
         held = "-" if row["heldout_loss"] is None else f"{row['heldout_loss']:.4f}"
         spread = f"{row['spread']:.4f}" if row["runs"] > 1 else "-"
