@@ -147,6 +147,7 @@ class DecorSGD(torch.optim.Optimizer):
         self._stacks: list[_Stack] = []
         self._checked = False
         super().__init__([site.R for site in self._sites], {"lr": lr, "kappa": kappa})
+        self._refresh()  # now rather than at the first step: from here on R keep their addresses
 
     def _make_sites(self, layers: list[tuple[str, Decorrelated]]) -> list[_Site]:
         sites: dict[int, _Site] = {}
@@ -214,7 +215,10 @@ class DecorSGD(torch.optim.Optimizer):
                 R = stack.R[where]
                 ops.update_(R, ops.transform(rows.to(R.dtype), R), lr, kappa)
         for site in self._sites:
-            site.slot.pending = False
+            if site.slot.pending:
+                site.slot.pending = False  # the rows stay for loss()
+            else:
+                site.slot.clear()  # those of an older step do not
         self._sampler.advance()
 
     def _statistics(self, stack: _Stack, kappa: float, stale: bool = False) -> tuple[Tensor, Tensor, Tensor]:

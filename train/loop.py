@@ -254,8 +254,9 @@ class Loop:
             saved = checkpoint.paths(self.run.checkpoints)
             last = f"The last good checkpoint is {saved[-1]}" if saved else "No checkpoint had been saved"
             raise Diverged(
-                f"step {self.step}: {self._bad} steps in a row had a loss or gradient that is not finite (loss "
-                f"{loss}, gradient norm {norm}) and were skipped. Likely cause: {blame(self.model)}. {last}"
+                f"step {self.step}: {self._bad} steps in a row had a loss or gradient that is not finite "
+                f"(loss {loss}, gradient norm {norm}) and were skipped. "
+                f"Likely cause: {blame(self.model)}. {last}"
             )
 
     def _evaluate(self) -> None:
