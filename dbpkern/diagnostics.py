@@ -203,7 +203,7 @@ def plot_correlations(
             (left, layer.before, f"{name}\nx: {layer.correlation_before:.3f}"),
             (right, layer.after, f"{name}\nz = R x: {layer.correlation_after:.3f}"),
         ):
-            part = correlations(matrix)[:features, :features].cpu()
+            part = correlations(matrix)[:features, :features].cpu().numpy()
             image = axis.imshow(part, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
             axis.set_title(title, fontsize=8)
             axis.set_xticks([])

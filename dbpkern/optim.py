@@ -133,7 +133,8 @@ class DecorSGD(torch.optim.Optimizer):
         if isinstance(model, DistributedDataParallel) and model.broadcast_buffers:
             warnings.warn(
                 "DistributedDataParallel(broadcast_buffers=True) sends every R before each forward, though "
-                "they are equal on all processes; pass broadcast_buffers=False",
+                "they are equal on all processes; pass broadcast_buffers=False (in newer versions of torch: "
+                "forward_sync_buffers=False)",
                 stacklevel=2,
             )
         self._sampler = Sampler(sample, seed)

@@ -1,0 +1,103 @@
+"""The sides of every comparison: a model in training, plain, by dbpkern or by the published rule."""
+
+import contextlib
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+import dbpkern
+from bench.baselines import PublishedLinear, published_convert, published_layers, published_update
+from bench.cases import Case, in_encoder
+from dbpkern.convert import select
+
+# dtype of the weights, dtype of autocast
+PRECISIONS = {
+    "fp64": (torch.float64, None),
+    "fp32": (torch.float32, None),
+    "bf16": (torch.float32, torch.bfloat16),
+}
+RATE = 5e-4  # of R (arXiv 2510.14657)
+
+
+class Arm:
+    """One model in training.
+
+    Args:
+        case: the model.
+        method: "plain", "ours" or "published".
+        sites: a preset of `dbpkern.decorrelate`; plain has no use for it.
+        inputs: of the model, the same at every step.
+        precision: a key of `PRECISIONS`.
+        optimizer: makes the optimizer of the weights.
+        lr: rate of R.
+        kappa: weight of the unit-variance term.
+    """
+
+    def __init__(
+        self,
+        case: Case,
+        method: str,
+        sites: str | None,
+        inputs: tuple[Tensor, ...],
+        precision: str,
+        optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer] = torch.optim.AdamW,
+        lr: float = RATE,
+        kappa: float = 0.0,
+    ) -> None:
+        self.method, self.sites = method, sites
+        self.inputs = inputs
+        self.lr, self.kappa = lr, kappa
+        device = inputs[0].device
+        dtype, lower = PRECISIONS[precision]
+        self.autocast = lambda: torch.autocast(device.type, lower, enabled=lower is not None)
+        self.model = case.build().to(device, dtype)
+        self.decor = None
+        if method == "ours":
+            dbpkern.decorrelate(self.model, sites, in_encoder)
+            self.decor = dbpkern.DecorSGD(self.model, lr, kappa)
+        elif method == "published":
+            published_convert(self.model, select(self.model, sites, in_encoder))
+        self.optimizer = optimizer([p for p in self.model.parameters() if p.requires_grad])
+
+    def step(self, phase: Callable = contextlib.nullcontext) -> Tensor:
+        """One training step; `phase(name)` is entered around its parts. Returns the loss."""
+        with phase("forward"):
+            self.optimizer.zero_grad()
+            with self.autocast():
+                loss, _ = self.model(*self.inputs)
+        with phase("backward"):
+            loss.backward()
+        with phase("optimizer"):
+            self.optimizer.step()
+        with phase("decor"):
+            if self.method == "ours":
+                self.decor.step()
+            elif self.method == "published":
+                published_update(self.model, self.lr, self.kappa)
+        return loss.detach()
+
+    @torch.no_grad()
+    def output(self) -> Tensor:
+        """What the model makes of its inputs."""
+        with self.autocast():
+            return self.model(*self.inputs)[1]
+
+    def samples(self) -> list[Tensor]:
+        """The sampled rows as they lie in memory between steps; images that are kept count as inputs."""
+        if self.method == "ours":
+            return [rows for stack in self.decor._stacks for rows in stack.samples.values()]
+        layers = published_layers(self.model).values()
+        return [layer.z for layer in layers if isinstance(layer, PublishedLinear)]
+
+    def R(self) -> dict[str, Tensor]:
+        """Every R by layer name."""
+        if self.method == "ours":
+            # The modules' buffers, not the optimizer's list, which is of its last step.
+            return {name: self.model.get_submodule(name).R for name in self.decor.names}
+        return {name: layer.R for name, layer in published_layers(self.model).items()}
+
+
+def methods(sites: Iterable[str]) -> list[tuple[str, str | None]]:
+    """Plain first, then ours and the published rule at each choice of sites."""
+    return [("plain", None)] + [(method, chosen) for chosen in sites for method in ("ours", "published")]

@@ -1,0 +1,228 @@
+"""What is timed: three models that train, with inputs, at any size."""
+
+import argparse
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from dbpkern.convert import PRESETS
+from models.mae import MaskedAutoencoder
+
+PATCH = 16
+
+
+class Classifier(VisionTransformer):
+    """A ViT with its loss."""
+
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropy and logits."""
+        logits = super().forward(images)
+        return F.cross_entropy(logits, labels), logits
+
+
+class Autoencoder(MaskedAutoencoder):
+    """MAE as published: the encoder sees a quarter of the patches, 50 tokens."""
+
+    def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss and prediction."""
+        return super().forward(images, 0.75, noise)[:2]
+
+
+class DenseAutoencoder(MaskedAutoencoder):
+    """MAE whose encoder keeps every patch, 197 tokens, as in code that masks tokens instead of dropping them.
+
+    The encoder reads the patches themselves in place of mask tokens, which cost the same; the loss is taken
+    over the masked three quarters as ever.
+    """
+
+    def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss and prediction."""
+        latent, _, ids_restore = self.forward_encoder(images, 0.0, noise)
+        pred = self.forward_decoder(latent, ids_restore)
+        mask = (ids_restore >= noise.shape[1] // 4).float()
+        return self.forward_loss(images, pred, mask), pred
+
+
+CASES = {
+    "vit": "ViT classifier, images of 112 pixels (50 tokens)",
+    "mae50": "MAE, 224 pixels, encoder on the visible quarter (50 tokens), decoder on 197",
+    "mae197": "MAE, 224 pixels, encoder and decoder on 197 tokens",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model by name and size."""
+
+    name: str
+    width: int
+    depth: int
+    batch: int
+    decoder_depth: int
+
+    @property
+    def image(self) -> int:
+        """Height and width of the images."""
+        return 112 if self.name == "vit" else 224
+
+    @property
+    def patches(self) -> int:
+        """Patches of an image."""
+        return (self.image // PATCH) ** 2
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of an image in the encoder, the class token included."""
+        return 1 + (self.patches // 4 if self.name == "mae50" else self.patches)
+
+    def build(self) -> nn.Module:
+        """The model, the same weights each time; called with `inputs` it returns the loss and an output."""
+        torch.manual_seed(0)
+        sizes = {
+            "img_size": self.image,
+            "patch_size": PATCH,
+            "embed_dim": self.width,
+            "depth": self.depth,
+            "num_heads": max(1, self.width // 64),
+        }
+        if self.name == "vit":
+            return Classifier(**sizes)
+        decoder_width = min(512, self.width)  # narrower than MAE's 512 for small models alone
+        decoder = {
+            "decoder_embed_dim": decoder_width,
+            "decoder_depth": self.decoder_depth,
+            "decoder_num_heads": max(1, decoder_width // 32),
+        }
+        return (Autoencoder if self.name == "mae50" else DenseAutoencoder)(**sizes, **decoder)
+
+    def inputs(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """One batch of noise: images, and labels or the noise that decides the masks."""
+        generator = torch.Generator().manual_seed(1)
+        images = torch.randn(self.batch, 3, self.image, self.image, generator=generator, dtype=dtype)
+        if self.name == "vit":
+            second = torch.randint(1000, (self.batch,), generator=generator)
+        else:
+            second = torch.rand(self.batch, self.patches, generator=generator)
+        return images.to(device), second.to(device)
+
+    def small(self) -> "Case":
+        """The same model small enough for a check in fp64.
+
+        With 16 images a layer of width 64 has more samples than features and fc2 has fewer: the R update
+        takes either of its two ways.
+        """
+        return replace(
+            self,
+            width=min(self.width, 64),
+            depth=min(self.depth, 2),
+            batch=min(self.batch, 16),
+            decoder_depth=min(self.decoder_depth, 1),
+        )
+
+    def sizes(self) -> dict[str, object]:
+        """All sizes, for a JSON file."""
+        return asdict(self) | {"image": self.image, "patch": PATCH, "tokens": self.tokens}
+
+    def describe(self) -> str:
+        """The sizes in words."""
+        decoder = "" if self.name == "vit" else f", decoder {self.decoder_depth} deep"
+        return (
+            f"{self.name}: {self.width} wide, {self.depth} deep{decoder}, {self.tokens} tokens, "
+            f"batch {self.batch}"
+        )
+
+
+def in_encoder(name: str, module: nn.Module) -> bool:
+    """Decoders stay as they are: decorrelating them is unstable (arXiv 2510.14657)."""
+    return not name.startswith("decoder")
+
+
+def count(text: str) -> int:
+    """A number of something, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
+    return value
+
+
+def _width(text: str) -> int:
+    value = count(text)
+    if value % (4 if value < 64 else 64):
+        raise argparse.ArgumentTypeError(
+            f"expected a multiple of 64, the width of a head (or of 4 below that, for one head), got {text}"
+        )
+    return value
+
+
+def _device(text: str) -> torch.device:
+    if text not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"expected cpu or cuda, got {text}")
+    if text == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("this machine has no CUDA device that PyTorch can use")
+    return torch.device(text)
+
+
+def _file(text: str) -> Path:
+    path = Path(text)
+    if not path.parent.is_dir():  # better now than after the measurement
+        raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
+    return path
+
+
+def add_arguments(parser: argparse.ArgumentParser, tokens: dict[str, int]) -> None:
+    """The options that choose models, their sizes and where they run.
+
+    Args:
+        parser: gets the options.
+        tokens: tokens in the encoder that the default batch makes, by kind of device.
+    """
+    parser.add_argument(
+        "--case",
+        nargs="+",
+        choices=CASES,
+        default=["vit"],
+        help="; ".join(f"{name}: {text}" for name, text in CASES.items()) + " (default: vit)",
+    )
+    parser.add_argument(
+        "--sites",
+        nargs="+",
+        choices=PRESETS,
+        default=list(PRESETS),
+        help="where the encoder is decorrelated (default: each of them in turn)",
+    )
+    parser.add_argument("--device", type=_device, default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is autocast (default: fp32)"
+    )
+    parser.add_argument("--width", type=_width, help="of the encoder (default: 384, on a GPU 768)")
+    parser.add_argument("--depth", type=count, help="blocks of the encoder (default: 6, on a GPU 12)")
+    parser.add_argument("--decoder-depth", type=count, default=2, help="blocks of MAE's decoder (default: 2)")
+    parser.add_argument(
+        "--batch",
+        type=count,
+        help=f"images (default: as many as make {tokens['cpu']} tokens, on a GPU {tokens['cuda']})",
+    )
+    parser.set_defaults(tokens=tokens)
+    parser.add_argument("--threads", type=count, help="CPU threads (default: as PyTorch chooses)")
+    parser.add_argument("--json", type=_file, metavar="FILE", help="write everything measured to this file")
+
+
+def from_arguments(args: argparse.Namespace) -> list[Case]:
+    """The cases asked for."""
+    gpu = args.device.type == "cuda"
+    cases = []
+    for name in args.case:
+        case = Case(
+            name,
+            width=args.width or (768 if gpu else 384),
+            depth=args.depth or (12 if gpu else 6),
+            batch=args.batch or 1,
+            decoder_depth=args.decoder_depth,
+        )
+        tokens = args.tokens[args.device.type]
+        cases.append(case if args.batch else replace(case, batch=max(1, tokens // case.tokens)))
+    return cases

@@ -1,0 +1,113 @@
+"""The gate before every figure: ours and the published rule compute the same thing."""
+
+import functools
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from bench.arms import PRECISIONS, Arm
+from bench.baselines import published_layers
+from bench.cases import Case
+
+# Relative differences that rounding explains. Under autocast the sides round at different places: the
+# published rule rounds z and R x to bf16, the fold rounds W R.
+TOLERANCES = {"fp64": 1e-9, "fp32": 1e-3, "bf16": 3e-2}
+
+
+class CheckFailed(Exception):
+    """Two sides of a comparison compute different things."""
+
+
+class _Rows:
+    """One draw of samples for both sides: of rows, and of whole images where the layer is a convolution."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.step = 0
+
+    def draw(self, n: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self.step)
+        return torch.randint(n, (max(1, n // 10),), generator=generator)
+
+    def index(self, n: int, turn: int, device: torch.device) -> Tensor:
+        if n != self.case.batch * self.case.patches:
+            return self.draw(n).to(device)
+        patches = torch.arange(self.case.patches)
+        return (self.draw(self.case.batch)[:, None] * len(patches) + patches).flatten().to(device)
+
+
+def _change(pairs: Iterable[tuple[Tensor, Tensor, Tensor]]) -> float:
+    """Relative difference of two ways from a start: `|a - b| / |b - start|`, over (start, a, b) together."""
+    pairs = [[tensor.detach().double() for tensor in pair] for pair in pairs]
+    difference = sum((a - b).square().sum() for _, a, b in pairs)
+    way = sum((b - start).square().sum() for start, _, b in pairs)
+    return float((difference / way).sqrt())
+
+
+def compare(case: Case, sites: str, device: torch.device, precision: str) -> dict[str, float]:
+    """Train ours and the published rule from one start on the same rows; returns how far they differ.
+
+    Returns:
+        Relative differences of the losses, the change of the weights and that of R, the worst layer's.
+
+    Raises:
+        CheckFailed: converting the model changed its output.
+    """
+    inputs = case.inputs(device, PRECISIONS[precision][0])
+    # Not AdamW: it divides each gradient by its own size, which blows rounding up where a gradient is zero.
+    # With these rates three steps change something.
+    sgd = functools.partial(torch.optim.SGD, lr=0.1)
+    plain, ours, published = (
+        Arm(case, method, sites, inputs, precision, sgd, lr=0.02, kappa=0.1)
+        for method in ("plain", "ours", "published")
+    )
+    for arm in (ours, published):
+        if not torch.equal(arm.output(), plain.output()):
+            raise CheckFailed(
+                f"{case.name}, {sites}: with R = I, {arm.method} computes another output than plain"
+            )
+
+    rows = _Rows(case)
+    ours.decor._sampler.index = rows.index  # ours draws without replacement; here it must not
+    for layer in published_layers(published.model).values():
+        layer.draw = rows.draw
+    losses = []
+    for step in range(3):
+        rows.step = step
+        losses.append((ours.step(), published.step()))
+
+    starts = plain.model.parameters()
+    weights = zip(starts, ours.model.parameters(), published.model.parameters(), strict=True)
+    theirs = published.R()
+    return {
+        "loss": max(float(abs(a - b) / abs(b)) for a, b in losses),
+        "weights": _change(weights),
+        "R": max(
+            _change([(torch.eye(len(R), device=device), R, theirs[name])]) for name, R in ours.R().items()
+        ),
+    }
+
+
+def check(case: Case, sites: Iterable[str], device: torch.device, precision: str) -> dict[str, dict]:
+    """Compare all arms in fp64 and in the precision that is measured, at a small size of the case.
+
+    Returns:
+        By precision, the largest difference of each quantity over the sites.
+
+    Raises:
+        CheckFailed: a difference is more than rounding explains.
+    """
+    found: dict[str, dict] = {}
+    for kind in ("fp64", precision):
+        for chosen in sites:
+            differences = compare(case.small(), chosen, device, kind)
+            for quantity, difference in differences.items():
+                if not difference <= TOLERANCES[kind]:  # also for NaN
+                    raise CheckFailed(
+                        f"{case.name}, {chosen}, {kind}: ours and the published rule differ by "
+                        f"{difference:.2g} in {quantity}, expected at most {TOLERANCES[kind]:g}"
+                    )
+                worst = found.setdefault(kind, {})
+                worst[quantity] = max(difference, worst.get(quantity, 0.0))
+    return found

@@ -1,0 +1,152 @@
+"""Time and memory on either kind of device."""
+
+import contextlib
+import gc
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile, record_function
+
+
+def seconds(step: Callable[[], object], device: torch.device, inner: int = 1) -> float:
+    """Time of one `step`, the mean over `inner` in a row."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        for _ in range(inner):
+            step()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / inner
+    begin = time.perf_counter()
+    for _ in range(inner):
+        step()
+    return (time.perf_counter() - begin) / inner
+
+
+def rotated_round(
+    steps: Sequence[Callable[[], object]], turn: int, measure: Callable[[Callable], float]
+) -> list[float]:
+    """Measure every step once, beginning with step number `turn`; returns them in the order of `steps`.
+
+    Whatever drifts (temperature, other users) reaches all steps of a round alike; over the rounds none
+    always comes first.
+    """
+    found = [0.0] * len(steps)
+    for place in range(len(steps)):
+        i = (turn + place) % len(steps)
+        found[i] = measure(steps[i])
+    return found
+
+
+class Quartiles(NamedTuple):
+    """Median and quartiles."""
+
+    low: float
+    median: float
+    high: float
+
+
+def quartiles(values: Iterable[float]) -> Quartiles:
+    """Quartiles, interpolated linearly."""
+    return Quartiles(*np.quantile(list(values), (0.25, 0.5, 0.75)).tolist())
+
+
+def paired_ratio(values: Sequence[float], base: Sequence[float]) -> Quartiles:
+    """Quartiles of the ratios within each round: what two rounds differ by cancels."""
+    return quartiles(value / reference for value, reference in zip(values, base, strict=True))
+
+
+class Span(NamedTuple):
+    """Bytes held when a phase began and the most held during it."""
+
+    start: int
+    peak: int
+
+
+class Allocations:
+    """Bytes of tensors allocated since it was entered, in named phases.
+
+        with Allocations(device) as memory:
+            ...
+            with memory.phase("backward"):
+                loss.backward()
+        memory.spans["backward"].peak
+
+    On a GPU these are the caching allocator's figures. On the CPU they are those of every allocation and
+    release that PyTorch's profiler records: exact, scratch inside operators included, whatever else the
+    process holds; what BLAS and oneDNN allocate for themselves passes it by on either.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.spans: dict[str, Span] = {}
+
+    def __enter__(self) -> "Allocations":
+        gc.collect()  # what the last one left behind must not be released in here
+        if self.cuda:
+            self.base = torch.cuda.memory_allocated()
+        else:
+            self.profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+            self.profile.__enter__()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if not self.cuda:
+            self.profile.__exit__(*exception)
+            if exception[0] is None:
+                self._read_profile()
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Look at what is allocated until it ends."""
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+            start = torch.cuda.memory_allocated() - self.base
+            yield
+            self.spans[name] = Span(start, torch.cuda.max_memory_allocated() - self.base)
+        else:
+            with record_function(f"phase:{name}"):
+                yield
+
+    def _read_profile(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "trace.json"
+            self.profile.export_chrome_trace(str(path))
+            events = json.loads(path.read_text())["traceEvents"]
+        changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
+        times = np.array([at for at, _ in changes])
+        held = np.concatenate([[0], np.cumsum([size for _, size in changes])])
+        for event in events:
+            if event.get("cat") == "user_annotation" and event["name"].startswith("phase:"):
+                first, last = np.searchsorted(times, (event["ts"], event["ts"] + event["dur"]))
+                name = event["name"].removeprefix("phase:")
+                self.spans[name] = Span(int(held[first]), int(held[first : last + 1].max()))
+
+
+@contextlib.contextmanager
+def saved_storages(known: Iterable[Tensor]) -> Iterator[dict[int, int]]:
+    """Collect what autograd saves for the backward, tensors in `known` excepted.
+
+    Yields:
+        Bytes by address of the storage, so that what is saved twice counts once.
+    """
+    ours = {tensor.untyped_storage().data_ptr() for tensor in known}
+    found: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in ours:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield found

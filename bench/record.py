@@ -1,0 +1,46 @@
+"""How results are told: the machine they come from, and tables."""
+
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+
+import torch
+
+from dbpkern import env
+
+
+def header(argv: Sequence[str], device: torch.device, precision: str) -> dict[str, object]:
+    """What every JSON says of its run: command, date, machine, versions, commit and precision."""
+    return {
+        "command": " ".join(["python -m bench", *argv]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": env.collect(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "precision": precision,
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+    }
+
+
+def machine_line(header: dict) -> str:
+    """The header in a line."""
+    machine = header["machine"]
+    processor = header["device"]
+    if processor == "cpu":
+        processor = f"{machine['cpu']}, {machine['threads']} threads"
+    versions = ", ".join(f"{name} {machine['packages'][name]}" for name in ("torch", "triton", "timm"))
+    head, changes, _ = (machine["commit"] or "unknown").partition("+changes")
+    commit = head[:12] + changes
+    return f"{processor}; {versions}; dbpkern {machine['dbpkern']}, commit {commit}; {header['date']}"
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table, numbers to the right; the first two columns are names."""
+    lines = [list(columns), *map(list, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        pairs = list(zip(cells, widths, strict=True))
+        names = [cell.ljust(width) for cell, width in pairs[:2]]
+        return f"| {' | '.join(names + [cell.rjust(width) for cell, width in pairs[2:]])} |"
+
+    rule = ["-" * w if i < 2 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    return "\n".join([line(lines[0]), line(rule), *map(line, lines[1:])])

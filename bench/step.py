@@ -1,0 +1,102 @@
+"""Time, FLOPs and peak memory of a training step, against plain training and the published rule.
+
+A step is zero_grad, forward, backward, AdamW and the update of R. Before anything is timed, ours and the
+published rule train a small model of the same kind from one start on the same samples, in fp64 and in the
+precision asked for: unless losses, weights and R agree, no figure is printed and the exit code is 1.
+
+All arms run in one process, one after the other in each round, in an order that rotates. The time ratio is
+the median over rounds of (arm / plain) within a round, with its quartiles; the seconds are medians, too. Peak
+memory is what an arm holds at most during a step, weights and optimizer states included, inputs not.
+"""
+
+import argparse
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench import cases, command, measure, record
+from bench.arms import Arm, methods
+
+MIB = 2**20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of `python -m bench step`."""
+    cases.add_arguments(parser, tokens={"cpu": 6400, "cuda": 12800})
+    parser.add_argument("--rounds", type=cases.count, help="after one to warm up (default: 7, on a GPU 20)")
+    parser.add_argument(
+        "--inner", type=cases.count, help="steps of an arm in a round (default: 1, on a GPU 5)"
+    )
+    parser.add_argument("--compile", action="store_true", help="torch.compile the model of every arm")
+
+
+def prepare(make: Callable[[], Arm], args: argparse.Namespace) -> tuple[Arm, dict[str, int]]:
+    """Make an arm and run its first steps; returns it with the FLOPs and the peak bytes of a step."""
+    with measure.Allocations(args.device) as memory:
+        arm = make()
+        with FlopCounterMode(display=False) as counter:
+            arm.step()
+        if args.compile:
+            arm.model.compile()
+            arm.step()
+        with memory.phase("step"):
+            arm.step()
+    return arm, {"flops": counter.get_total_flops(), "peak_bytes": memory.spans["step"].peak}
+
+
+def measure_case(case: cases.Case, args: argparse.Namespace) -> dict[str, object]:
+    """Times, FLOPs and bytes of every arm."""
+    gpu = args.device.type == "cuda"
+    rounds, inner = args.rounds or (20 if gpu else 7), args.inner or (5 if gpu else 1)
+    inputs = case.inputs(args.device, torch.float32)
+    arms, found = [], []
+    for method, sites in methods(args.sites):
+        command.progress(f"{case.name}: counting {method} {sites or ''}")
+        make = functools.partial(Arm, case, method, sites, inputs, args.precision)
+        arm, counts = prepare(make, args)
+        arms.append(arm)
+        found.append({"arm": method, "sites": sites, **counts})
+
+    def timed(step: Callable) -> float:
+        return measure.seconds(step, args.device, inner)
+
+    times: list[list[float]] = []
+    for turn in range(1 + rounds):
+        command.progress(f"{case.name}: round {turn} of {rounds}{'' if turn else ', to warm up'}")
+        times.append(measure.rotated_round([arm.step for arm in arms], turn, timed))
+    for arm, seconds in zip(found, zip(*times[1:], strict=True), strict=True):
+        plain = found[0]
+        arm["seconds"] = seconds
+        arm["median_seconds"] = measure.quartiles(seconds).median
+        arm["time_ratio"] = measure.paired_ratio(seconds, plain["seconds"])._asdict()
+        arm["flop_ratio"] = arm["flops"] / plain["flops"]
+        arm["peak_ratio"] = arm["peak_bytes"] / plain["peak_bytes"]
+    return {"rounds": rounds, "inner": inner, "compiled": args.compile, "arms": found}
+
+
+def table(result: dict) -> str:
+    """The figures of a case as Markdown."""
+    rows = []
+    for arm in result["arms"]:
+        ratio = arm["time_ratio"]
+        rows.append(
+            [
+                arm["arm"],
+                arm["sites"] or "-",
+                f"{arm['median_seconds']:.4g}",
+                f"{ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]",
+                f"{arm['flops'] / 1e9:.4g}",
+                f"{arm['flop_ratio']:.3f}",
+                f"{arm['peak_bytes'] / MIB:.1f}",
+                f"{arm['peak_ratio']:.3f}",
+            ]
+        )
+    columns = ("arm", "sites", "s/step", "time / plain", "GFLOP", "/ plain", "peak MiB", "/ plain")
+    return record.table(columns, rows)
+
+
+def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Check, measure, print; returns the exit code."""
+    return command.run(args, argv, measure_case, table)

@@ -1,0 +1,107 @@
+"""Many processes with gloo: one script runs in 2 and in 4 of them, the tests judge what they wrote."""
+
+import multiprocessing
+
+import distributed_worker
+import pytest
+import torch
+from torch.multiprocessing import start_processes
+
+from dbpkern import distributed, reference
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+@pytest.fixture(scope="module", params=[2, 4], ids=lambda n: f"{n} processes")
+def ranks(request, tmp_path_factory):
+    """The results of every process, in the order of ranks."""
+    folder, world = tmp_path_factory.mktemp("ranks"), request.param
+    # The server imports once and forks: a process starts in no time. DistributedDataParallel needs _dynamo.
+    multiprocessing.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed", "dbpkern"])
+    start_processes(distributed_worker.run, (world, str(folder)), nprocs=world, start_method="forkserver")
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
+
+
+@pytest.fixture(scope="module")
+def single():
+    """The same training in this process alone, on whole batches."""
+    return {
+        name: distributed_worker.train(model, batches)
+        for name, (model, batches) in distributed_worker.models().items()
+    }
+
+
+@pytest.mark.parametrize(("name", "tolerance"), [("vit, float32", 1e-5), ("mlp, float64", 1e-10)])
+def test_many_processes_equal_one(ranks, single, name, tolerance):
+    untrained = distributed_worker.models()[name][0].state_dict()
+    for rank in ranks:
+        trained = rank["trained"][name]
+        assert trained.keys() == single[name].keys()
+        for key, value in single[name].items():
+            torch.testing.assert_close(trained[key], value, rtol=tolerance, atol=tolerance)
+            if key.endswith(("R", "weight")):
+                assert (value - untrained[key]).abs().max() > 10 * tolerance, key
+
+
+def test_R_are_bitwise_equal_on_all_ranks(ranks):
+    for rank in ranks[1:]:
+        for trained, first in zip(rank["trained"].values(), ranks[0]["trained"].values(), strict=True):
+            assert all(torch.equal(trained[key], first[key]) for key in trained if key.endswith("R"))
+        for part in ("sampled", "unequal"):
+            for step, first in zip(rank[part]["steps"], ranks[0][part]["steps"], strict=True):
+                assert all(torch.equal(step["after"][name], R) for name, R in first["after"].items())
+
+
+def test_ranks_draw_different_rows(ranks):
+    draws = {tuple(rank["sampled"]["index"].tolist()) for rank in ranks}
+    assert len(draws) == len(ranks)
+
+
+@pytest.mark.parametrize(("part", "kappa"), [("sampled", 0.1), ("unequal", 0.0)])
+def test_the_step_is_that_of_all_rows_together(ranks, part, kappa):
+    """Unequal numbers of rows, none on one rank, none on any: each row counts once."""
+    for steps in zip(*(rank[part]["steps"] for rank in ranks), strict=True):
+        for name, before in steps[0]["before"].items():
+            rows = torch.cat([step["rows"][name] for step in steps if name in step["rows"]] or [before[:0]])
+            expected = reference.published_step(before, rows, 0.05, kappa) if len(rows) else before
+            torch.testing.assert_close(steps[0]["after"][name], expected)
+
+
+@pytest.mark.parametrize(("part", "kappa"), [("sampled", 0.1), ("unequal", 0.0)])
+def test_losses_are_those_of_all_rows_together(ranks, part, kappa):
+    for steps in zip(*(rank[part]["steps"] for rank in ranks), strict=True):
+        sampled = {name for step in steps for name in step["rows"]}
+        for step in steps:
+            for when, Rs in (("loss", "before"), ("loss after", "after")):
+                if when in step:
+                    assert step[when].keys() == sampled
+                    for name, loss in step[when].items():
+                        rows = torch.cat([other["rows"][name] for other in steps if name in other["rows"]])
+                        z = reference.transform(rows, step[Rs][name])
+                        torch.testing.assert_close(loss, reference.loss(z[None], kappa)[0])
+
+
+def test_the_unequal_case_is_unequal(ranks):
+    first, last = ([rank["unequal"]["steps"][i]["rows"] for rank in ranks] for i in (0, 1))
+    assert [len(rows["0"]) for rows in first] == [3 * rank + 2 for rank in range(len(ranks))]
+    assert [len(rows["0"]) if rows else 0 for rows in last] == list(range(len(ranks)))
+    assert all("4" not in rows for rows in last)
+
+
+def test_broadcast_buffers_warns(ranks):
+    for rank in ranks:
+        assert len(rank["warnings"][True]) == 1
+        assert "pass broadcast_buffers=False" in rank["warnings"][True][0]
+        assert rank["warnings"][False] == []
+
+
+def test_a_step_never_reads_a_value(ranks):
+    for rank in ranks:
+        assert "dbpkern::apply_" in rank["operators"]
+        assert not {"aten::item", "aten::_local_scalar_dense", "aten::nonzero"} & set(rank["operators"])
+
+
+def test_one_process_is_rank_0_of_1():
+    assert (distributed.rank(), distributed.world_size()) == (0, 1)
+    assert distributed.any_process(True, torch.device("cpu"))
+    assert not distributed.any_process(False, torch.device("cpu"))

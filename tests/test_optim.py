@@ -1,0 +1,706 @@
+"""DecorSGD: the published rule, the sampling of rows, and what an optimizer owes its users."""
+
+import copy
+import gc
+import itertools
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from vits import captured, decorrelated, everything, images, make, mlp, shake
+
+import dbpkern
+from dbpkern import DecorSGD, distributed, reference
+from dbpkern.sampling import Sampler
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+CPU = torch.device("cpu")
+
+
+def exact(actual, expected, tolerance=1e-12):
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def identical(one, other):
+    assert one.shape == other.shape
+    assert torch.equal(one, other)
+
+
+def backward(model, x):
+    model(x).square().mean().backward()
+
+
+def Rs(model):
+    return {name: layer.R.clone() for name, layer in decorrelated(model).items()}
+
+
+def linears(n, d, dtype=torch.float32):
+    """n layers of one width in a row."""
+    return mlp(*[d] * (n + 1), dtype=dtype)
+
+
+# The published rule.
+
+WIDTHS = (7, 11, 5)
+
+
+def published_forward(x, Ws, bs, Rs):
+    """z = R x for every token, y = W z + b, tanh in between; also returns each layer's input."""
+    inputs = []
+    for i, (W, b, R) in enumerate(zip(Ws, bs, Rs, strict=True)):
+        inputs.append(x)
+        z = x @ R.T
+        x = z @ W.T + b
+        if i < len(Ws) - 1:
+            x = torch.tanh(x)
+    return x, inputs
+
+
+@pytest.mark.parametrize("form", ["fold", "apply"])
+@pytest.mark.parametrize("kappa", [0.0, 0.1])
+@pytest.mark.parametrize("sample", [1.0, 0.3])
+@pytest.mark.parametrize(
+    "optimizer",
+    [lambda p: torch.optim.SGD(p, 0.05, momentum=0.9), lambda p: torch.optim.AdamW(p, 0.01)],
+    ids=["SGD", "AdamW"],
+)
+def test_training_equals_the_published_rule(optimizer, sample, kappa, form):
+    eta = 0.05
+    model = mlp(*WIDTHS, form=form, dtype=torch.float64)
+    layers = list(decorrelated(model).values())
+    Ws = [layer.weight.detach().clone().requires_grad_() for layer in layers]
+    bs = [layer.bias.detach().clone().requires_grad_() for layer in layers]
+    theirs = [torch.eye(d, dtype=torch.float64) for d in WIDTHS[:-1]]
+    main, other = (
+        optimizer(model.parameters()),
+        optimizer([p for pair in zip(Ws, bs, strict=True) for p in pair]),
+    )
+    decor = DecorSGD(model, lr=eta, kappa=kappa, sample=sample)
+    mixing = torch.randn(7, 7, dtype=torch.float64)
+    for _ in range(20):
+        x = torch.randn(4, 6, 7, dtype=torch.float64) @ mixing
+        target = torch.randn(4, 6, 5, dtype=torch.float64)
+        main.zero_grad()
+        loss = F.mse_loss(model(x), target)
+        loss.backward()
+        index = decor._sampler.index(24, 0, CPU)
+        main.step()
+        decor.step()
+
+        other.zero_grad()
+        y, inputs = published_forward(x, Ws, bs, theirs)
+        published = F.mse_loss(y, target)
+        published.backward()
+        other.step()
+        rows = [i.detach().flatten(0, 1) for i in inputs]
+        rows = rows if sample == 1.0 else [r[index] for r in rows]
+        theirs = [reference.published_step(R, r, eta, kappa) for R, r in zip(theirs, rows, strict=True)]
+
+        exact(loss, published, 1e-10)
+        for layer, W, b, R in zip(layers, Ws, bs, theirs, strict=True):
+            exact(layer.R, R, 1e-10)
+            exact(layer.weight, W, 1e-10)
+            exact(layer.bias, b, 1e-10)
+    assert all((R - torch.eye(len(R))).abs().max() > 0.01 for R in theirs)
+
+
+# Sampling.
+
+
+@pytest.mark.parametrize("sample", [0.1, 0.25, 0.5, 0.999, 1.0])
+@pytest.mark.parametrize("n", [1, 2, 5, 10, 37, 1000])
+def test_sample_size_and_no_replacement(n, sample):
+    size = max(1, round(sample * n))
+    sampler = Sampler(sample, 0)
+    assert sampler.size(n) == size
+    index = sampler.index(n, 0, CPU)
+    if size == n:
+        assert index is None
+    else:
+        assert index.shape == (size,)
+        assert index.unique().shape == (size,)
+        assert index.min() >= 0
+        assert index.max() < n
+
+
+def test_nothing_is_sampled_from_nothing():
+    assert Sampler(0.1, 0).size(0) == 0
+
+
+def test_every_row_is_as_likely():
+    sampler, counts = Sampler(0.25, 0), torch.zeros(8)
+    for _ in range(2000):
+        counts[sampler.index(8, 0, CPU)] += 1
+        sampler.advance()
+    assert (counts / 2000 - 0.25).abs().max() < 0.05  # 5 standard deviations
+
+
+def test_draws_are_a_function_of_seed_rank_step_micro_batch_and_count(monkeypatch):
+    def draw(seed=0, rank=0, step=0, turn=0, n=1000):
+        monkeypatch.setattr(distributed, "rank", lambda: rank)
+        sampler = Sampler(0.1, seed)
+        sampler.seek(seed, step)
+        return sampler.index(n, turn, CPU).tolist()
+
+    variants = [{}, {"seed": 1}, {"rank": 1}, {"rank": 2}, {"step": 1}, {"turn": 1}, {"n": 1001}]
+    draws = [draw(**variant) for variant in variants]
+    assert len({tuple(d) for d in draws}) == len(variants)
+    assert [draw(**variant) for variant in variants] == draws
+
+
+def test_draws_do_not_touch_the_global_generator():
+    before = torch.get_rng_state()
+    Sampler(0.1, 0).index(100, 0, CPU)
+    identical(torch.get_rng_state(), before)
+
+
+def test_layers_with_equal_token_counts_share_the_index():
+    model = nn.ModuleList([nn.Linear(5, 5) for _ in range(3)])
+    dbpkern.decorrelate(model, None, everything)
+    decor = DecorSGD(model, sample=0.3)
+    x, y = torch.randn(2, 20, 5), torch.randn(30, 5)
+    (model[0](x).sum() + model[1](x.view(4, 10, 5)).sum() + model[2](y).sum()).backward()
+    rows = captured(decor)
+    assert {name: len(r) for name, r in rows.items()} == {"0": 12, "1": 12, "2": 9}
+    identical(rows["0"], rows["1"])
+    identical(rows["0"], x.view(40, 5)[decor._sampler.index(40, 0, CPU)])
+    identical(rows["2"], y[decor._sampler.index(30, 0, CPU)])
+
+
+def test_steps_and_micro_batches_draw_anew():
+    model, x = linears(1, 5), torch.randn(1000, 5)
+    decor = DecorSGD(model, sample=0.01)
+    drawn = []
+    for _ in range(3):
+        for _ in range(2):
+            backward(model, x)
+        drawn += captured(decor)["0"].split(10)
+        decor.step()
+    assert len(drawn) == 6
+    assert all(not torch.equal(one, other) for i, one in enumerate(drawn) for other in drawn[:i])
+
+
+@pytest.mark.parametrize("sizes", [(8, 8), (8, 8, 8), (4, 12, 7), (1, 0, 9), (12, 3)])
+def test_accumulation_gives_the_statistic_of_all_samples(sizes):
+    model = linears(2, 5, torch.float64)
+    decor = DecorSGD(model, lr=0.1, kappa=0.2, sample=1.0)
+    for _ in range(3):  # the second and third step reuse the room of the first
+        before, xs = Rs(model), [torch.randn(n, 5, dtype=torch.float64) for n in sizes]
+        for x in xs:
+            model(x).sum().backward()
+        inputs = {"0": torch.cat(xs), "2": torch.tanh(model[0](torch.cat(xs))).detach()}
+        decor.step()
+        for name, R in Rs(model).items():
+            exact(R, reference.published_step(before[name], inputs[name], 0.1, 0.2))
+
+
+def test_micro_batches_of_other_sizes_from_step_to_step():
+    """Rows that outgrow their room, shrink again, and layers that sample unequally."""
+    model = linears(2, 4, torch.float64)
+    decor = DecorSGD(model, lr=0.1, sample=1.0)
+    for sizes in ((6,), (9,), (2,), (2, 2), (12, 1), (3,), (13,)):
+        before, total = Rs(model), {"0": [], "2": []}
+        for n in sizes:
+            x = torch.randn(n, 4, dtype=torch.float64)
+            model(x).sum().backward()
+            total["0"].append(x)
+            total["2"].append(torch.tanh(model[0](x)).detach())
+        x = torch.randn(3, 4, dtype=torch.float64)
+        model[2](x).sum().backward()  # one layer alone
+        total["2"].append(x)
+        decor.step()
+        for name, R in Rs(model).items():
+            exact(R, reference.published_step(before[name], torch.cat(total[name]), 0.1))
+        # Buffers that were outgrown are not kept.
+        spans = sorted(decor._stacks[0].samples)
+        assert all(one[1] <= other[0] for one, other in itertools.pairwise(spans))
+
+
+def replace_R(model):
+    for layer in decorrelated(model).values():
+        layer.R = layer.R.clone()
+
+
+NEW_STORAGE = {
+    "double": lambda model: model.double(),
+    "assigned checkpoint": lambda m: m.load_state_dict(copy.deepcopy(m.state_dict()), assign=True),
+    "replaced": replace_R,
+}
+
+
+@pytest.mark.parametrize("when", ["between steps", "between backward and step"])
+@pytest.mark.parametrize("change", NEW_STORAGE)
+def test_R_may_get_new_storage_at_any_time(change, when):
+    model = linears(3, 5)
+    decor = DecorSGD(model, lr=0.1, sample=1.0)
+    for i in range(3):
+        if i == 1 and when == "between steps":
+            NEW_STORAGE[change](model)
+        x = torch.randn(9, 5, dtype=model[0].weight.dtype)
+        model(x).sum().backward()
+        if i == 1 and when != "between steps":
+            NEW_STORAGE[change](model)
+        before = Rs(model)
+        decor.step()
+        for name, R in Rs(model).items():
+            assert not torch.equal(R, before[name])
+        exact(Rs(model)["0"], reference.published_step(before["0"], x.to(before["0"].dtype), 0.1), 1e-6)
+    assert decor.param_groups[0]["params"][0] is model[0].R
+
+
+def test_in_the_steady_state_nothing_moves():
+    model = linears(3, 6)
+    decor = DecorSGD(model, lr=0.01, sample=0.5)
+    R_places = {name: layer.R.data_ptr() for name, layer in decorrelated(model).items()}
+    x = torch.randn(20, 6)
+    backward(model, x)
+    decor.step()
+    places = None
+    for n in (20, 20, 7, 20):
+        backward(model, x[:n])
+        slots = [site.slot for site in decor._sites]
+        assert all(slot.used == round(n / 2) and not slot.spill for slot in slots)
+        new = [slot.room.data_ptr() for slot in slots]
+        decor.step()
+        assert places is None or new == places
+        places = new
+    stack = decor._stacks[0].R
+    assert [layer.R.data_ptr() for layer in decorrelated(model).values()] == [R.data_ptr() for R in stack]
+    assert R_places == {name: layer.R.data_ptr() for name, layer in decorrelated(model).items()}
+
+
+@pytest.mark.parametrize("order", ["BB BB BB", "BF BF BF", "BB FF BB", "FF BB FB", "BF FB BF"])
+def test_rows_of_mixed_dtypes(order):
+    """bfloat16 or float32 by layer and step, as autocast over parts of the work gives: kept as they came."""
+    model = linears(2, 6)
+    decor = DecorSGD(model, lr=0.1, sample=1.0)
+    for step in order.split():
+        before, x = Rs(model), torch.randn(9, 6)
+        for layer, kind in zip((model[0], model[2]), step, strict=True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=kind == "B"):
+                y = layer(x)
+            y.float().square().mean().backward()
+        assert [rows.dtype.itemsize for rows in captured(decor).values()] == [
+            2 if k == "B" else 4 for k in step
+        ]
+        decor.step()
+        for (name, R), kind in zip(Rs(model).items(), step, strict=True):
+            rows = x.bfloat16().float() if kind == "B" else x
+            exact(R, reference.published_step(before[name], rows, 0.1), 1e-6)
+
+
+def test_a_second_DecorSGD_takes_over():
+    model, x = linears(2, 5), torch.randn(9, 5)
+    first = DecorSGD(model)
+    backward(model, x)
+    first.step()
+    second = DecorSGD(model)
+    backward(model, x)
+    assert captured(first) == {}
+    for method in (first.step, first.loss):
+        with pytest.raises(RuntimeError, match="samples of 0 no longer come here: another DecorSGD"):
+            method()
+    before = Rs(model)
+    second.step()
+    assert not torch.equal(Rs(model)["0"], before["0"])
+
+
+def test_a_DecorSGD_is_freed():
+    model = linears(1, 5)
+    decor = DecorSGD(model)
+    backward(model, torch.randn(9, 5))
+    decor.step()
+    gone = weakref.ref(decor)
+    del decor
+    gc.collect()
+    assert gone() is None
+
+
+def test_layers_that_never_sampled_are_named_once():
+    model = linears(3, 5)
+    model[2].requires_grad_(False)
+    decor = DecorSGD(model)
+    backward(model, torch.randn(20, 5))
+    with pytest.warns(UserWarning, match="1 of 3 layers sampled no input before the first step.*: 2. Frozen"):
+        decor.step()
+    identical(model[2].R, torch.eye(5))
+    backward(model, torch.randn(20, 5))
+    decor.step()  # no second warning: it would be an error here
+
+
+def test_a_model_that_reads_weights_without_calling_the_layer_is_warned_of():
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return F.linear(x, self.inner.weight)
+
+    model = dbpkern.decorrelate(Reader(), None, everything)
+    decor = DecorSGD(model)
+    backward(model, torch.randn(3, 4))
+    with pytest.warns(UserWarning, match="1 of 1 layers sampled no input.*inner.*without calling its layer"):
+        decor.step()
+
+
+# The optimizer.
+
+
+def test_learning_rate_schedulers_take_effect():
+    for make_scheduler, rates in (
+        (lambda d: torch.optim.lr_scheduler.LambdaLR(d, lambda i: 1 / (i + 1)), [0.2, 0.1, 0.2 / 3]),
+        (lambda d: torch.optim.lr_scheduler.CosineAnnealingLR(d, 2), [0.2, 0.1, 0.0]),
+    ):
+        model = linears(2, 5, torch.float64)
+        decor = DecorSGD(model, lr=0.2, sample=1.0)
+        scheduler = make_scheduler(decor)
+        for rate in rates:
+            before, x = Rs(model)["0"], torch.randn(9, 5, dtype=torch.float64)
+            backward(model, x)
+            decor.step()
+            scheduler.step()
+            exact(Rs(model)["0"], reference.published_step(before, x, rate))
+
+
+def test_rate_as_a_tensor_changes_in_place():
+    lr = torch.tensor(0.2, dtype=torch.float64)
+    model = linears(1, 5, torch.float64)
+    decor = DecorSGD(model, lr=lr, sample=1.0)
+    for rate in (0.2, 0.05):
+        lr.fill_(rate)
+        before, x = Rs(model)["0"], torch.randn(9, 5, dtype=torch.float64)
+        backward(model, x)
+        decor.step()
+        exact(Rs(model)["0"], reference.published_step(before, x, rate))
+
+
+def test_a_rate_of_zero_changes_nothing():
+    model = linears(2, 5)
+    decor = DecorSGD(model, lr=0.0)
+    backward(model, torch.randn(9, 5))
+    decor.step()
+    for R in Rs(model).values():
+        identical(R, torch.eye(5))
+
+
+def test_mixed_widths_and_dtypes_each_follow_the_rule():
+    model = nn.Sequential(mlp(5, 7, 5, 7), mlp(7, 5, dtype=torch.float64), mlp(5, 5, dtype=torch.float64))
+    decor = DecorSGD(model, lr=0.1, sample=1.0)
+    assert decor.names == ["0.0", "0.2", "0.4", "1.0", "2.0"]
+    inputs = {}
+    for name, layer in decorrelated(model).items():
+        layer.register_forward_pre_hook(lambda _, args, name=name: inputs.__setitem__(name, args[0].detach()))
+    for _ in range(2):
+        before = Rs(model)
+        y = model[0](torch.randn(9, 5))
+        model[2](model[1](y.double())).sum().backward()
+        decor.step()
+        for name, R in Rs(model).items():
+            expected = reference.published_step(before[name], inputs[name], 0.1)
+            torch.testing.assert_close(R, expected)
+            assert R.dtype == before[name].dtype
+    assert sorted(len(stack.sites) for stack in decor._stacks) == [1, 1, 1, 2]
+
+
+@pytest.mark.parametrize("interrupted", [1, 3])
+def test_resuming_from_checkpoints_gives_the_same_run(interrupted):
+    def run(model, main, decor, scheduler, start, stop):
+        for i in range(start, stop):
+            for j in range(2):
+                x = torch.randn(50, 6, generator=torch.Generator().manual_seed(10 * i + j))
+                backward(model, x)
+            main.step()
+            main.zero_grad()
+            decor.step()
+            scheduler.step()
+
+    def build(seed, lr, kappa):
+        torch.manual_seed(3)
+        model = linears(3, 6)
+        decor = DecorSGD(model, lr=lr, kappa=kappa, sample=0.1, seed=seed)
+        main = torch.optim.AdamW(model.parameters(), 0.01)
+        return model, main, decor, torch.optim.lr_scheduler.CosineAnnealingLR(decor, 10)
+
+    whole = build(7, 0.1, 0.3)
+    run(*whole, 0, 5)
+    first = build(7, 0.1, 0.3)
+    run(*first, 0, interrupted)
+    states = [copy.deepcopy(part.state_dict()) for part in first]
+    second = build(0, 0.5, 0.0)
+    run(*second, 0, 1)
+    backward(second[0], torch.randn(50, 6))  # rows and draws that must not reach the resumed run
+    second[1].zero_grad()
+    for part, state in zip(second, states, strict=True):
+        part.load_state_dict(state)
+    run(*second, interrupted, 5)
+    for name, R in Rs(whole[0]).items():
+        identical(Rs(second[0])[name], R)
+    other = build(8, 0.1, 0.3)
+    run(*other, 0, 5)
+    assert not torch.equal(Rs(other[0])["0"], Rs(whole[0])["0"])
+
+
+def test_checkpoints_go_through_a_file(tmp_path):
+    model = linears(2, 5)
+    decor = DecorSGD(model, lr=torch.tensor(0.1), kappa=0.5, seed=4)
+    backward(model, torch.randn(9, 5))
+    decor.step()
+    torch.save(decor.state_dict(), tmp_path / "decor.pt")
+    other = DecorSGD(linears(2, 5))
+    other.load_state_dict(torch.load(tmp_path / "decor.pt", weights_only=True))
+    assert other.param_groups[0]["lr"] == torch.tensor(0.1)
+    assert other.param_groups[0]["kappa"] == 0.5
+    assert other.state_dict()["sampling"] == {"seed": 4, "step": 1}
+
+
+@pytest.mark.parametrize(
+    ("state", "match"),
+    [
+        (lambda: torch.optim.SGD([torch.ones(1)], 0.1).state_dict(), "expected the state of a DecorSGD"),
+        (lambda: DecorSGD(linears(3, 5)).state_dict(), "doesn't match the size"),
+    ],
+)
+def test_foreign_checkpoints_are_refused(state, match):
+    decor = DecorSGD(linears(2, 5), lr=0.25)
+    with pytest.raises(ValueError, match=match):
+        decor.load_state_dict(state())
+    assert decor.param_groups[0]["lr"] == 0.25
+    assert decor.state_dict()["sampling"] == {"seed": 0, "step": 0}
+
+
+def test_a_step_without_a_backward_changes_nothing():
+    model = linears(2, 5)
+    decor = DecorSGD(model, lr=0.1)
+    backward(model, torch.randn(9, 5))
+    decor.step()
+    before = Rs(model)
+    decor.step()
+    for name, R in Rs(model).items():
+        identical(R, before[name])
+
+
+def test_zero_grad_drops_the_rows():
+    model = linears(2, 5, torch.float64)
+    decor = DecorSGD(model, lr=0.1, sample=1.0)
+    for _ in range(2):
+        before, x = Rs(model)["0"], torch.randn(9, 5, dtype=torch.float64)
+        backward(model, torch.randn(9, 5, dtype=torch.float64) * 1e6)
+        decor.zero_grad()
+        assert captured(decor) == {}
+        assert decor.loss() == {}
+        backward(model, x)
+        decor.step()
+        exact(Rs(model)["0"], reference.published_step(before, x, 0.1))
+
+
+@pytest.mark.parametrize("kappa", [0.0, 0.3, 1.0])
+def test_loss_is_that_of_the_reference_before_and_after_the_step(kappa):
+    model = shake(mlp(5, 7, 5, 7, dtype=torch.float64))
+    decor = DecorSGD(model, lr=0.1, kappa=kappa, sample=0.5)
+    assert decor.loss() == {}
+
+    def expected(rows):
+        return {
+            name: reference.loss(reference.transform(r, decorrelated(model)[name].R)[None], kappa)[0]
+            for name, r in rows.items()
+        }
+
+    for n in (20, 12):
+        backward(model, torch.randn(n, 5, dtype=torch.float64))
+        rows = captured(decor)
+        assert [len(r) for r in rows.values()] == [n // 2] * 3
+        before = decor.loss()
+        assert list(before) == decor.names == ["0", "2", "4"]
+        exact(before, expected(rows))
+        decor.step()
+        after = decor.loss()
+        exact(after, expected(rows))
+        assert all(after[name] < before[name] for name in before)
+        assert all(value.shape == () for value in after.values())
+
+
+def test_loss_after_a_step_counts_no_older_rows():
+    model = linears(2, 5)
+    decor = DecorSGD(model, sample=1.0)
+    backward(model, torch.randn(9, 5))
+    decor.step()
+    assert decor.loss().keys() == {"0", "2"}
+    model[0](torch.randn(9, 5)).sum().backward()
+    assert decor.loss().keys() == {"0"}
+    decor.step()
+    assert decor.loss().keys() == {"0"}
+    decor.step()
+    assert decor.loss() == {}
+
+
+# What a step costs.
+
+SYNCHRONISING = {
+    "aten::item",
+    "aten::_local_scalar_dense",
+    "aten::nonzero",
+    "aten::is_nonzero",
+    "aten::equal",
+}
+
+
+def operators(function) -> list[str]:
+    """Every operator that runs in `function`, also inside of others."""
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        function()
+    return [event.name for event in recorded.events() if "::" in event.name]
+
+
+def test_the_measure_of_operators_sees_inside_operators():
+    assert SYNCHRONISING & set(operators(lambda: torch.ones(1).item()))
+    R = torch.eye(3)[None].clone()
+    names = operators(lambda: dbpkern.ops.update_(R, torch.randn(1, 9, 3), 0.1))
+    assert {"dbpkern::update_", "dbpkern::correlation", "aten::bmm", "aten::baddbmm_"} <= set(names)
+
+
+@pytest.mark.parametrize("rate", [0.1, torch.tensor(0.1)])
+@pytest.mark.parametrize("n", [4, 40])
+def test_step_never_reads_a_value(n, rate):
+    """Reading a value on the host waits for the device."""
+    model = mlp(5, 5, 7, 5, 5)
+    decor = DecorSGD(model, lr=rate, kappa=0.1, sample=1.0)
+    for _ in range(2):
+        backward(model, torch.randn(n, 5))
+        names = operators(decor.step)
+        assert "dbpkern::update_" in names
+        assert not SYNCHRONISING & set(names)
+
+
+@pytest.mark.parametrize("n", [4, 40])
+def test_the_work_of_a_step_does_not_grow_with_the_number_of_layers(n):
+    counts = []
+    for layers in (2, 6):
+        model = linears(layers, 12)
+        decor = DecorSGD(model, lr=0.1, sample=1.0)
+        for _ in range(2):
+            backward(model, torch.randn(n, 12))
+            names = operators(decor.step)
+        work = [
+            name
+            for name in names
+            if not name.startswith(("aten::select", "aten::unbind", "aten::as_strided"))
+        ]
+        assert work.count("dbpkern::update_") == 1
+        counts.append({name: work.count(name) for name in set(work)})
+    assert counts[0] == counts[1]
+    assert counts[0]["aten::bmm"] == 2
+    # Per layer, the parts of the sample buffer are looked at, and nothing else.
+
+
+# What decorrelation does.
+
+
+def correlated(n, d, dtype=torch.float64):
+    return torch.randn(n, d, dtype=dtype) @ (torch.eye(d, dtype=dtype) + 0.2 * torch.randn(d, d, dtype=dtype))
+
+
+def test_decorrelation_loss_falls_and_the_determinant_stays():
+    model = mlp(8, 4, dtype=torch.float64)
+    eta, x = 0.05, correlated(400, 8)
+    decor = DecorSGD(model, lr=eta, sample=1.0)
+    losses, logdet = [], 0.0
+    for _ in range(200):
+        backward(model, x)
+        losses.append(decor.loss()["0"].item())
+        z = reference.transform(x, model[0].R)
+        M, _ = reference.correlation(z[None])
+        decor.step()
+        sign, new = torch.linalg.slogdet(model[0].R)
+        assert sign == 1
+        # log det(I - eta M) = -eta tr M - eta^2 tr(M^2) / 2 - ..., and the trace of M is 0.
+        predicted = -(eta**2) * M.square().sum().item() / 2
+        assert abs(new.item() - logdet - predicted) <= 0.5 * abs(predicted) + 1e-14
+        assert new.item() <= logdet + 1e-14
+        logdet = new.item()
+    assert all(later < earlier for earlier, later in itertools.pairwise(losses))
+    assert losses[-1] < 1e-3 * losses[0]
+    assert abs(logdet) < 0.2
+
+
+def test_with_kappa_the_variances_go_to_one():
+    model = mlp(6, 4, dtype=torch.float64)
+    x = 2 * correlated(400, 6)
+    decor = DecorSGD(model, lr=0.1, kappa=0.5, sample=1.0)
+    for _ in range(800):
+        backward(model, x)
+        decor.step()
+    z = x @ model[0].R.T
+    exact(z.T @ z / 400, torch.eye(6, dtype=torch.float64), 1e-3)
+
+
+@pytest.mark.parametrize("sample", [0.1, 1.0])
+def test_decorrelation_of_a_vision_transformer(sample):
+    model = dbpkern.decorrelate(make("timm"), "all")
+    decor = DecorSGD(model, lr=2e-3, sample=sample)
+    x = images(4)
+    losses = []
+    for _ in range(12):
+        backward(model, x)
+        losses.append(decor.loss())
+        decor.step()
+    assert losses[0].keys() == decorrelated(model).keys()
+    falls = [losses[-1][name] < losses[0][name] for name in losses[0]]
+    assert all(falls) if sample == 1.0 else sum(falls) > len(falls) / 2
+
+
+# Refusals.
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        *(({"lr": lr}, f"lr: expected a finite number >= 0, got {lr}") for lr in (-1e-4, NAN, INF, -INF)),
+        ({"lr": torch.tensor(NAN)}, "lr: expected a finite number"),
+        ({"lr": torch.tensor(-1.0)}, "lr: expected a finite number"),
+        ({"lr": torch.zeros(3)}, r"lr: expected a number or a 0-d tensor, got shape \[3\]"),
+        ({"lr": torch.zeros(1)}, r"lr: expected a number or a 0-d tensor, got shape \[1\]"),
+        *(({"kappa": k}, rf"kappa: expected a number in \[0, 1\], got {k}") for k in (-0.1, 1.01, NAN, INF)),
+        *(({"sample": s}, r"sample: expected a fraction in \(0, 1\]") for s in (0.0, -0.1, 1.5, NAN, INF)),
+    ],
+)
+def test_numbers_out_of_range_are_refused(arguments, match):
+    model = linears(2, 5)
+    with pytest.raises(ValueError, match=match):
+        DecorSGD(model, **arguments)
+    assert all(layer.slot_key is None for layer in decorrelated(model).values())
+
+
+def test_models_without_layers_are_refused():
+    with pytest.raises(ValueError, match=r"decorrelated layers; call decorrelate\(model\) first"):
+        DecorSGD(nn.Linear(3, 3))
+    with pytest.raises(TypeError, match="expected a model, got generator"):
+        DecorSGD(linears(1, 3).parameters())
+
+
+def test_a_closure_is_refused():
+    model = linears(1, 3)
+    decor = DecorSGD(model)
+    backward(model, torch.randn(9, 3))
+    with pytest.raises(ValueError, match="expected no closure"):
+        decor.step(lambda: None)
+    identical(model[0].R, torch.eye(3))
+
+
+@pytest.mark.parametrize(("name", "value"), [("lr", NAN), ("lr", -1.0), ("kappa", 2.0)])
+def test_a_step_with_a_number_out_of_range_is_refused(name, value):
+    """Schedulers and users write into param_groups."""
+    model = linears(2, 3)
+    decor = DecorSGD(model)
+    backward(model, torch.randn(9, 3))
+    decor.param_groups[0][name] = value
+    with pytest.raises(ValueError, match=f"{name}: expected"):
+        decor.step()
+    for R in Rs(model).values():
+        identical(R, torch.eye(3))
