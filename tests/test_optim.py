@@ -202,16 +202,17 @@ def test_micro_batches_of_other_sizes_from_step_to_step():
     """Rows that outgrow their room, shrink again, and layers that sample unequally."""
     model = linears(2, 4, torch.float64)
     decor = DecorSGD(model, lr=0.1, sample=1.0)
-    for sizes in ((6,), (9,), (2,), (2, 2), (12, 1), (3,), (13,)):
+    for step, sizes in enumerate([(6,), (9,), (2,), (2, 2), (12, 1), (3,), (13,)]):
         before, total = Rs(model), {"0": [], "2": []}
         for n in sizes:
             x = torch.randn(n, 4, dtype=torch.float64)
             model(x).sum().backward()
             total["0"].append(x)
             total["2"].append(torch.tanh(model[0](x)).detach())
-        x = torch.randn(3, 4, dtype=torch.float64)
-        model[2](x).sum().backward()  # one layer alone
-        total["2"].append(x)
+        if step % 2:  # one layer alone
+            x = torch.randn(3, 4, dtype=torch.float64)
+            model[2](x).sum().backward()
+            total["2"].append(x)
         decor.step()
         for name, R in Rs(model).items():
             exact(R, reference.published_step(before[name], torch.cat(total[name]), 0.1))
