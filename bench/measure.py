@@ -1,8 +1,10 @@
 """Time and memory on either kind of device."""
 
 import contextlib
+import ctypes
 import gc
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,6 +15,20 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep memory that it frees, where the C library is glibc.
+
+    By default glibc gives large blocks back and gets them again as fresh pages, whose faults cost a few
+    percent of a step, and which arm pays is a matter of how its tensors happen to lie. The caching allocator
+    of a GPU does not give memory back either.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        trim_threshold, mmap_max = -1, -4  # numbers of the parameters in malloc.h
+        mallopt(trim_threshold, -1)  # never trim
+        mallopt(mmap_max, 0)
 
 
 def seconds(step: Callable[[], object], device: torch.device, inner: int = 1) -> float:

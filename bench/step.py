@@ -99,4 +99,5 @@ def table(result: dict) -> str:
 
 def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     """Check, measure, print; returns the exit code."""
+    measure.keep_freed_memory()
     return command.run(args, argv, measure_case, table)

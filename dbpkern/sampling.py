@@ -90,9 +90,9 @@ class Slot:
         self.layer = layer
         self.sampler = sampler
         number = next(_numbers)
-        # [the slot's number, captures so far]. On the CPU, so that reading it never waits for a device,
-        # and a tensor, so that compiled graphs take it as an input instead of a constant to guard on.
-        self.key = torch.tensor([number, 0])
+        # On the CPU, so that reading it never waits for a device, and a tensor, so that compiled graphs
+        # take it as an input instead of a constant to guard on.
+        self.key = torch.tensor([number])
         self.room: Tensor | None = None
         self.clear()
         _slots[number] = self
@@ -144,19 +144,21 @@ class Slot:
 
 def capture_rows(x: Tensor, key: Tensor) -> None:
     """Sample the rows of x for the slot that `key` names; nothing if its owner is gone."""
-    key[1] += 1
-    slot = _slots.get(int(key[0]))
+    slot = _slots.get(int(key))
     if slot is not None:
         slot.add(x)
 
 
-@torch.library.custom_op("dbpkern::capture", mutates_args=("key",))
-def _capture(x: Tensor, key: Tensor) -> None:
+# A compiler drops a call that changes nothing, so the weight's gradient, which every step needs, is declared
+# as changed. It is left as it is, in place. A counter of our own would not do: it would have to live
+# through the forward, where autograd refuses tensors that another backward has changed since.
+@torch.library.custom_op("dbpkern::capture", mutates_args=("grad",))
+def _capture(grad: Tensor, x: Tensor, key: Tensor) -> None:
     capture_rows(x, key)
 
 
 @_capture.register_fake
-def _(x: Tensor, key: Tensor) -> None:
+def _(grad: Tensor, x: Tensor, key: Tensor) -> None:
     return None
 
 
@@ -176,14 +178,13 @@ class Tap(torch.autograd.Function):
     def setup_context(ctx, inputs, output) -> None:  # noqa: D102
         _, x, key = inputs
         ctx.save_for_backward(x)
-        # Not through save_for_backward: the key changes with every capture, which is no error here.
         ctx.key = key
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # noqa: D102
         (x,) = ctx.saved_tensors
         if torch.compiler.is_compiling():
-            torch.ops.dbpkern.capture(x, ctx.key)
+            torch.ops.dbpkern.capture(grad, x, ctx.key)
         else:  # saves the dispatch of a Python operator per layer
             capture_rows(x, ctx.key)
         return grad, None, None
