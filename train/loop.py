@@ -1,5 +1,6 @@
 """The training loop that all scripts share: steps, skipped steps, logs, checkpoints, signals."""
 
+import inspect
 import json
 import math
 import signal
@@ -193,10 +194,13 @@ class Loop:
     def _wrapped(self) -> nn.Module:
         model = self.model
         if self.processes.world_size > 1:
-            # R is the same everywhere by construction: nothing to broadcast before each forward.
+            # R is the same everywhere by construction: nothing to broadcast before each forward. Newer
+            # versions of torch have another name for that.
+            known = inspect.signature(DistributedDataParallel).parameters
+            flag = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
             device = self.processes.device
             ids = [device.index] if device.type == "cuda" else None
-            model = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+            model = DistributedDataParallel(model, device_ids=ids, **{flag: False})
         return torch.compile(model) if self.compile else model
 
     def _train_step(self, model: nn.Module, parameters: list, batches: Iterator[dict], bar: tqdm) -> None:
