@@ -171,14 +171,11 @@ class Tap(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(weight: Tensor, x: Tensor, key: Tensor) -> Tensor:  # noqa: D102
-        return weight.view_as(weight)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:  # noqa: D102
-        _, x, key = inputs
+    def forward(ctx, weight: Tensor, x: Tensor, key: Tensor) -> Tensor:  # noqa: D102
+        # Not with setup_context: apply() would then inspect this signature at every call, per layer.
         ctx.save_for_backward(x)
         ctx.key = key
+        return weight.view_as(weight)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # noqa: D102
