@@ -45,7 +45,7 @@ def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
     return pair
 
 
-def _num_keep(num_patches: int, mask_ratio: float) -> int:
+def num_kept(num_patches: int, mask_ratio: float) -> int:
     """Return how many patches the encoder sees; MAE rounds down. ValueError where that is none."""
     if not 0 <= mask_ratio < 1:
         raise ValueError(f"mask_ratio must lie between 0 and 1, got {mask_ratio}")
@@ -213,7 +213,7 @@ class MaskedAutoencoder(nn.Module):
             ValueError: If mask_ratio is outside [0, 1) or keeps nothing, or the noise is of another shape.
         """
         shape = tokens.shape[:2]
-        num_keep = _num_keep(shape[1], mask_ratio)
+        num_keep = num_kept(shape[1], mask_ratio)
         if noise is None:
             noise = torch.rand(shape, device=tokens.device)
         elif noise.shape != shape:
@@ -300,7 +300,7 @@ class MaskedAutoencoder(nn.Module):
                 that keeps or removes nothing.
         """
         num_patches = self.patch_embed.num_patches
-        if _num_keep(num_patches, mask_ratio) == num_patches:
+        if num_kept(num_patches, mask_ratio) == num_patches:
             raise ValueError(f"mask_ratio must lie in (0, 1) and remove at least one patch, got {mask_ratio}")
         latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, noise)
         pred = self.forward_decoder(latent, ids_restore)

@@ -14,9 +14,13 @@ def write_run(folder, losses, *, seed=0, decor=None, seconds_per_step=0.5, extra
     config = {"model": "m", "seed": seed, "out": str(folder), "decor": decor or {"enable": False}}
     (folder / "config.yaml").write_text(json.dumps(config))
     records = [
-        {"kind": "step", "step": i + 1, "loss": loss, "seconds": (i + 1) * seconds_per_step}
+        {
+            "kind": "step" if loss else "skip",
+            "step": i + 1,
+            "loss": loss,
+            "seconds": (i + 1) * seconds_per_step,
+        }
         for i, loss in enumerate(losses)
-        if loss is not None
     ]
     records.append(
         {"kind": "eval", "step": len(losses), "heldout_loss": 2.0 + seed, "decorrelation_loss": {}}
@@ -82,9 +86,17 @@ def test_runs_that_differ_in_their_seed_are_averaged(tmp_path):
 
 
 def test_skipped_steps_count_as_steps(tmp_path):
-    run = compare.read(write_run(tmp_path / "a", [3.0, None, None, 1.0]))
-    assert run.losses == [3.0, 3.0, 3.0, 1.0]
-    assert run.seconds == [0.5, 2.0, 2.0, 2.0]
+    run = compare.read(write_run(tmp_path / "a", [None, 3.0, None, None, 1.0]))
+    assert run.losses == [3.0, 3.0, 3.0, 3.0, 1.0]
+    assert run.seconds == [0.5, 1.0, 1.5, 2.0, 2.5]
+
+
+def test_a_log_without_its_first_steps_is_refused(tmp_path):
+    folder = write_run(tmp_path / "a", [1.0, 2.0, 3.0])
+    lines = (folder / "log.jsonl").read_text().splitlines(keepends=True)
+    (folder / "log.jsonl").write_text("".join(lines[1:]))
+    with pytest.raises(ValueError, match="lacks steps: expected 1, found 2"):
+        compare.read(folder)
 
 
 def test_a_log_cut_short_is_read_up_to_the_cut(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,9 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import train.data
 import train.loop
 from train import checkpoint, pretrain
 from train.run_folder import RunFolder
@@ -94,7 +97,9 @@ def test_a_run_leaves_everything_it_promises(finished):
     assert summary["final_loss"] == pytest.approx(sum(losses(finished).values()) / 24)
     assert summary["heldout_loss"] == evals[-1]["heldout_loss"]
     assert summary["machine"]["packages"]["torch"] == torch.__version__.partition("+")[0]
-    assert any(run.tensorboard.glob("events.*"))
+    board = EventAccumulator(str(run.tensorboard)).Reload()
+    assert [event.step for event in board.Images("reconstructions")] == [0, 8, 16, 24]
+    assert len(board.Scalars("step/loss")) == 24
     assert sorted(p.name for p in run.checkpoints.iterdir()) == ["step-00000020", "step-00000024"]
     assert run.files.read_text().splitlines()[:2] == ["astronaut.png", "brick.png"]
 
@@ -156,6 +161,7 @@ def test_a_run_killed_twice_gives_the_losses_of_one_never_killed(finished, tmp_p
 def test_sigterm_saves_on_two_processes_and_one_process_can_go_on(tmp_path):
     whole, out = tmp_path / "whole", tmp_path / "stopped"
     arguments = [*DBP, "--decor.sample=1", "--checkpoint_every=1000", "--steps=30"]
+    arguments.append("--data.workers=1")  # the loaders get the signal, too
     pretrain.main([*TINY, *arguments, f"--out={whole}"])
     process = subprocess.Popen(
         command(*arguments, f"--out={out}", processes=2),
@@ -167,7 +173,7 @@ def test_sigterm_saves_on_two_processes_and_one_process_can_go_on(tmp_path):
     wait_for_step(process, out, 2)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
-    assert "state saved" in output
+    assert "The last good checkpoint is" in output
     (saved,) = (out / "checkpoints").iterdir()
     step = checkpoint.load(saved)["step"]
     assert step == max(losses(out)) < 30
@@ -226,17 +232,51 @@ def test_divergence_of_the_weights_is_told_apart(tmp_path):
         pretrain.main([*TINY, "--optim.blr=1e38", "--max_bad_steps=2", f"--out={tmp_path / 'run'}"])
 
 
-def test_a_folder_with_broken_files_trains_and_lists_them(tmp_path):
+def split_with(name: str):
+    """The usual split, with one more file held out."""
+    real = train.data.split_files
+
+    def split(names, load):
+        training, held_out = real([n for n in names if n != name], load)
+        return training, [*held_out, name]
+
+    return split
+
+
+def test_a_folder_with_broken_files_trains_and_lists_them(tmp_path, monkeypatch):
     images = tmp_path / "images"
     images.mkdir()
     for i in range(12):
         Image.effect_noise((40, 40), 40 + i).convert("RGB").save(images / f"{i:02d}.png")
     for i in (3, 7):
         (images / f"{i:02d}.png").write_bytes(b"not an image")
+    # Broken and the first in line to be held out.
+    monkeypatch.setattr(train.data, "split_files", split_with("held.png"))
+    (images / "held.png").write_bytes(b"not an image")
     pretrain.main([*TINY, f"--data.source=folder:{images}", "--data.workers=2", f"--out={tmp_path / 'run'}"])
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert set(summary["unreadable_files"]) <= {"03.png", "07.png"}
-    assert summary["unreadable_files"]
+    assert set(summary["unreadable_files"]) == {"03.png", "07.png", "held.png"}
+    assert summary["unreadable"] == 3
+
+
+def test_a_finished_run_can_be_resumed_on_two_processes(finished, tmp_path):
+    out = tmp_path / "copy"
+    shutil.copytree(finished, out)
+    (out / "encoder.safetensors").unlink()  # as if the run had been killed before it was written
+    run = command(*DBP, f"--out={out}", "--resume=auto", processes=2)
+    subprocess.run(run, env=ENVIRONMENT, capture_output=True, check=True)
+    assert (out / "encoder.safetensors").exists()
+    assert losses(out) == losses(finished)
+    assert [step for step, *_ in heldout(out)] == [0, 8, 16, 24]
+    assert heldout(out)[-1][1] == pytest.approx(heldout(finished)[-1][1], rel=1e-5)
+
+
+def test_a_run_killed_over_its_first_file_can_start_again(tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / ".config.yaml.writing").write_text("model: ma")
+    pretrain.main([*TINY, f"--out={out}", "--resume=auto", "--steps=2"])
+    assert list(losses(out)) == [1, 2]
 
 
 def test_profile_writes_a_trace_for_tensorboard(tmp_path):
@@ -252,6 +292,14 @@ def test_profile_writes_a_trace_for_tensorboard(tmp_path):
         (["--model=mae_vit_giant"], "unknown model 'mae_vit_giant'"),
         (["--decoder=none"], "unknown decoder 'none'"),
         (["--model_args={width: 3}"], "unknown argument 'width'"),
+        (["--model_args={depth: 2.5}"], "depth: expected a whole number, got 2.5"),
+        (["--mask_ratio=0.99"], "keeps none of 16 patches"),
+        (["--optim.warmup_steps=-1"], "warmup_steps: expected a finite number >= 0"),
+        (["--optim.warmup_steps=25"], "warm-up of 25 steps is longer than the run of 24"),
+        ([*DBP, "--batch_size=2", "--accumulation=4"], "multiple of"),
+        (["--decor.sites=[fc3]"], "sites: expected a preset"),
+        (["--data.source=foo"], "source must be"),
+        (["--data.fraction=2"], "fraction must be"),
         (["--img_size=30"], "30"),
         (["--mask_ratio=1"], r"mask_ratio: expected a number in \(0, 1\), got 1"),
         (["--mask_ratio=.nan"], "mask_ratio"),
@@ -355,7 +403,7 @@ def test_a_checkpoint_cut_off_while_it_is_written_does_not_count(tmp_path, monke
         checkpoint.save(tmp_path, 2, {"step": 2}, keep=2)
     path, state = checkpoint.newest(tmp_path)
     assert (path.name, state["step"]) == ("step-00000001", 1)
-    checkpoint.clean(tmp_path)
+    checkpoint.rewind(tmp_path, 1)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
 
 

@@ -2,7 +2,7 @@
 
 A checkpoint is a folder `step-00000100` with the state (`state.pt`) and a description (`meta.json`) that
 holds its size and SHA-256. It is written under a temporary name and renamed when complete, so a process
-killed at any moment leaves at most a temporary folder behind, which the next run removes.
+killed at any moment leaves at most a temporary folder behind, which its continuation removes.
 """
 
 import hashlib
@@ -65,9 +65,13 @@ def paths(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"{PREFIX}*"))
 
 
-def clean(folder: Path) -> None:
-    """Remove what a killed process left half-written."""
-    for path in folder.glob(f"{TEMPORARY}*"):
+def rewind(folder: Path, step: int) -> None:
+    """Remove checkpoints of later steps than `step`, which a resumed run makes again, and unfinished ones.
+
+    Later ones are damaged or were passed over on purpose; `keep` must not count them as the newest.
+    """
+    later = [path for path in paths(folder) if path.name > f"{PREFIX}{step:08d}"]
+    for path in [*later, *folder.glob(f"{TEMPORARY}*")]:
         shutil.rmtree(path)
 
 

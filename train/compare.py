@@ -18,10 +18,10 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from train.plots import WINDOW, trailing_mean
-from train.run_folder import RunFolder
+from train.run_folder import NEUTRAL, RunFolder, flat
 
 # Settings in which the runs of one arm may differ.
-WITHIN_ARM = ("out", "seed", "resume", "profile", "keep", "checkpoint_every")
+WITHIN_ARM = ("seed", *NEUTRAL)
 
 
 @dataclass
@@ -39,7 +39,7 @@ def read(path: str | Path) -> Run:
     """Read a run's folder.
 
     Raises:
-        ValueError: it is not the folder of a run, or no step was logged.
+        ValueError: it is not the folder of a run, no step was logged, or the first ones are missing.
     """
     folder = RunFolder(path)
     config = folder.read_config()
@@ -47,13 +47,19 @@ def read(path: str | Path) -> Run:
         raise ValueError(f"no run at {folder.path}")
     run = Run(folder.path, config, [], [], [])
     for record in folder.records():
-        if record["kind"] == "step":
-            # A skipped step has no loss of its own: it counts, with the loss before it.
-            missing = record["step"] - 1 - len(run.losses)
-            run.losses += [run.losses[-1] if run.losses else record["loss"]] * missing + [record["loss"]]
-            run.seconds += [record["seconds"]] * (missing + 1)
-        elif record["kind"] == "eval":
+        if record["kind"] == "eval":
             run.heldout.append((record["step"], record["heldout_loss"]))
+            continue
+        if record["step"] != len(run.seconds) + 1:
+            raise ValueError(
+                f"{folder.log} lacks steps: expected {len(run.seconds) + 1}, found {record['step']}; a run "
+                "that was continued in another folder has the rest of its log there"
+            )
+        run.seconds.append(record["seconds"])
+        if record["kind"] == "step":
+            # A skipped step has no loss of its own: it counts, with the loss before it (or the first).
+            skipped = len(run.seconds) - 1 - len(run.losses)
+            run.losses += [run.losses[-1] if run.losses else record["loss"]] * skipped + [record["loss"]]
     if not run.losses:
         raise ValueError(f"{folder.log} has no finished step")
     return run
@@ -83,7 +89,7 @@ class Arm:
         self.final = self.curve[-1]
         finals = [mean(run.losses[:length][-WINDOW:]) for run in self.runs]
         self.spread = max(finals) - min(finals)
-        held = [run.heldout[-1][1] for run in self.runs if run.heldout]
+        held = [run.heldout[-1][1] for run in self.runs if run.heldout and run.heldout[-1][1] is not None]
         self.heldout = mean(held) if held else None
 
     def reaches(self, target: float) -> int | None:
@@ -106,7 +112,8 @@ def group(runs: Sequence[Run]) -> list[Arm]:
     """Runs by arm, in the order in which the arms appear."""
     arms: dict[str, list[Run]] = {}
     for run in runs:
-        key = json.dumps({k: v for k, v in run.config.items() if k not in WITHIN_ARM}, sort_keys=True)
+        settings = {k: v for k, v in flat(run.config).items() if k not in WITHIN_ARM}
+        key = json.dumps(settings, sort_keys=True)
         arms.setdefault(key, []).append(run)
     names = [describe(members[0].config) for members in arms.values()]
     return [

@@ -10,6 +10,7 @@ import hashlib
 import importlib.resources
 import importlib.util
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -499,6 +500,13 @@ def collate(samples: list[Sample]) -> dict[str, Tensor | list[tuple[str, str]]]:
     }
 
 
+def _ignore_signals(_: int) -> None:
+    # Stopping is for the process that trains: it still needs its loaders to finish the step, and torchrun
+    # and Ctrl-C signal all processes.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def build_loader(
     dataset: TrainingSet | HeldOutSet, sampler: Iterable[list], workers: int, pin_memory: bool
 ) -> DataLoader:
@@ -521,5 +529,6 @@ def build_loader(
         collate_fn=collate,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
+        worker_init_fn=_ignore_signals,
         generator=torch.Generator(),  # it would draw from the caller's random numbers otherwise
     )

@@ -1,7 +1,6 @@
 """The training loop that all scripts share: steps, skipped steps, logs, checkpoints, signals."""
 
 import inspect
-import json
 import math
 import signal
 import time
@@ -21,7 +20,7 @@ from dbpkern.nn import Decorrelated
 from dbpkern.sampling import derive_seed
 from train import checkpoint
 from train.processes import Processes
-from train.run_folder import RunFolder
+from train.run_folder import RunFolder, to_json
 
 
 class Diverged(RuntimeError):
@@ -29,7 +28,7 @@ class Diverged(RuntimeError):
 
 
 class Interrupted(Exception):
-    """The run was asked to stop (SIGTERM or Ctrl-C) and has saved its state."""
+    """The run was asked to stop (SIGTERM or Ctrl-C), and saved its state if that was sound."""
 
 
 def health(model: nn.Module) -> dict[str, float]:
@@ -51,18 +50,19 @@ def blame(model: nn.Module) -> str:
         largest = max(matrices, key=peaks.get)
         wild = [largest] if peaks[largest] > 1e3 else []
     if wild:
+        others = f" (and {len(wild) - 1} more)" if len(wild) > 1 else ""
         return (
-            f"the decorrelation matrix {wild[0]} has entries up to {peaks[wild[0]]:g}"
-            f"{f' (and {len(wild) - 1} more)' if len(wild) > 1 else ''}; try a smaller --decor.eta"
+            f"the decorrelation matrix {wild[0]} has entries up to {peaks[wild[0]]:g}{others}; "
+            "start again with a smaller --decor.eta"
         )
     if broken:
         return (
             f"{broken[0]} is not finite ({len(broken)} of {len(peaks)} tensors); "
-            "try a smaller --optim.blr, a longer warm-up, or --optim.clip_grad 1"
+            "start again with a smaller --optim.blr, a longer warm-up, or --optim.clip_grad 1"
         )
     return (
         f"all weights are finite, the largest entry is {max(peaks.values()):g} in "
-        f"{max(peaks, key=peaks.get)}; try a smaller --optim.blr or --optim.clip_grad 1"
+        f"{max(peaks, key=peaks.get)}; start again with a smaller --optim.blr or --optim.clip_grad 1"
     )
 
 
@@ -78,7 +78,8 @@ class Loop:
         optimizer: Of the weights.
         decor: Of the decorrelation matrices, None for plain backpropagation.
         loss: `loss(model, batch) -> 0-d tensor`, with `model` wrapped for what the run needs.
-        evaluate: `evaluate(step) -> record`, called on every process.
+        evaluate: `evaluate(step) -> record`, called on every process. Its "pictures" (name: `[3, H, W]` in
+            [0, 1]) go to TensorBoard and its "unreadable" (file: reason) to those of the run.
         rate: Learning rate by step.
         total_steps: Length of the run.
         batch_size: Samples per step, over all processes and micro-batches; for images/s.
@@ -121,6 +122,7 @@ class Loop:
         self.seconds = 0.0  # spent in steps, waiting for data included, evaluation and saving not
         self.skipped = 0
         self.unreadable: dict[str, str] = {}
+        self._ddp: DistributedDataParallel | None = None
         self._bad = 0
         self._signalled = False  # here
         self._stop = False  # on any process, as all of them know
@@ -156,20 +158,23 @@ class Loop:
             batches: The micro-batches of this process from the present step on.
 
         Raises:
-            Diverged: `max_bad_steps` steps in a row were skipped; the message names the layer.
-            Interrupted: SIGTERM or Ctrl-C; the state is saved.
+            Diverged: `max_bad_steps` steps in a row were skipped, or the run ended with entries that are not
+                finite; the message names the layer.
+            Interrupted: SIGTERM or Ctrl-C; the message says which checkpoint is the last.
         """
         main = self.processes.is_main
+        evaluates = self.step in (0, self.total_steps)  # a finished run may lack what is made from it
         model = self._wrapped()
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         if main:
-            self.run.rewind(self.step)
+            self.run.rewind(self.step, evaluates)
+            checkpoint.rewind(self.run.checkpoints, self.step)
         self._log = self.run.log.open("a") if main else None
         self._board = SummaryWriter(self.run.tensorboard, purge_step=self.step + 1) if main else None
         previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
         bar = tqdm(total=self.total_steps, initial=self.step, disable=not main, unit="step", mininterval=1)
         try:
-            if self.step == 0:
+            if evaluates:
                 self._evaluate()
             with self._profiler() as profiler:
                 while self.step < self.total_steps:
@@ -182,7 +187,9 @@ class Loop:
                     if last or self.step % self.checkpoint_every == 0 or self._stop:
                         self._save()
                     if self._stop and not last:
-                        raise Interrupted
+                        raise Interrupted(self._last_checkpoint())
+            if not self._finite():
+                raise Diverged(f"the run ended in a state that is not finite: {blame(self.model)}")
         finally:
             bar.close()
             for s, handler in previous.items():
@@ -200,7 +207,7 @@ class Loop:
             flag = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
             device = self.processes.device
             ids = [device.index] if device.type == "cuda" else None
-            model = DistributedDataParallel(model, device_ids=ids, **{flag: False})
+            model = self._ddp = DistributedDataParallel(model, device_ids=ids, **{flag: False})
         return torch.compile(model) if self.compile else model
 
     def _train_step(self, model: nn.Module, parameters: list, batches: Iterator[dict], bar: tqdm) -> None:
@@ -216,8 +223,8 @@ class Loop:
             batch = next(batches)
             self.unreadable |= dict(batch.pop("skipped", ()))
             batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
-            waits = micro + 1 < self.accumulation and isinstance(model, DistributedDataParallel)
-            with model.no_sync() if waits else nullcontext():
+            waits = micro + 1 < self.accumulation and self._ddp is not None
+            with self._ddp.no_sync() if waits else nullcontext():
                 with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
                     loss = self.loss(model, batch) / self.accumulation
                 loss.backward()
@@ -252,19 +259,29 @@ class Loop:
     def _skip(self, loss: float, norm: float) -> None:
         self._bad += 1
         self.skipped += 1
-        # As text: JSON has no NaN.
-        self._record("skip", {"loss": str(loss), "grad_norm": str(norm), "in_a_row": self._bad})
+        values = {"loss": loss, "grad_norm": norm, "in_a_row": self._bad}
+        self._record("skip", values | {"seconds": self.seconds})
         if self._bad >= self.max_bad_steps:
-            saved = checkpoint.paths(self.run.checkpoints)
-            last = f"The last good checkpoint is {saved[-1]}" if saved else "No checkpoint had been saved"
             raise Diverged(
                 f"step {self.step}: {self._bad} steps in a row had a loss or gradient that is not finite "
                 f"(loss {loss}, gradient norm {norm}) and were skipped. "
-                f"Likely cause: {blame(self.model)}. {last}"
+                f"Likely cause: {blame(self.model)}. {self._last_checkpoint()}"
             )
 
+    def _last_checkpoint(self) -> str:
+        saved = checkpoint.paths(self.run.checkpoints)
+        return f"The last good checkpoint is {saved[-1]}" if saved else "No checkpoint was saved"
+
+    def _finite(self) -> bool:
+        return all(math.isfinite(peak) for peak in health(self.model).values())
+
     def _evaluate(self) -> None:
-        self._record("eval", self.evaluate(self.step) | {"seconds": self.seconds})
+        record = self.evaluate(self.step)
+        self.unreadable |= record.pop("unreadable", {})
+        for name, image in record.pop("pictures", {}).items():
+            if self._board is not None:
+                self._board.add_image(name, image, self.step)
+        self._record("eval", record | {"seconds": self.seconds})
 
     def _save(self) -> None:
         if self._bad:
@@ -273,7 +290,7 @@ class Loop:
         if not self.processes.is_main:
             self.processes.barrier()
             return
-        if all(math.isfinite(peak) for peak in health(self.model).values()):
+        if self._finite():
             checkpoint.save(self.run.checkpoints, self.step, self.state_dict(), self.keep)
         else:
             tqdm.write(f"step {self.step}: not saved, {blame(self.model)}")
@@ -290,7 +307,7 @@ class Loop:
         """One line in the log, and its numbers to TensorBoard."""
         if self._log is None:
             return
-        self._log.write(json.dumps({"kind": kind, "step": self.step} | values) + "\n")
+        self._log.write(to_json({"kind": kind, "step": self.step} | values) + "\n")
         self._log.flush()
         for name, value in values.items():
             if isinstance(value, int | float):
@@ -298,11 +315,6 @@ class Loop:
             elif isinstance(value, dict):
                 for key, number in value.items():
                     self._board.add_scalar(f"{name}/{key}", number, self.step)
-
-    def picture(self, name: str, image: Tensor) -> None:
-        """Show a picture `[3, H, W]` with values in [0, 1] in TensorBoard."""
-        if self._board is not None:
-            self._board.add_image(name, image, self.step)
 
     def _on_signal(self, *_) -> None:
         self._signalled = True

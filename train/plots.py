@@ -22,7 +22,7 @@ def trailing_mean(values: Sequence[float], window: int = WINDOW) -> list[float]:
 def plot_curves(records: Sequence[Mapping], path: Path) -> None:
     """Training and held-out loss and the learning rate over the steps of a run."""
     steps = [r for r in records if r["kind"] == "step"]
-    evals = [r for r in records if r["kind"] == "eval"]
+    evals = [r for r in records if r["kind"] == "eval" and r["heldout_loss"] is not None]
     figure = Figure(figsize=(8, 6), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     x = [r["step"] for r in steps]

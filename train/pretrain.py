@@ -6,8 +6,8 @@ Also runs with plain python. `--help` lists every option; `docs/training.md` exp
 """
 
 import copy
-import json
 import math
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
@@ -23,16 +23,21 @@ from torch import Tensor, nn
 
 import dbpkern
 from dbpkern import diagnostics
+from dbpkern.convert import select
 from dbpkern.env import collect
-from models.mae import create_mae
+from models.mae import create_mae, num_kept
 from train import checkpoint, plots, processes
 from train.data import DataConfig, StepSampler, build_data, build_loader, denormalize
 from train.loop import Diverged, Interrupted, Loop
 from train.processes import Processes
-from train.run_folder import RunFolder, write_atomically
+from train.run_folder import NEUTRAL, RunFolder, flat, to_json, write_atomically
 from train.schedule import warmup_cosine
 
 PICTURES = 8  # images in reconstructions
+MODEL_ARGS = (
+    "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio",
+    "decoder_embed_dim", "decoder_depth", "decoder_num_heads",
+)  # fmt: skip
 
 
 @dataclass
@@ -91,12 +96,12 @@ class Config:
     """Pre-training of a masked autoencoder.
 
     Args:
-        out: Folder of the run; made if missing. It must be empty or hold this very run.
+        out: Folder of the run; made if missing. It must be empty, or hold this very run and be resumed.
         model: mae_vit_tiny, mae_vit_small, mae_vit_base, mae_vit_large or mae_vit_huge.
         decoder: Preset of the decoder: "mae" (8 blocks, 512 wide) or "dbp" (2 blocks, 512 wide).
         model_args: Changes to the model, such as {depth: 6, embed_dim: 128, decoder_depth: 1}; any of
-            patch_size, embed_dim, depth, num_heads, mlp_ratio, decoder_embed_dim, decoder_depth,
-            decoder_num_heads.
+            patch_size (one number or two), embed_dim, depth, num_heads, mlp_ratio, decoder_embed_dim,
+            decoder_depth, decoder_num_heads.
         img_size: Side of the training crops in pixels, or height and width.
         mask_ratio: Part of the patches that is hidden, in (0, 1).
         norm_pix_loss: Whether the targets are pixels normalised per patch.
@@ -162,29 +167,22 @@ class Config:
             raise ValueError(f"epochs: expected a number above 0, got {self.epochs}")
         if not 0 < self.mask_ratio < 1:
             raise ValueError(f"mask_ratio: expected a number in (0, 1), got {self.mask_ratio}")
-        for name in ("blr", "min_lr", "weight_decay", "warmup_epochs"):
+        if self.seed >= 2**63:
+            raise ValueError(f"seed: expected less than 2**63, got {self.seed}")
+        for name, value in self.model_args.items():
+            if name not in MODEL_ARGS:
+                raise ValueError(f"model_args: unknown argument {name!r}, expected some of {MODEL_ARGS}")
+            parts = value if isinstance(value, list) and name == "patch_size" else [value]
+            if name != "mlp_ratio" and not all(isinstance(part, int) for part in parts):
+                raise ValueError(f"model_args: {name}: expected a whole number, got {value}")
+        for name in ("blr", "min_lr", "weight_decay", "warmup_epochs", "warmup_steps"):
             value = getattr(self.optim, name)
-            if not (math.isfinite(value) and value >= 0):
+            if value is not None and not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"optim.{name}: expected a finite number >= 0, got {value}")
         if self.optim.clip_grad is not None and not self.optim.clip_grad > 0:
             raise ValueError(
                 f"optim.clip_grad: expected a number above 0 or null, got {self.optim.clip_grad}"
             )
-
-
-# What may differ between a run and its continuation: nothing that changes its numbers.
-FREE_TO_CHANGE = ("out", "resume", "eval_every", "checkpoint_every", "keep", "profile", "data.workers")
-
-
-def flat(config: Mapping, prefix: str = "") -> dict[str, object]:
-    """A nested configuration with dotted names; lists and tuples are alike."""
-    items: dict[str, object] = {}
-    for name, value in config.items():
-        if isinstance(value, Mapping) and name != "model_args":
-            items |= flat(value, f"{prefix}{name}.")
-        else:
-            items[prefix + name] = list(value) if isinstance(value, tuple) else value
-    return items
 
 
 def check_same_run(old: Mapping, new: Mapping, where: str) -> None:
@@ -193,7 +191,7 @@ def check_same_run(old: Mapping, new: Mapping, where: str) -> None:
     differing = [
         f"{name} was {old.get(name)!r}, is {new.get(name)!r}"
         for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name) and name not in FREE_TO_CHANGE
+        if old.get(name) != new.get(name) and name not in NEUTRAL
     ]
     if differing:
         raise ValueError(f"{where} is of another configuration: {'; '.join(differing)}")
@@ -215,8 +213,6 @@ def open_run(config: Config, procs: Processes) -> tuple[RunFolder, dict | None]:
     if config.resume == "none":
         return run, None
     if config.resume == "auto":
-        if procs.is_main:
-            checkpoint.clean(run.checkpoints)
         found = checkpoint.newest(run.checkpoints)
         if found is None:
             return run, None
@@ -240,6 +236,7 @@ def build_model(config: Config) -> nn.Module:
         norm_pix_loss=config.norm_pix_loss,
         **config.model_args,
     )
+    select(model, config.decor.sites, config.decor.accepts)  # plain arms observe these sites, too
     if config.decor.enable:
         dbpkern.decorrelate(model, config.decor.sites, config.decor.accepts, config.decor.form)
     return model
@@ -263,8 +260,7 @@ def check_sample(config: Config, num_patches: int, slices: int) -> None:
 
     `DecorSGD` takes one row at the least; statistics of one row where the user asked for less are noise.
     """
-    kept = int(num_patches * (1 - config.mask_ratio)) + 1
-    rows = config.batch_size // slices * kept
+    rows = config.batch_size // slices * (num_kept(num_patches, config.mask_ratio) + 1)
     if config.decor.enable and 0 < config.decor.sample <= 1 and round(config.decor.sample * rows) < 1:
         raise ValueError(
             f"decor.sample: {config.decor.sample} of the {rows} rows of a micro-batch gives no rows; "
@@ -281,7 +277,7 @@ class Evaluator:
         self.processes = processes
         self.grid: Tensor | None = None
         self.size = len(held_out)
-        # Processes share the work in contiguous parts; a micro-batch of training fits, so this does.
+        # Processes share the work; a micro-batch of training fits in memory, so one of this size does.
         share = config.batch_size // (config.accumulation * processes.world_size)
         mine = range(self.size)[processes.rank :: processes.world_size]
         chunks = [list(mine[i : i + share]) for i in range(0, len(mine), share)]
@@ -293,7 +289,9 @@ class Evaluator:
         self.model.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.processes.device)
         losses: dict[str, float] = {}
+        unreadable: dict[str, str] = {}
         for i, batch in enumerate(self.loader):
+            unreadable |= dict(batch["skipped"])
             images = batch["image"].to(self.processes.device)
             noise = batch["noise"].to(self.processes.device)
             first = i == 0 and self.processes.is_main
@@ -308,7 +306,12 @@ class Evaluator:
             total += loss.double() * len(images)
         self.model.train()
         self.processes.sum(total)
-        return {"heldout_loss": total.item() / self.size, "decorrelation_loss": losses}
+        return {
+            "heldout_loss": total.item() / self.size,
+            "decorrelation_loss": losses,
+            "pictures": {} if self.grid is None else {"reconstructions": self.grid},
+            "unreadable": unreadable,
+        }
 
     def _pictures(self, images: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
         hidden = mask[..., None].expand_as(pred)
@@ -326,14 +329,12 @@ def export_encoder(config: Config, model: nn.Module, path: Path) -> None:
     weights = {name: tensor.cpu() for name, tensor in stock.encoder_state_dict().items()}
     about = {"format": "pt", "model": config.model, "img_size": str(config.img_size)}
     about |= {name: str(value) for name, value in config.model_args.items()}
-    path.write_bytes(save(weights, metadata=about))
+    write_atomically(path, save(weights, metadata=about))
 
 
 def write_results(config: Config, loop: Loop, evaluator: Evaluator) -> None:
     """The pictures, the encoder and the summary of a finished run."""
     run = loop.run
-    if evaluator.grid is None:  # the run was complete when it was resumed
-        evaluator(loop.step)
     records = list(run.records())
     evals = [r for r in records if r["kind"] == "eval"]
     steps = [r for r in records if r["kind"] == "step"]
@@ -354,13 +355,14 @@ def write_results(config: Config, loop: Loop, evaluator: Evaluator) -> None:
         "final_loss": sum(final) / len(final) if final else None,
         "heldout_loss": evals[-1]["heldout_loss"],
         "skipped_steps": loop.skipped,
+        "unreadable": len(loop.unreadable),
         "unreadable_files": loop.unreadable,
         "processes": loop.processes.world_size,
         "device": str(loop.processes.device),
         "parameters": sum(p.numel() for p in loop.model.parameters()),
         "machine": collect(),
     }
-    write_atomically(run.summary, json.dumps(summary, indent=1))
+    write_atomically(run.summary, to_json(summary, indent=1))
 
 
 def prepare(config: Config, procs: Processes) -> tuple[Loop, Evaluator, Iterator[dict]]:
@@ -371,17 +373,22 @@ def prepare(config: Config, procs: Processes) -> tuple[Loop, Evaluator, Iterator
     """
     config.check()
     if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by cuBLAS, read at its start
         torch.use_deterministic_algorithms(True)
     model = build_model(config).to(procs.device)
     optimizer, decor = build_optimizers(config, model)
     patches = model.patch_embed
     training, held_out = build_data(config.data, patches.img_size, patches.num_patches, config.seed)
-    check_sample(config, patches.num_patches, procs.world_size * config.accumulation)
     per_epoch = len(training) / config.batch_size
     total = config.steps or max(1, round(config.epochs * per_epoch))
     warmup = config.optim.warmup_steps
     if warmup is None:
         warmup = round(config.optim.warmup_epochs * per_epoch)
+    if warmup > total:
+        raise ValueError(
+            f"optim: the warm-up of {warmup} steps is longer than the run of {total}; "
+            "set --optim.warmup_steps or --optim.warmup_epochs"
+        )
     run, state = open_run(config, procs)
     sampler = StepSampler(
         len(training),
@@ -393,6 +400,7 @@ def prepare(config: Config, procs: Processes) -> tuple[Loop, Evaluator, Iterator
         procs.rank,
         procs.world_size,
     )
+    check_sample(config, patches.num_patches, procs.world_size * config.accumulation)
     batches = build_loader(training, sampler, config.data.workers, pin_memory=procs.device.type == "cuda")
     evaluator = Evaluator(config, model, held_out, procs)
     precision = config.precision
@@ -443,29 +451,31 @@ def parse(arguments: list[str] | None = None) -> Config:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run, and say in one line what went wrong where it is not a defect of the program."""
-    config = parse(arguments)
     procs = None
     try:
+        config = parse(arguments)
         procs = processes.start(config.device)
         loop, evaluator, batches = prepare(config, procs)
     except (ValueError, FileNotFoundError) as error:
         processes.stop()
-        if procs is None or procs.is_main:
+        if int(os.environ.get("RANK", 0)) == 0:
             print(f"pretrain: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     try:
         loop.train(batches)
     except Diverged as error:
         sys.exit(f"pretrain: {error}" if procs.is_main else 1)
-    except Interrupted:
+    except Interrupted as stopped:
         if procs.is_main:
-            print(f"pretrain: stopped at step {loop.step}, state saved; continue with --resume auto")
+            print(f"pretrain: stopped at step {loop.step}. {stopped}; continue with --resume auto")
         return
     finally:
         del batches  # ends the loader's workers
         processes.stop()
     if procs.is_main:
         write_results(config, loop, evaluator)
+        if loop.unreadable:
+            print(f"pretrain: {len(loop.unreadable)} unreadable files were skipped, see {loop.run.summary}")
         print(f"pretrain: {loop.step} steps in {loop.seconds:.1f} s, results in {config.out}")
 
 

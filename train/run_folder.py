@@ -2,18 +2,26 @@
 
 config.yaml            what the run was started with
 files.txt              the training images, one a line
-log.jsonl              one record a line: {"kind": "step" | "eval" | "skip" | "file", "step": ...}
+log.jsonl              one record a line: {"kind": "step" | "eval" | "skip", "step": ..., ...}
 tb/                    the same for TensorBoard, with pictures
 checkpoints/           see train.checkpoint
 summary.json, *.png    written at the end
 """
 
 import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import yaml
+
+# Settings that change none of a run's numbers: they may differ between a run and its continuation.
+NEUTRAL = (
+    "out", "resume", "eval_every", "checkpoint_every", "keep", "max_bad_steps", "profile", "data.workers"
+)  # fmt: skip
+
+UNFINISHED = ".writing"  # end of the names that files have while they are written
 
 
 class RunFolder:
@@ -39,7 +47,10 @@ class RunFolder:
             if not isinstance(config, dict):
                 raise ValueError(f"{self.config} is not the configuration of a run")
             return config
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        if not self.path.exists():
+            return None
+        # A run that was killed while it wrote its first file is no stranger.
+        if not self.path.is_dir() or any(not p.name.endswith(UNFINISHED) for p in self.path.iterdir()):
             raise ValueError(f"out: {self.path} exists and is not the folder of a run; choose another")
         return None
 
@@ -57,20 +68,47 @@ class RunFolder:
                 if line.endswith("\n"):
                     yield json.loads(line)
 
-    def rewind(self, step: int) -> None:
+    def rewind(self, step: int, evaluates: bool) -> None:
         """Drop what the log says of steps after `step`, which a resumed run makes again.
 
-        A run that starts at 0 makes the evaluation at 0 again, too.
+        With `evaluates`, it makes the evaluation at `step` again, too.
         """
-        kept = [record for record in self.records() if 0 < step >= record["step"]]
+        kept = [
+            record
+            for record in self.records()
+            if record["step"] < step
+            or (record["step"] == step and not (evaluates and record["kind"] == "eval"))
+        ]
         write_atomically(self.log, "".join(json.dumps(record) + "\n" for record in kept))
 
 
-def write_atomically(path: Path, text: str) -> None:
+def flat(config: Mapping, prefix: str = "") -> dict[str, object]:
+    """A nested configuration with dotted names; lists and tuples are alike."""
+    items: dict[str, object] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping) and name != "model_args":
+            items |= flat(value, f"{prefix}{name}.")
+        else:
+            items[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return items
+
+
+def to_json(value: object, **options) -> str:
+    """JSON, in which numbers that are not finite become null: it has no others."""
+
+    def clean(item: object) -> object:
+        if isinstance(item, Mapping):
+            return {key: clean(part) for key, part in item.items()}
+        return None if isinstance(item, float) and not math.isfinite(item) else item
+
+    return json.dumps(clean(value), **options)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file so that readers see the old or the new content, never a part."""
-    temporary = path.with_name(f".{path.name}.writing")
-    with temporary.open("w") as file:
-        file.write(text)
+    temporary = path.with_name(f".{path.name}{UNFINISHED}")
+    with temporary.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
