@@ -184,8 +184,9 @@ def add_arguments(parser: argparse.ArgumentParser, tokens: dict[str, int]) -> No
         "--case",
         nargs="+",
         choices=CASES,
-        default=["vit"],
-        help="; ".join(f"{name}: {text}" for name, text in CASES.items()) + " (default: vit)",
+        default=list(CASES),
+        help="; ".join(f"{name}: {text}" for name, text in CASES.items())
+        + " (default: each of them in turn)",
     )
     parser.add_argument(
         "--sites",
