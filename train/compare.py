@@ -175,8 +175,9 @@ def plot(arms: Sequence[Arm], path: Path) -> None:
     for i, arm in enumerate(arms):
         steps = list(range(1, len(arm.curve) + 1))
         at = arm.reaches(target)
+        noun = "run" if len(arm.runs) == 1 else "runs"
         for axis, x in ((by_step, steps), (by_time, arm.seconds)):
-            axis.plot(x, arm.curve, color=f"C{i}", label=f"{arm.name} ({len(arm.runs)} runs)")
+            axis.plot(x, arm.curve, color=f"C{i}", label=f"{arm.name} ({len(arm.runs)} {noun})")
             if at is not None:
                 axis.plot(x[at - 1], arm.curve[at - 1], "o", color=f"C{i}")
     for axis, label in ((by_step, "step"), (by_time, "seconds")):

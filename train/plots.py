@@ -29,7 +29,14 @@ def plot_curves(records: Sequence[Mapping], path: Path) -> None:
     losses = [r["loss"] for r in steps]
     top.plot(x, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label="training")
     top.plot(x, trailing_mean(losses), color="tab:blue", label=f"training, mean of {WINDOW} steps")
-    top.plot([r["step"] for r in evals], [r["heldout_loss"] for r in evals], "o-", ms=3, label="held out")
+    top.plot(
+        [r["step"] for r in evals],
+        [r["heldout_loss"] for r in evals],
+        "o-",
+        ms=3,
+        color="tab:orange",
+        label="held out",
+    )
     if losses:
         # The first steps' losses would squeeze the rest into a line.
         top.set_ylim(min(losses) * 0.97, sorted(losses)[int(0.97 * (len(losses) - 1))] * 1.05)
