@@ -16,7 +16,7 @@ from bench.__main__ import main
 from bench.cases import Case
 from dbpkern import reference
 
-TINY = ["--width", "32", "--depth", "1", "--batch", "4"]
+TINY = ["--case", "vit", "--width", "32", "--depth", "1", "--batch", "4"]
 # 4 images of 49 patches and a class token; a tenth of 196 patches and of 200 tokens is sampled.
 WIDTH, PATCHES, TOKENS, PATCH_VALUES, SAMPLED = 32, 196, 200, 768, 20
 ARMS = [("plain", None)] + [(m, s) for s in ("sublayers", "all") for m in ("ours", "published")]
