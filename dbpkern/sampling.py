@@ -152,7 +152,8 @@ def capture_rows(x: Tensor, key: Tensor) -> None:
 # A compiler drops a call that changes nothing, so the weight's gradient, which every step needs, is declared
 # as changed. It is left as it is, in place. A counter of our own would not do: it would have to live
 # through the forward, where autograd refuses tensors that another backward has changed since.
-@torch.library.custom_op("dbpkern::capture", mutates_args=("grad",))
+# Kept out of CUDA graphs: a replay would not call it.
+@torch.library.custom_op("dbpkern::capture", mutates_args=("grad",), tags=(torch.Tag.cudagraph_unsafe,))
 def _capture(grad: Tensor, x: Tensor, key: Tensor) -> None:
     capture_rows(x, key)
 
