@@ -78,7 +78,7 @@ class Loop:
         optimizer: Of the weights.
         decor: Of the decorrelation matrices, None for plain backpropagation.
         loss: `loss(model, batch) -> 0-d tensor`, with `model` wrapped for what the run needs.
-        evaluate: `evaluate(step) -> record`, called on every process. Its "pictures" (name: `[3, H, W]` in
+        evaluate: `evaluate() -> record`, called on every process. Its "pictures" (name: `[3, H, W]` in
             [0, 1]) go to TensorBoard and its "unreadable" (file: reason) to those of the run.
         rate: Learning rate by step.
         total_steps: Length of the run.
@@ -102,7 +102,7 @@ class Loop:
     optimizer: torch.optim.Optimizer
     decor: DecorSGD | None
     loss: Callable[[nn.Module, dict], Tensor]
-    evaluate: Callable[[int], dict]
+    evaluate: Callable[[], dict]
     rate: Callable[[int], float]
     total_steps: int
     batch_size: int
@@ -276,7 +276,7 @@ class Loop:
         return all(math.isfinite(peak) for peak in health(self.model).values())
 
     def _evaluate(self) -> None:
-        record = self.evaluate(self.step)
+        record = self.evaluate()
         self.unreadable |= record.pop("unreadable", {})
         for name, image in record.pop("pictures", {}).items():
             if self._board is not None:
@@ -287,13 +287,11 @@ class Loop:
         if self._bad:
             return  # a state that cannot make a step is not worth replacing one that can
         self.unreadable = self._gather(self.unreadable)
-        if not self.processes.is_main:
-            self.processes.barrier()
-            return
-        if self._finite():
-            checkpoint.save(self.run.checkpoints, self.step, self.state_dict(), self.keep)
-        else:
-            tqdm.write(f"step {self.step}: not saved, {blame(self.model)}")
+        if self.processes.is_main:
+            if self._finite():
+                checkpoint.save(self.run.checkpoints, self.step, self.state_dict(), self.keep)
+            else:
+                tqdm.write(f"step {self.step}: not saved, {blame(self.model)}")
         self.processes.barrier()
 
     def _gather(self, files: dict[str, str]) -> dict[str, str]:

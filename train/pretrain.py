@@ -152,6 +152,11 @@ class Config:
     max_bad_steps: int = 10
     profile: bool = False
 
+    @property
+    def peak_lr(self) -> float:
+        """Learning rate at the end of the warm-up."""
+        return self.optim.blr * self.batch_size / 256
+
     def check(self) -> None:
         """Raise ValueError for numbers out of range."""
         at_least = {
@@ -236,9 +241,10 @@ def build_model(config: Config) -> nn.Module:
         norm_pix_loss=config.norm_pix_loss,
         **config.model_args,
     )
-    select(model, config.decor.sites, config.decor.accepts)  # plain arms observe these sites, too
     if config.decor.enable:
         dbpkern.decorrelate(model, config.decor.sites, config.decor.accepts, config.decor.form)
+    else:
+        select(model, config.decor.sites, config.decor.accepts)  # raises now: evaluation observes them
     return model
 
 
@@ -247,8 +253,7 @@ def build_optimizers(
 ) -> tuple[torch.optim.Optimizer, dbpkern.DecorSGD | None]:
     """AdamW for the weights, and DecorSGD for R where the model is decorrelated."""
     groups = param_groups_weight_decay(model, config.optim.weight_decay)
-    peak = config.optim.blr * config.batch_size / 256
-    optimizer = torch.optim.AdamW(groups, lr=peak, betas=config.optim.betas)
+    optimizer = torch.optim.AdamW(groups, lr=config.peak_lr, betas=config.optim.betas)
     if not config.decor.enable:
         return optimizer, None
     c = config.decor
@@ -284,7 +289,7 @@ class Evaluator:
         self.loader = build_loader(held_out, chunks, 0, pin_memory=False)
 
     @torch.no_grad()
-    def __call__(self, step: int) -> dict:
+    def __call__(self) -> dict:
         """Mean loss over the held-out set; the decorrelation loss per layer on part of it."""
         self.model.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.processes.device)
@@ -406,7 +411,6 @@ def prepare(config: Config, procs: Processes) -> tuple[Loop, Evaluator, Iterator
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if procs.device.type == "cuda" else "fp32"
-    peak = config.optim.blr * config.batch_size / 256
     loop = Loop(
         config=asdict(config),
         processes=procs,
@@ -416,7 +420,7 @@ def prepare(config: Config, procs: Processes) -> tuple[Loop, Evaluator, Iterator
         decor=decor,
         loss=lambda model, batch: model(batch["image"], config.mask_ratio, batch["noise"])[0],
         evaluate=evaluator,
-        rate=lambda step: warmup_cosine(step, total, warmup, peak, config.optim.min_lr),
+        rate=lambda step: warmup_cosine(step, total, warmup, config.peak_lr, config.optim.min_lr),
         total_steps=total,
         batch_size=config.batch_size,
         accumulation=config.accumulation,
