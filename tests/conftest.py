@@ -1,9 +1,33 @@
-"""What every test shares: one thread, so that sums do not depend on the machine, and a fixed seed."""
+"""What every test shares: one thread, so that sums do not depend on the machine, and a fixed seed.
+
+Without a GPU the Triton kernels run in Triton's interpreter, and tests marked `gpu` are skipped: the summary
+says how many.
+"""
+
+import os
 
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when dbpkern defines its kernels, so before it is imported
+
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    skipped = [r for r in terminalreporter.stats.get("skipped", []) if "needs a CUDA GPU" in str(r.longrepr)]
+    if skipped:
+        terminalreporter.write_line(
+            f"{len(skipped)} GPU tests did not run: there is no CUDA GPU", yellow=True
+        )
 
 
 @pytest.fixture(autouse=True)

@@ -435,8 +435,8 @@ OPCHECKS = {
     "transform bfloat16": lambda g: (randn(2, 3, 5).bfloat16().requires_grad_(g), randR(5, 5).float()),
     "fold": lambda g: (randn(3, 5).requires_grad_(g), randR(5, 5), torch.float32),
     "fold stacked": lambda g: (randn(2, 3, 5).requires_grad_(g), randR(2, 5, 5).mT, torch.float64),
-    "correlation": lambda g: (randn(2, 3, 5).float(), 0.3),
-    "correlation no rows": lambda g: (randn(2, 0, 5).bfloat16(), 0.0),
+    "correlation": lambda g: (randn(2, 3, 5).float(), 0.3, True),
+    "correlation no rows": lambda g: (randn(2, 0, 5).bfloat16(), 0.0, False),
     "apply_": lambda g: (randR(2, 5, 5), randn(2, 5, 5), lr_()),
     "apply_ many layers": lambda g: (randR(9, 2, 2).mT, randn(9, 2, 2), torch.rand(9).double()),
     "update_ few rows": lambda g: (randR(2, 5, 5), randn(2, 3, 5), lr_(), 0.3),
@@ -456,7 +456,8 @@ OPCHECKS = {
 @pytest.mark.parametrize("case", OPCHECKS)
 def test_opcheck(case, requires_grad):
     op = getattr(torch.ops.dbpkern, case.split()[0]).default
-    torch.library.opcheck(op, OPCHECKS[case](requires_grad))
+    automatic = ""
+    torch.library.opcheck(op, (*OPCHECKS[case](requires_grad), automatic))
 
 
 def test_opcheck_of_capture():

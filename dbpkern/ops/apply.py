@@ -1,9 +1,12 @@
 """`R <- R - lr M R`: the decorrelation step from finished statistics."""
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from dbpkern.ops import _dispatch, _triton
 from dbpkern.ops._common import (
     autocast_off,
     check_accumulator,
@@ -14,9 +17,157 @@ from dbpkern.ops._common import (
     per_layer,
     rate_tensor,
 )
+from dbpkern.ops._matmul import cdiv, operand_constants, product_tile, rounded, within_reach
+from dbpkern.ops._pipeline import FIELDS, Schedule, new_counters, raise_counters, take_item, wait_for_inputs
+from dbpkern.ops._triton import jit, tl
 
 # R is updated in at least this many pieces, each read into scratch before it is overwritten.
 PIECES = 8
+# Strips in scratch beyond these bring nothing: so many tiles keep any GPU busy between two phases.
+TILES_IN_FLIGHT = 1024
+
+COPY, APPLY = 0, 1
+
+
+@jit
+def copy_tile(R, slot, row, column, D, EMULATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Copy R's tile at (row, column) into `slot [D, BLOCK_N]`, rounded; zeros beyond D columns."""
+    m = row + tl.arange(0, BLOCK_M)
+    n = tl.arange(0, BLOCK_N)
+    m_in = (m < D)[:, None]
+    tile = tl.load(
+        R + m.to(tl.int64)[:, None] * D + (column + n)[None, :],
+        mask=m_in & (column + n < D)[None, :],
+        other=0.0,
+    )
+    place = slot + m.to(tl.int64)[:, None] * BLOCK_N + n[None, :]
+    tl.store(place, rounded(tile, slot.dtype.element_ty, EMULATE), mask=m_in)
+
+
+@jit
+def apply_tile(
+    R, M, slot, row, column, D, m_r, m_c, rate,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr,
+    EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """`R -= rate M R` for the tile at (row, column); `slot [D, BLOCK_N]` holds R's columns as they were."""
+    acc = product_tile(
+        M, slot, row, column * 0, D, BLOCK_N, D, m_r, m_c, BLOCK_N, 1,
+        OPERAND, PRECISION, EMULATE, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    m = row + tl.arange(0, BLOCK_M)
+    n = column + tl.arange(0, BLOCK_N)
+    place = R + m.to(tl.int64)[:, None] * D + n[None, :]
+    inside = (m < D)[:, None] & (n < D)[None, :]
+    old = tl.load(place, mask=inside, other=0.0)
+    tl.store(place, old - rate * acc, mask=inside)
+
+
+@jit
+def load_rate(lr, layer, LR_TENSOR: tl.constexpr, LR_STRIDE: tl.constexpr):
+    """The rate of a layer, from a number or from a tensor that the device may change between launches."""
+    if LR_TENSOR:
+        rate = tl.load(lr + layer * LR_STRIDE).to(tl.float32)
+    else:
+        rate = lr
+    return rate  # noqa: RET504 - Triton takes no return inside the branch
+
+
+@jit
+def apply_kernel(
+    R, M, lr, ring, items, counters, TICKETS, D, m_l, m_r, m_c,
+    LR_TENSOR: tl.constexpr, LR_STRIDE: tl.constexpr, FIELDS: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """`R [L, D, D] -= lr M R` in place: strips of columns are copied aside, then overwritten tile by tile."""
+    item = take_item(items, counters, TICKETS, FIELDS)
+    kind = tl.load(item)
+    layer = tl.load(item + 1).to(tl.int64)
+    row, column = tl.load(item + 2) * BLOCK_M, tl.load(item + 3) * BLOCK_N
+    slot = ring + tl.load(item + 4).to(tl.int64) * D * BLOCK_N
+    R += layer * D * D
+    wait_for_inputs(item, counters)
+    if kind == 0:
+        copy_tile(R, slot, row, column, D, EMULATE, BLOCK_M, BLOCK_N)
+    else:
+        rate = load_rate(lr, layer, LR_TENSOR, LR_STRIDE)
+        apply_tile(
+            R, M + layer * m_l, slot, row, column, D, m_r, m_c, rate,
+            OPERAND, PRECISION, EMULATE, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    raise_counters(item, counters)
+
+
+def ring_slots(strips: int, slot_bytes: int, budget_bytes: int, tiles: int) -> int:
+    """How many strips lie in scratch at a time: as the budget allows, as many as are of use, at least one."""
+    useful = 2 * cdiv(TILES_IN_FLIGHT, tiles)
+    return max(1, min(strips, useful, budget_bytes // slot_bytes))
+
+
+def apply_schedule(L: int, d: int, m: int, n: int, slots: int) -> Schedule:
+    """Copy strip after strip into a ring of slots, and apply M to each half a ring later."""
+    schedule = Schedule()
+    columns, rows = cdiv(d, n), cdiv(d, m)
+    copied = [schedule.counter() for _ in range(L * columns)]
+    applied = [schedule.counter() for _ in range(L * columns)]
+    ahead = slots // 2
+    for t in range(len(copied) + ahead):
+        if t < len(copied):
+            free = ((applied[t - slots], rows),) if t >= slots else ()
+            for row in range(rows):
+                schedule.add(COPY, t // columns, row, t % columns, t % slots, free, (copied[t],))
+        s = t - ahead
+        if s >= 0:
+            for row in range(rows):
+                ready = ((copied[s], rows),)
+                schedule.add(APPLY, s // columns, row, s % columns, s % slots, ready, (applied[s],))
+    return schedule
+
+
+@functools.lru_cache(maxsize=64)
+def apply_tables(L: int, d: int, m: int, n: int, slots: int, device: torch.device) -> tuple[Tensor, int]:
+    """The schedule on a device: written once for a shape."""
+    return apply_schedule(L, d, m, n, slots).tables(device)
+
+
+def rate_arguments(lr: Tensor, device: torch.device) -> tuple[dict[str, object], dict[str, object]]:
+    """Arguments and constants for a kernel that calls `load_rate`."""
+    if lr.device.type == "cpu" and lr.dim() == 0 and device.type != "cpu":
+        # Reading it waits for nobody, and the kernel takes it as a number.
+        return {"lr": float(lr)}, {"LR_TENSOR": False, "LR_STRIDE": 0}
+    if lr.dtype == torch.float64:
+        lr = lr.float()
+    return {"lr": lr}, {"LR_TENSOR": True, "LR_STRIDE": lr.stride(0) if lr.dim() else 0}
+
+
+def triton_apply(R: Tensor, M: Tensor, lr: Tensor) -> None:
+    """`R -= lr M R` in one launch."""
+    M = within_reach(M)
+    L, d, _ = R.shape
+    operands = _dispatch.operands(R.dtype)
+    tiles = _dispatch.tiles("apply_", operands.kind, d, R.device)
+    strips = L * cdiv(d, tiles.n)
+    slot_bytes = d * tiles.n * operands.dtype.itemsize
+    slots = ring_slots(strips, slot_bytes, R.nbytes // PIECES, cdiv(d, tiles.m))
+    items, length = apply_tables(L, d, tiles.m, tiles.n, slots, R.device)
+    rate, rate_constants = rate_arguments(lr, R.device)
+    _triton.launch(
+        apply_kernel,
+        (len(items),),
+        {
+            "R": R, "M": M, **rate,
+            "ring": torch.empty(slots, d, tiles.n, dtype=operands.dtype, device=R.device),
+            "items": items, "counters": new_counters(length, R.device), "TICKETS": length - 1, "D": d,
+            "m_l": M.stride(0), "m_r": M.stride(1), "m_c": M.stride(2),
+        },
+        {
+            **rate_constants, "FIELDS": FIELDS, **operand_constants(operands), "EVEN_K": d % tiles.k == 0,
+            "BLOCK_M": tiles.m, "BLOCK_N": tiles.n, "BLOCK_K": tiles.k,
+        },
+        tiles.warps,
+        tiles.stages,
+    )  # fmt: skip
 
 
 def _pieces(R: Tensor) -> list[tuple[slice, slice]]:
@@ -34,7 +185,7 @@ def _pieces(R: Tensor) -> list[tuple[slice, slice]]:
 
 
 def apply_in_place(R: Tensor, M: Tensor, lr: Tensor) -> None:
-    """`R -= lr M R` with scratch of at most R/8."""
+    """`R -= lr M R` with scratch of at most R/8, by PyTorch's products."""
     rate = per_layer(lr, R.dtype)
     for layers, columns in _pieces(R):
         target = R[layers, :, columns]
@@ -43,14 +194,35 @@ def apply_in_place(R: Tensor, M: Tensor, lr: Tensor) -> None:
         del old  # before the next piece's is made, or two of them would live at a time
 
 
+def prefers_triton(R: Tensor) -> bool:
+    """Whether Triton pays for a stack of this shape."""
+    L, d, _ = R.shape
+    return _dispatch.pays("apply_", _dispatch.operands(R.dtype).kind, R.device, d=d, work=L * d)
+
+
+def stack_refusal(R: Tensor, *others: Tensor) -> str | None:
+    """Why Triton cannot update this stack in place, or None."""
+    if not R.is_contiguous():
+        return f"it updates contiguous stacks of R alone, got strides {R.stride()}"
+    return _dispatch.triton_refusal(R.device, R.dtype, *(t.dtype for t in others))
+
+
 @torch.library.custom_op("dbpkern::apply_", mutates_args=("R",))
-def _apply(R: Tensor, M: Tensor, lr: Tensor) -> None:
+def _apply(R: Tensor, M: Tensor, lr: Tensor, backend: str) -> None:
+    serves = _dispatch.choose(
+        "apply_", backend, {"triton": stack_refusal(R)}, "triton" if prefers_triton(R) else "eager"
+    )
+    if R.numel() == 0:
+        return
+    if serves == "triton":
+        triton_apply(R, M, lr)
+        return
     with autocast_off(R.device):
         apply_in_place(R, M, lr)
 
 
 @_apply.register_fake
-def _(R: Tensor, M: Tensor, lr: Tensor) -> None:
+def _(R: Tensor, M: Tensor, lr: Tensor, backend: str) -> None:
     return None
 
 
@@ -60,22 +232,26 @@ def _flops(R_shape, *args, **kwargs) -> int:
     return 2 * L * d**3
 
 
-def apply_(R: Tensor, M: Tensor, lr: float | Tensor) -> Tensor:
+def apply_(R: Tensor, M: Tensor, lr: float | Tensor, *, backend: str | None = None) -> Tensor:
     """Update a stack of R in place: `R <- R - lr M R` (arXiv 2510.14657, Eq. 4).
 
-    The scratch is at most an eighth of R, and R keeps its address.
+    R keeps its address, and the scratch is at most an eighth of R (or one strip of at most 128 columns, where
+    that is more). The Triton kernel does the whole stack in one launch.
 
     Args:
         R: `[L, d, d]`, fp32 or fp64; changed in place.
         M: `[L, d, d]` of the same dtype, as `correlation` returns it.
-        lr: eta, a number >= 0, a 0-d tensor, or `[L]` for a rate per layer.
+        lr: eta, a number >= 0, a 0-d tensor, or `[L]` for a rate per layer. A CUDA graph freezes a number;
+            a tensor on the device is read at each replay.
+        backend: None for the automatic choice, "eager" or "triton".
 
     Returns:
         R.
 
     Raises:
         TypeError: dtypes other than fp32 or fp64, or unequal ones.
-        ValueError: shapes or devices that do not fit, a negative or non-finite number as rate.
+        ValueError: shapes or devices that do not fit, a negative or non-finite number as rate, a backend that
+            cannot serve the call.
     """
     check_tensor("R", R, "[L, d, d]", (3,))
     check_accumulator("R", R)
@@ -85,5 +261,6 @@ def apply_(R: Tensor, M: Tensor, lr: float | Tensor) -> Tensor:
         raise ValueError(f"M: expected the shape of R {list(R.shape)}, got {list(M.shape)}")
     check_same_dtype(R=R, M=M)
     check_same_device(R=R, M=M)
-    torch.ops.dbpkern.apply_(R, M, rate_tensor(lr, len(R), R.device))
+    _dispatch.check_backend(backend)
+    torch.ops.dbpkern.apply_(R, M, rate_tensor(lr, len(R), R.device), backend or "")
     return R

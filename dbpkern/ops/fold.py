@@ -4,31 +4,59 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from dbpkern.ops import _dispatch
 from dbpkern.ops._common import FLOATS, autocast_off, check_matrix, check_same_device, check_tensor
+from dbpkern.ops._matmul import matmul
+
+
+def triton_fold(W: Tensor, R: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """The product by the kernel of `_matmul`."""
+    operands = _dispatch.operands(W.dtype, R.dtype, out=out_dtype)
+    tiles = _dispatch.tiles("matmul", operands.kind, W.shape[-1], W.device)
+    stacks = (W, R) if W.dim() == 3 else (W[None], R[None])
+    return matmul(*stacks, out_dtype, operands, tiles).view(W.shape)
+
+
+def _triton_refusal(W: Tensor, R: Tensor, out_dtype: torch.dtype) -> str | None:
+    return _dispatch.triton_refusal(W.device, W.dtype, R.dtype, out_dtype)
+
+
+def prefers_triton(W: Tensor, R: Tensor, out_dtype: torch.dtype) -> bool:
+    """Whether Triton pays for a weight of this shape."""
+    kind = _dispatch.operands(W.dtype, R.dtype, out=out_dtype).kind
+    return _dispatch.pays("fold", kind, W.device, d=W.shape[-1], rows=W.shape[-2])
 
 
 @torch.library.custom_op("dbpkern::fold", mutates_args=())
-def _fold(W: Tensor, R: Tensor, out_dtype: torch.dtype) -> Tensor:
+def _fold(W: Tensor, R: Tensor, out_dtype: torch.dtype, backend: str) -> Tensor:
+    serves = _dispatch.choose(
+        "fold",
+        backend,
+        {"triton": _triton_refusal(W, R, out_dtype)},
+        "triton" if prefers_triton(W, R, out_dtype) else "eager",
+    )
+    if serves == "triton":
+        return triton_fold(W, R, out_dtype)
     with autocast_off(W.device):
         compute = torch.promote_types(W.dtype, R.dtype)
         return torch.matmul(W.to(compute), R.to(compute)).to(out_dtype)
 
 
 @_fold.register_fake
-def _(W: Tensor, R: Tensor, out_dtype: torch.dtype) -> Tensor:
+def _(W: Tensor, R: Tensor, out_dtype: torch.dtype, backend: str) -> Tensor:
     return torch.empty_like(W, dtype=out_dtype, memory_format=torch.contiguous_format)
 
 
 def _setup(ctx, inputs, output) -> None:
-    W, R, _ = inputs
+    W, R, _, ctx.backend = inputs
     ctx.save_for_backward(R)
     ctx.dtype = W.dtype
 
 
-def _backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+def _backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
     (R,) = ctx.saved_tensors
     # dW = dW~ R^T is the same product with R transposed, so one op serves both directions.
-    return torch.ops.dbpkern.fold(grad, R.mT, ctx.dtype), None, None
+    return torch.ops.dbpkern.fold(grad, R.mT, ctx.dtype, ctx.backend), None, None, None
 
 
 _fold.register_autograd(_backward, setup_context=_setup)
@@ -40,7 +68,7 @@ def _flops(W_shape, R_shape, *args, **kwargs) -> int:
     return 2 * layers * W_shape[-2] * W_shape[-1] ** 2
 
 
-def fold(W: Tensor, R: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+def fold(W: Tensor, R: Tensor, out_dtype: torch.dtype | None = None, *, backend: str | None = None) -> Tensor:
     """Fold R into a weight: `W~ = W R`, so that `x W~^T = (x R^T) W^T`.
 
     Costs `2 o d^2` whatever the number of tokens, where applying R to n tokens costs `2 n d^2`.
@@ -48,15 +76,18 @@ def fold(W: Tensor, R: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
     Args:
         W: `[o, d]` or `[L, o, d]`, any floating-point dtype.
         R: `[d, d]` or `[L, d, d]`; gets no gradient.
-        out_dtype: dtype of the result, by default that of W. The product is formed in the wider dtype of
-            W and R and rounded once: fp32 W and R give a bf16 weight without a second cast.
+        out_dtype: dtype of the result, by default that of W. The product is rounded to it once: fp32 W and R
+            give a bf16 weight without a second cast.
+        backend: None for the automatic choice, "eager" or "triton". Eager forms the product in the wider
+            dtype of W and R; Triton rounds the operands in registers, to TF32 for fp32 W and R with a 16-bit
+            result, to 16 bits where W or R has them, and sums in fp32.
 
     Returns:
         `[(L,) o, d]`, differentiable in W (`dW = dW~ R^T`).
 
     Raises:
         TypeError: not floating-point tensors, or `out_dtype` not a floating-point dtype.
-        ValueError: shapes or devices that do not fit.
+        ValueError: shapes or devices that do not fit, a backend that cannot serve the call.
     """
     check_tensor("W", W, "[o, d] or [L, o, d]", (2, 3))
     check_tensor("R", R, "[d, d] or [L, d, d]", (W.dim(),))
@@ -68,4 +99,5 @@ def fold(W: Tensor, R: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
         out_dtype = W.dtype
     elif out_dtype not in FLOATS:
         raise TypeError(f"out_dtype: expected float16, bfloat16, float32 or float64, got {out_dtype}")
-    return torch.ops.dbpkern.fold(W, R, out_dtype)
+    _dispatch.check_backend(backend)
+    return torch.ops.dbpkern.fold(W, R, out_dtype, backend or "")

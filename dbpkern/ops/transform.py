@@ -1,14 +1,42 @@
 """`z = x R^T`: the decorrelated input."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from dbpkern.ops import _dispatch
 from dbpkern.ops._common import autocast_off, check_matrix, check_same_device, check_tensor
+from dbpkern.ops._matmul import matmul
+
+
+def triton_transform(x: Tensor, R: Tensor) -> Tensor:
+    """The product by the kernel of `_matmul`."""
+    d = x.shape[-1]
+    operands = _dispatch.operands(x.dtype, R.dtype)
+    tiles = _dispatch.tiles("matmul", operands.kind, d, x.device)
+    stacks = (x, R.mT) if R.dim() == 3 else (x.reshape(1, math.prod(x.shape[:-1]), d), R.mT[None])
+    return matmul(*stacks, x.dtype, operands, tiles).view(x.shape)
+
+
+def prefers_triton(x: Tensor, R: Tensor) -> bool:
+    """Whether Triton pays for rows of this shape."""
+    kind = _dispatch.operands(x.dtype, R.dtype).kind
+    d = x.shape[-1]
+    return _dispatch.pays("transform", kind, x.device, d=d, rows=x.numel() // d if d else 0)
 
 
 @torch.library.custom_op("dbpkern::transform", mutates_args=())
-def _transform(x: Tensor, R: Tensor) -> Tensor:
+def _transform(x: Tensor, R: Tensor, backend: str) -> Tensor:
+    serves = _dispatch.choose(
+        "transform",
+        backend,
+        {"triton": _dispatch.triton_refusal(x.device, x.dtype, R.dtype)},
+        "triton" if prefers_triton(x, R) else "eager",
+    )
+    if serves == "triton":
+        return triton_transform(x, R)
     with autocast_off(x.device):
         compute = torch.promote_types(x.dtype, R.dtype)
         # A new tensor also for the identity and for empty x: an op may not return its input.
@@ -16,18 +44,18 @@ def _transform(x: Tensor, R: Tensor) -> Tensor:
 
 
 @_transform.register_fake
-def _(x: Tensor, R: Tensor) -> Tensor:
+def _(x: Tensor, R: Tensor, backend: str) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _setup(ctx, inputs, output) -> None:
-    _, R = inputs
+    _, R, ctx.backend = inputs
     ctx.save_for_backward(R)
 
 
-def _backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+def _backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
     (R,) = ctx.saved_tensors
-    return torch.ops.dbpkern.transform(grad, R.mT), None  # dx = dz R
+    return torch.ops.dbpkern.transform(grad, R.mT, ctx.backend), None, None  # dx = dz R
 
 
 _transform.register_autograd(_backward, setup_context=_setup)
@@ -35,26 +63,24 @@ _transform.register_autograd(_backward, setup_context=_setup)
 
 @register_flop_formula(torch.ops.dbpkern.transform)
 def _flops(x_shape, R_shape, *args, **kwargs) -> int:
-    rows = 1
-    for size in x_shape[:-1]:
-        rows *= size
-    return 2 * rows * x_shape[-1] ** 2
+    return 2 * math.prod(x_shape) * x_shape[-1]
 
 
-def transform(x: Tensor, R: Tensor) -> Tensor:
+def transform(x: Tensor, R: Tensor, *, backend: str | None = None) -> Tensor:
     """Apply R to every row: `z = x R^T`.
 
     Args:
         x: `[*, d]`, or `[L, n, d]` together with a stack of R.
         R: `[d, d]` or `[L, d, d]`; gets no gradient.
+        backend: None for the automatic choice, "eager" or "triton". Eager computes in the wider of the two
+            dtypes; Triton rounds R to 16 bits in registers where x has them, and sums in fp32.
 
     Returns:
-        `[*, d]` in the dtype of x, computed in the wider of the two dtypes and rounded once;
-        differentiable in x (`dx = dz R`).
+        `[*, d]` in the dtype of x, rounded once; differentiable in x (`dx = dz R`).
 
     Raises:
         TypeError: not floating-point tensors.
-        ValueError: shapes or devices that do not fit.
+        ValueError: shapes or devices that do not fit, a backend that cannot serve the call.
     """
     check_tensor("R", R, "[d, d] or [L, d, d]", (2, 3))
     check_tensor("x", x, "[*, d]", (3,) if R.dim() == 3 else tuple(range(1, 9)))
@@ -62,4 +88,5 @@ def transform(x: Tensor, R: Tensor) -> Tensor:
     if R.dim() == 3 and len(R) != len(x):
         raise ValueError(f"x and R: expected equal numbers of layers, got {len(x)} and {len(R)}")
     check_same_device(x=x, R=R)
-    return torch.ops.dbpkern.transform(x, R)
+    _dispatch.check_backend(backend)
+    return torch.ops.dbpkern.transform(x, R, backend or "")

@@ -1,0 +1,191 @@
+"""Which implementation serves a call, and with which tiles.
+
+Every op has an eager implementation that serves any device. A faster one is asked for by name
+(`backend="triton"`), which raises where it cannot serve, or chosen by itself: where it can serve and the
+thresholds of `dbpkern/configs/` say that it pays. The choice is a function of shapes, dtypes and the kind of
+device alone, so all processes of a run make the same one.
+"""
+
+import contextlib
+import functools
+import importlib.resources
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from dbpkern.ops import _triton
+
+BACKENDS = ("eager", "triton", "cuda")
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Operands:
+    """How the operands of a product enter the tensor cores; sums are fp32 always."""
+
+    dtype: torch.dtype
+    """What each operand is rounded to in registers."""
+    precision: str
+    """`input_precision` of `tl.dot`."""
+
+    @property
+    def kind(self) -> str:
+        """The row of the tables that this is: "16bit", "tf32" or "ieee"."""
+        return "16bit" if self.dtype in _HALVES else self.precision
+
+
+def operands(*inputs: torch.dtype, out: torch.dtype | None = None) -> Operands:
+    """The operands of a product of such inputs.
+
+    A 16-bit input makes the product a 16-bit one: its partner cannot add precision that it lacks. fp32 inputs
+    use TF32 where the result is rounded to 16 bits anyway, or where PyTorch may use it for its own products
+    (`torch.set_float32_matmul_precision`); otherwise they stay fp32.
+    """
+    halves = [dtype for dtype in inputs if dtype in _HALVES]
+    if halves:
+        return Operands(halves[0], "ieee")
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return Operands(torch.float32, "tf32" if allowed or out in _HALVES else "ieee")
+
+
+def check_backend(backend: str | None) -> None:
+    """Raise unless `backend` is None or names an implementation."""
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend: expected None or one of {BACKENDS}, got {backend!r}")
+
+
+def triton_refusal(device: torch.device, *dtypes: torch.dtype) -> str | None:
+    """Why Triton cannot serve tensors of these dtypes on this device, or None."""
+    if _triton.triton is None:
+        return "Triton is not installed"
+    if device.type != "meta":  # shapes alone, for compilation ahead of time
+        if _triton.INTERPRETED:
+            if device.type != "cpu":
+                return f"TRITON_INTERPRET=1 serves CPU tensors alone, got {device}"
+        elif device.type != "cuda":
+            return f"it needs a CUDA device (or TRITON_INTERPRET=1), got {device}"
+        elif torch.version.hip is not None:
+            return "its kernels are made for NVIDIA GPUs"
+        elif torch.cuda.get_device_capability(device) < (8, 0):
+            return "it needs compute capability 8.0 or newer"
+    if torch.float64 in dtypes:
+        return "it does not serve float64"
+    if torch.float16 in dtypes and torch.bfloat16 in dtypes:
+        return "it does not mix float16 and bfloat16"
+    return None
+
+
+def choose(op: str, requested: str, refusals: dict[str, str | None], preferred: str = "eager") -> str:
+    """The backend that serves a call.
+
+    Args:
+        op: its name, for messages.
+        requested: a backend by name, or "" for the automatic choice.
+        refusals: for each backend of this op but eager, why it cannot serve the call, or None.
+        preferred: what the thresholds say of this call; taken unless it cannot serve.
+
+    Raises:
+        ValueError: the requested backend cannot serve the call, or the op has no such backend.
+    """
+    if requested:
+        if requested == "eager":
+            return requested
+        if requested not in refusals:
+            known = ", ".join(("eager", *refusals))
+            raise ValueError(f"{op}: no backend {requested!r}; there are {known}")
+        if refusals[requested] is not None:
+            raise ValueError(f"{op}: backend {requested!r} cannot serve this call: {refusals[requested]}")
+        return requested
+    preferred = os.environ.get("DBPKERN_BACKEND") or preferred
+    check_backend(preferred)
+    return preferred if refusals.get(preferred, "no such backend") is None else "eager"
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Block sizes of a product `[M, K] @ [K, N]`, and how Triton compiles it."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+_assumed = "default"
+
+
+@contextlib.contextmanager
+def assume(name: str) -> Iterator[None]:
+    """Within, tensors of device meta stand for those of an architecture: for compilation ahead of time."""
+    global _assumed
+    outer, _assumed = _assumed, name
+    try:
+        yield
+    finally:
+        _assumed = outer
+
+
+def architecture(device: torch.device) -> str:
+    """Name of the table of a device: "sm_90", or "default" where there is none of its own."""
+    if device.type == "meta":
+        return _assumed
+    if device.type != "cuda":
+        return "default"
+    major, minor = torch.cuda.get_device_capability(device)
+    name = f"sm_{major}{minor}"
+    return name if name in architectures() else "default"
+
+
+@functools.cache
+def architectures() -> tuple[str, ...]:
+    """The tables there are."""
+    files = importlib.resources.files("dbpkern").joinpath("configs").iterdir()
+    return tuple(sorted(file.name.removesuffix(".json") for file in files if file.name.endswith(".json")))
+
+
+@functools.cache
+def table(name: str) -> dict:
+    """A table of `dbpkern/configs/`: {"measured": ..., "tiles": {...}, "triton": {...}}."""
+    file = importlib.resources.files("dbpkern").joinpath("configs", f"{name}.json")
+    return json.loads(file.read_text())
+
+
+def _row(name: str, section: str, op: str, kind: str) -> object:
+    """What a table says, or the default table in its place."""
+    found = table(name)[section].get(op, {})
+    return found[kind] if kind in found else table("default")[section].get(op, {}).get(kind)
+
+
+def rows(name: str, op: str, kind: str) -> list[dict[str, int]]:
+    """The rows of tiles of an architecture's table.
+
+    Each serves widths from its "min_d" on that are multiples of its "multiple": Triton loads 16 bytes at a time
+    where strides are multiples of 16, and needs more registers, so smaller tiles, where they are not.
+    """
+    return _row(name, "tiles", op, kind)
+
+
+def tiles(op: str, kind: str, d: int, device: torch.device) -> Tiles:
+    """The tiles of a kernel for width d: those of the most demanding row of the table that d meets."""
+    serving = [
+        row for row in rows(architecture(device), op, kind) if d >= row["min_d"] and d % row["multiple"] == 0
+    ]
+    best = max(serving, key=lambda row: (row["min_d"], row["multiple"]))
+    return Tiles(*(best[field] for field in ("m", "n", "k", "warps", "stages")))
+
+
+def pays(op: str, kind: str, device: torch.device, **sizes: int) -> bool:
+    """Whether Triton pays for a call of these sizes: every `min_<size>` of the table is reached.
+
+    A kind of operands that the table does not list never pays.
+    """
+    if device.type != "cuda":
+        return False
+    limits = _row(architecture(device), "triton", op, kind)
+    if limits is None:
+        return False
+    return all(sizes[name.removeprefix("min_")] >= least for name, least in limits.items())
