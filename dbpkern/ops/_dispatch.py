@@ -11,7 +11,7 @@ import functools
 import importlib.resources
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -78,14 +78,16 @@ def triton_refusal(device: torch.device, *dtypes: torch.dtype) -> str | None:
     return None
 
 
-def choose(op: str, requested: str, refusals: dict[str, str | None], preferred: str = "eager") -> str:
+def choose(
+    op: str, requested: str, refusals: dict[str, str | None], preferred: Callable[[], str] = lambda: "eager"
+) -> str:
     """The backend that serves a call.
 
     Args:
         op: its name, for messages.
         requested: a backend by name, or "" for the automatic choice.
         refusals: for each backend of this op but eager, why it cannot serve the call, or None.
-        preferred: what the thresholds say of this call; taken unless it cannot serve.
+        preferred: says what is best for this call; asked unless the user has said it.
 
     Raises:
         ValueError: the requested backend cannot serve the call, or the op has no such backend.
@@ -99,9 +101,12 @@ def choose(op: str, requested: str, refusals: dict[str, str | None], preferred: 
         if refusals[requested] is not None:
             raise ValueError(f"{op}: backend {requested!r} cannot serve this call: {refusals[requested]}")
         return requested
-    preferred = os.environ.get("DBPKERN_BACKEND") or preferred
-    check_backend(preferred)
-    return preferred if refusals.get(preferred, "no such backend") is None else "eager"
+    named = os.environ.get("DBPKERN_BACKEND")
+    check_backend(named)
+    if not named and all(refusals.values()):
+        return "eager"
+    wanted = named or preferred()
+    return wanted if refusals.get(wanted, "no such backend") is None else "eager"
 
 
 @dataclass(frozen=True)
@@ -163,19 +168,34 @@ def _row(name: str, section: str, op: str, kind: str) -> object:
 def rows(name: str, op: str, kind: str) -> list[dict[str, int]]:
     """The rows of tiles of an architecture's table.
 
-    Each serves widths from its "min_d" on that are multiples of its "multiple": Triton loads 16 bytes at a time
-    where strides are multiples of 16, and needs more registers, so smaller tiles, where they are not.
+    Each serves widths from its "min_d" on that are multiples of its "multiple": Triton loads 16 bytes at a
+    time where strides are multiples of 16, and needs more registers, so smaller tiles, where they are not.
     """
     return _row(name, "tiles", op, kind)
 
 
+def candidates(name: str, op: str, kind: str, d: int) -> list[tuple[tuple[int, int], Tiles]]:
+    """The tiles of a table that can serve width d, with their demands on it."""
+    return [
+        (
+            (row["min_d"], row["multiple"]),
+            Tiles(*(row[field] for field in ("m", "n", "k", "warps", "stages"))),
+        )
+        for row in rows(name, op, kind)
+        if d >= row["min_d"] and d % row["multiple"] == 0
+    ]
+
+
+_tuned: dict[tuple[str, str, int], Tiles] = {}
+"""Tiles that `_tuning` has found or is trying, by kernel, kind of operands and width."""
+
+
 def tiles(op: str, kind: str, d: int, device: torch.device) -> Tiles:
     """The tiles of a kernel for width d: those of the most demanding row of the table that d meets."""
-    serving = [
-        row for row in rows(architecture(device), op, kind) if d >= row["min_d"] and d % row["multiple"] == 0
-    ]
-    best = max(serving, key=lambda row: (row["min_d"], row["multiple"]))
-    return Tiles(*(best[field] for field in ("m", "n", "k", "warps", "stages")))
+    if (op, kind, d) in _tuned:
+        return _tuned[op, kind, d]
+    serving = candidates(architecture(device), op, kind, d)
+    return max(serving, key=lambda found: found[0])[1]
 
 
 def pays(op: str, kind: str, device: torch.device, **sizes: int) -> bool:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from dbpkern.ops import _dispatch, _triton
+from dbpkern.ops import _dispatch, _triton, _tuning
 from dbpkern.ops._common import (
     autocast_off,
     check_accumulator,
@@ -70,7 +70,7 @@ def load_rate(lr, layer, LR_TENSOR: tl.constexpr, LR_STRIDE: tl.constexpr):
         rate = tl.load(lr + layer * LR_STRIDE).to(tl.float32)
     else:
         rate = lr
-    return rate  # noqa: RET504 - Triton takes no return inside the branch
+    return rate
 
 
 @jit
@@ -194,12 +194,6 @@ def apply_in_place(R: Tensor, M: Tensor, lr: Tensor) -> None:
         del old  # before the next piece's is made, or two of them would live at a time
 
 
-def prefers_triton(R: Tensor) -> bool:
-    """Whether Triton pays for a stack of this shape."""
-    L, d, _ = R.shape
-    return _dispatch.pays("apply_", _dispatch.operands(R.dtype).kind, R.device, d=d, work=L * d)
-
-
 def stack_refusal(R: Tensor, *others: Tensor) -> str | None:
     """Why Triton cannot update this stack in place, or None."""
     if not R.is_contiguous():
@@ -209,8 +203,16 @@ def stack_refusal(R: Tensor, *others: Tensor) -> str | None:
 
 @torch.library.custom_op("dbpkern::apply_", mutates_args=("R",))
 def _apply(R: Tensor, M: Tensor, lr: Tensor, backend: str) -> None:
-    serves = _dispatch.choose(
-        "apply_", backend, {"triton": stack_refusal(R)}, "triton" if prefers_triton(R) else "eager"
+    L, d, _ = R.shape
+    serves = _tuning.serving(
+        "apply_",
+        backend,
+        stack_refusal(R),
+        "apply_",
+        _dispatch.operands(R.dtype).kind,
+        R.device,
+        {"d": d, "work": L * d},
+        lambda name: torch.ops.dbpkern.apply_(R.clone(), M, lr, name),
     )
     if R.numel() == 0:
         return

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from dbpkern.ops import _dispatch, _triton
+from dbpkern.ops import _dispatch, _triton, _tuning
 from dbpkern.ops._common import accumulator_dtype, autocast_off, check_kappa, check_tensor
 from dbpkern.ops._matmul import cdiv, dot, operand_constants, rounded, within_reach
 from dbpkern.ops._triton import jit, tl
@@ -139,21 +139,19 @@ def _eager_correlation(z: Tensor, kappa: float, loss: bool) -> tuple[Tensor, Ten
     return G, a, losses
 
 
-def prefers_triton(z: Tensor) -> bool:
-    """Whether Triton pays for samples of this shape: the equal layers of a stack must fill the device."""
-    L, n, d = z.shape
-    kind = _dispatch.operands(z.dtype).kind
-    return _dispatch.pays("correlation", kind, z.device, d=d, n=n, work=L * d)
-
-
 @torch.library.custom_op("dbpkern::correlation", mutates_args=())
 def _correlation(z: Tensor, kappa: float, loss: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     L, n, d = z.shape
-    serves = _dispatch.choose(
+    serves = _tuning.serving(
         "correlation",
         backend,
-        {"triton": _dispatch.triton_refusal(z.device, z.dtype)},
-        "triton" if prefers_triton(z) else "eager",
+        _dispatch.triton_refusal(z.device, z.dtype),
+        "correlation",
+        _dispatch.operands(z.dtype).kind,
+        z.device,
+        # A single layer some hundred features wide does not fill a GPU: L d counts.
+        {"d": d, "n": n, "work": L * d},
+        lambda name: torch.ops.dbpkern.correlation(z, kappa, loss, name),
     )
     if n == 0 or d == 0:
         dtype = accumulator_dtype(z.dtype)

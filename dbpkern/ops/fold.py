@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from dbpkern.ops import _dispatch
+from dbpkern.ops import _dispatch, _tuning
 from dbpkern.ops._common import FLOATS, autocast_off, check_matrix, check_same_device, check_tensor
 from dbpkern.ops._matmul import matmul
 
@@ -17,23 +17,18 @@ def triton_fold(W: Tensor, R: Tensor, out_dtype: torch.dtype) -> Tensor:
     return matmul(*stacks, out_dtype, operands, tiles).view(W.shape)
 
 
-def _triton_refusal(W: Tensor, R: Tensor, out_dtype: torch.dtype) -> str | None:
-    return _dispatch.triton_refusal(W.device, W.dtype, R.dtype, out_dtype)
-
-
-def prefers_triton(W: Tensor, R: Tensor, out_dtype: torch.dtype) -> bool:
-    """Whether Triton pays for a weight of this shape."""
-    kind = _dispatch.operands(W.dtype, R.dtype, out=out_dtype).kind
-    return _dispatch.pays("fold", kind, W.device, d=W.shape[-1], rows=W.shape[-2])
-
-
 @torch.library.custom_op("dbpkern::fold", mutates_args=())
 def _fold(W: Tensor, R: Tensor, out_dtype: torch.dtype, backend: str) -> Tensor:
-    serves = _dispatch.choose(
+    kind = _dispatch.operands(W.dtype, R.dtype, out=out_dtype).kind
+    serves = _tuning.serving(
         "fold",
         backend,
-        {"triton": _triton_refusal(W, R, out_dtype)},
-        "triton" if prefers_triton(W, R, out_dtype) else "eager",
+        _dispatch.triton_refusal(W.device, W.dtype, R.dtype, out_dtype),
+        "matmul",
+        kind,
+        W.device,
+        {"d": W.shape[-1], "rows": W.shape[:-1].numel()},
+        lambda name: torch.ops.dbpkern.fold(W, R, out_dtype, name),
     )
     if serves == "triton":
         return triton_fold(W, R, out_dtype)

@@ -1,8 +1,8 @@
 """Decorrelate every row and update R from a sample of them, in one operation.
 
-Launches with Triton: one for d <= 64, where a program holds R whole; for wider R with fewer samples than two thirds
-of d one, after the zeroing of its counters; otherwise those of `transform`, `correlation` and `apply_`, with a
-gathering of the samples and a copy of R between them.
+Launches with Triton: one for d <= 64, where a program holds R whole; for wider R with fewer samples than two
+thirds of d one, after the zeroing of its counters; otherwise those of `transform`, `correlation` and
+`apply_`, with a gathering of the samples and a copy of R between them.
 """
 
 import functools
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from dbpkern.ops import _dispatch, _triton
+from dbpkern.ops import _dispatch, _triton, _tuning
 from dbpkern.ops._common import (
     autocast_off,
     check_accumulator,
@@ -234,27 +234,24 @@ def _eager_fused(
     return z.to(x.dtype), new, a[0]
 
 
-def prefers_triton(x: Tensor, R: Tensor) -> bool:
-    """Whether Triton pays for rows of this shape."""
-    n, d = x.shape
-    return _dispatch.pays("fused_step", _dispatch.operands(x.dtype).kind, x.device, d=d, rows=n)
-
-
 @torch.library.custom_op("dbpkern::fused_step", mutates_args=())
 def _fused_step(
     x: Tensor, R: Tensor, index: Tensor, lr: Tensor, kappa: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    serves = _dispatch.choose(
+    d = len(R)
+    kind = _dispatch.operands(x.dtype).kind
+    serves = _tuning.serving(
         "fused_step",
         backend,
-        {"triton": _dispatch.triton_refusal(x.device, x.dtype, R.dtype)},
-        "triton" if prefers_triton(x, R) else "eager",
+        _dispatch.triton_refusal(x.device, x.dtype, R.dtype),
+        "fused_on_chip" if d <= ON_CHIP[kind] else "fused_pipeline",
+        kind,
+        x.device,
+        {"d": d, "rows": len(x)},
+        lambda name: torch.ops.dbpkern.fused_step(x, R, index, lr, kappa, name),
     )
-    d = len(R)
     if serves == "triton" and d and len(index):
-        if d > ON_CHIP[_dispatch.operands(x.dtype).kind] and forms_correlation(
-            len(index), d, triangular=True
-        ):
+        if d > ON_CHIP[kind] and forms_correlation(len(index), d, triangular=True):
             return _composed(x, R, index, lr, kappa, serves)
         return triton_fused(x, R.contiguous(), index.contiguous(), lr, kappa)
     with autocast_off(x.device):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from dbpkern.ops import _dispatch
+from dbpkern.ops import _dispatch, _tuning
 from dbpkern.ops._common import autocast_off, check_matrix, check_same_device, check_tensor
 from dbpkern.ops._matmul import matmul
 
@@ -20,20 +20,18 @@ def triton_transform(x: Tensor, R: Tensor) -> Tensor:
     return matmul(*stacks, x.dtype, operands, tiles).view(x.shape)
 
 
-def prefers_triton(x: Tensor, R: Tensor) -> bool:
-    """Whether Triton pays for rows of this shape."""
-    kind = _dispatch.operands(x.dtype, R.dtype).kind
-    d = x.shape[-1]
-    return _dispatch.pays("transform", kind, x.device, d=d, rows=x.numel() // d if d else 0)
-
-
 @torch.library.custom_op("dbpkern::transform", mutates_args=())
 def _transform(x: Tensor, R: Tensor, backend: str) -> Tensor:
-    serves = _dispatch.choose(
+    d = x.shape[-1]
+    serves = _tuning.serving(
         "transform",
         backend,
-        {"triton": _dispatch.triton_refusal(x.device, x.dtype, R.dtype)},
-        "triton" if prefers_triton(x, R) else "eager",
+        _dispatch.triton_refusal(x.device, x.dtype, R.dtype),
+        "matmul",
+        _dispatch.operands(x.dtype, R.dtype).kind,
+        x.device,
+        {"d": d, "rows": x.shape[:-1].numel()},
+        lambda name: torch.ops.dbpkern.transform(x, R, name),
     )
     if serves == "triton":
         return triton_transform(x, R)

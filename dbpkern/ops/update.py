@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from dbpkern.ops import _dispatch, _triton
+from dbpkern.ops import _dispatch, _triton, _tuning
 from dbpkern.ops._common import (
     autocast_off,
     check_accumulator,
@@ -235,9 +235,10 @@ def associate_tables(*shape: int, device: torch.device) -> tuple[Tensor, int]:
 
 def layers_in_ring(L: int, operands: Operands) -> int:
     """How many M fit into the larger part of the scratch, R/8 in all; none where the stack is too small."""
-    fit = L * 4 // (PIECES * operands.dtype.itemsize)
-    # The strips of R need room, too.
-    return fit * 3 // 4 if fit > 1 else int(L * 4 > PIECES * operands.dtype.itemsize)
+    room = 4 * L / (PIECES * operands.dtype.itemsize)  # in matrices d x d
+    if room <= 1:
+        return 0
+    return max(1, int(room * 3 / 4))  # the strips of R need room, too
 
 
 def _triton_form(R: Tensor, z: Tensor, lr: Tensor, kappa: float, operands: Operands, tiles: Tiles) -> None:
@@ -306,12 +307,17 @@ def forms_correlation(n: int, d: int, triangular: bool = False) -> bool:
     return 3 * n >= 2 * d if triangular else n >= d
 
 
+def forms_M(L: int, n: int, d: int, operands: Operands) -> bool:
+    """Whether the Triton kernel forms M: where that is cheaper, and the scratch has room for it."""
+    return forms_correlation(n, d, triangular=True) and layers_in_ring(L, operands) > 0
+
+
 def triton_update(R: Tensor, z: Tensor, lr: Tensor, kappa: float) -> None:
     """`R -= lr M R` in one launch."""
     z = within_reach(z)
     L, n, d = z.shape
     operands = _dispatch.operands(z.dtype)
-    if forms_correlation(n, d, triangular=True) and layers_in_ring(L, operands):
+    if forms_M(L, n, d, operands):
         tiles = _dispatch.tiles("update_form", operands.kind, d, R.device)
         _triton_form(R, z, lr, kappa, operands, tiles)
     else:
@@ -336,20 +342,19 @@ def _eager_update(R: Tensor, z: Tensor, lr: Tensor, kappa: float) -> None:
     R.baddbmm_(z.mT, zR, alpha=-(1 - kappa) / n)
 
 
-def prefers_triton(R: Tensor, z: Tensor) -> bool:
-    """Whether Triton pays for such a stack and samples."""
-    L, n, d = z.shape
-    kind = _dispatch.operands(z.dtype).kind
-    return _dispatch.pays("update_", kind, R.device, d=d, n=n, work=L * d)
-
-
 @torch.library.custom_op("dbpkern::update_", mutates_args=("R",))
 def _update(R: Tensor, z: Tensor, lr: Tensor, kappa: float, backend: str) -> None:
-    serves = _dispatch.choose(
+    L, n, d = z.shape
+    kind = _dispatch.operands(z.dtype)
+    serves = _tuning.serving(
         "update_",
         backend,
-        {"triton": stack_refusal(R, z)},
-        "triton" if prefers_triton(R, z) else "eager",
+        stack_refusal(R, z),
+        "update_form" if forms_M(L, n, d, kind) else "update_associate",
+        kind.kind,
+        R.device,
+        {"d": d, "n": n, "work": L * d},
+        lambda name: torch.ops.dbpkern.update_(R.clone(), z, lr, kappa, name),
     )
     if z.numel() == 0:
         return
