@@ -1,11 +1,18 @@
 """Convert a model to decorrelated layers and back."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
 
-from dbpkern.nn import DecorConv2d, DecorLinear, DecorMultiheadAttention, Decorrelated, check_form
+from dbpkern.nn import (
+    DecorConv2d,
+    DecorLinear,
+    DecorMultiheadAttention,
+    Decorrelated,
+    check_form,
+    structure_of,
+)
 
 # The parts of a transformer block by the names that timm, torchvision and Hugging Face give them; a
 # pattern is matched against the end of a module's qualified name.
@@ -128,9 +135,9 @@ def select(
     return chosen
 
 
-def as_decorrelated(module: nn.Module, form: str = "auto") -> Decorrelated:
+def as_decorrelated(module: nn.Module, form: str = "auto", rank: int | None = None) -> Decorrelated:
     """A decorrelated layer over the same Parameters with R = I; `module` itself if it is one already."""
-    return module if isinstance(module, Decorrelated) else _CONVERTERS[type(module)](module, form)
+    return module if isinstance(module, Decorrelated) else _CONVERTERS[type(module)](module, form, rank)
 
 
 def check_kind(name: str, module: nn.Module) -> None:
@@ -179,11 +186,28 @@ def _check_servable(model: nn.Module, chosen: dict[str, tuple[nn.Module, str | N
             )
 
 
+def _ranks(
+    rank: int | Mapping[str, int] | None, chosen: dict[str, tuple[nn.Module, str | None]]
+) -> dict[str, int | None]:
+    """The rank of R for each chosen layer, None for a full one."""
+    if not isinstance(rank, Mapping):
+        structure_of(rank)
+        return dict.fromkeys(chosen, rank)
+    for site_rank in rank.values():
+        structure_of(site_rank)
+    sites = tuple(dict.fromkeys(site for _, site in chosen.values() if site is not None))
+    unknown = [site for site in rank if site not in sites]
+    if unknown:
+        raise ValueError(f"rank: expected some of the chosen sites {sites} as keys, got {unknown[0]!r}")
+    return {name: rank.get(site) for name, (_, site) in chosen.items()}
+
+
 def decorrelate(
     model: nn.Module,
     sites: str | Iterable[str] | None = "sublayers",
     filter: Filter | None = None,
     form: str = "auto",
+    rank: int | Mapping[str, int] | None = None,
 ) -> nn.Module:
     """Replace layers of a model by decorrelated ones, in place.
 
@@ -199,14 +223,18 @@ def decorrelate(
         filter: `filter(name, module) -> bool` narrows the choice to the layers it accepts, for example
             `lambda name, module: not name.startswith("decoder")`.
         form: how the layers compute: "auto", "fold" or "apply", see `dbpkern.nn`.
+        rank: None for a full R of `d^2` numbers in every layer; an integer r for `R = I + Q S Q^T` with
+            `d r + r^2` numbers; or ranks by site, as in `{"fc2": 128}`, where other sites get a full R.
 
     Returns:
         The model.
 
     Raises:
+        TypeError: a rank that is no integer.
         ValueError: a site that matches nothing (the message lists what exists) or that cannot be served, a
-            filter that leaves nothing, a model that is converted already, tied weights, an unknown form.
-            The model is unchanged then.
+            filter that leaves nothing, a model that is converted already, tied weights, an unknown form, a
+            rank below 1 or above a layer's width, ranks for a site that is not chosen. The model is
+            unchanged then, as it is after a TypeError.
     """
     check_form(form)
     already = [name for name, module in model.named_modules() if isinstance(module, Decorrelated)]
@@ -216,11 +244,15 @@ def decorrelate(
             "name all sites in one call, or fuse(model) first"
         )
     chosen = select(model, sites, filter)
+    ranks = _ranks(rank, chosen)
     _check_servable(model, chosen)
     converted: dict[int, nn.Module] = {}
     inputs: dict[tuple, Decorrelated] = {}
     for name, (module, site) in chosen.items():
-        new = as_decorrelated(module, form)
+        try:
+            new = as_decorrelated(module, form, ranks[name])
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
         new.site = site
         converted[id(module)] = new
         if site in ("qkv", "fc1") and isinstance(new, DecorLinear):
@@ -228,7 +260,7 @@ def decorrelate(
             first = inputs.setdefault((name.rpartition(".")[0], site, new.in_features), new)
             if first is not new:
                 first.shared = new.shared = first.shared or object()
-                new.R = first.R
+                new.factors = first.factors
     _replace(model, converted)
     return model
 

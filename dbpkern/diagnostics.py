@@ -31,7 +31,7 @@ class Layer:
 
     def __init__(self, name: str, layer: Decorrelated) -> None:
         self.name = name
-        self.R = layer.R.detach().to(torch.float64, copy=True)
+        self.R = layer.dense_R().detach().to(torch.float64, copy=True)
         self.rows = 0
         self._sum = torch.zeros_like(self.R)
 

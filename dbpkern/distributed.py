@@ -28,6 +28,16 @@ def any_process(flag: bool, device: torch.device) -> bool:
     return bool(flags)
 
 
+def _average(parts: list[Tensor], counts: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Average `parts`, each `[L, k]`, over processes in one collective, weighted by their `counts [L]`."""
+    packed = torch.cat([*parts, torch.ones_like(parts[0][:, :1])], dim=1)
+    packed.mul_(counts[:, None])
+    dist.all_reduce(packed)
+    total = packed[:, -1].clone()
+    packed.div_(total.clamp(min=1)[:, None])
+    return list(packed[:, :-1].split([part.shape[1] for part in parts], dim=1)), total
+
+
 def average_statistics(M: Tensor, a: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Average `M [L, d, d]`, `a [L, d]` over processes, each weighted by its `counts [L]` of rows.
 
@@ -39,13 +49,22 @@ def average_statistics(M: Tensor, a: Tensor, counts: Tensor) -> tuple[Tensor, Te
     """
     d = M.shape[-1]
     row, column = torch.tril_indices(d, d, device=M.device)
-    packed = torch.cat([M[:, row, column], a, torch.ones_like(a[:, :1])], dim=1)  # [L, d(d+1)/2 + d + 1]
-    packed.mul_(counts[:, None])
-    dist.all_reduce(packed)
-    total = packed[:, -1].clone()
-    packed.div_(total.clamp(min=1)[:, None])
-    triangle, a = packed[:, :-1].split([len(row), d], dim=1)
+    (triangle, a), total = _average([M[:, row, column], a], counts)  # [L, d (d + 1) / 2], [L, d]
     M = torch.empty_like(M)
     M[:, row, column] = triangle
     M[:, column, row] = triangle
     return M, a, total
+
+
+def average_lowrank_statistics(
+    B: Tensor, Y: Tensor, c: Tensor, counts: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Average `B [L, r, r]`, `Y [L, d, r]` and `c [L, d]` over processes, weighted by their `counts [L]`.
+
+    One collective for the stack: each layer sends `r^2 + d r + d + 1` numbers.
+
+    Returns:
+        The averages and the total counts `[L]`. Layers without a row on any process come back as zeros.
+    """
+    (b, y, c), total = _average([B.flatten(1), Y.flatten(1), c], counts)
+    return b.reshape(B.shape), y.reshape(Y.shape), c, total

@@ -1,22 +1,24 @@
 """Layers that decorrelate their input.
 
 Each is a subclass of the stock layer it replaces: `weight` and `bias` keep their names and stay the same
-Parameter objects, and a buffer `R [d, d]` (fp32, the identity at first) joins them. With `z = R x` the
-layer computes `W z + b`, either in the folded form, `x (W R)^T`, whose cost does not grow with the number
-of tokens, or in the applied form, `(x R^T) W^T`, which is cheaper for fewer rows than outputs.
+Parameter objects, and a buffer `R [d, d]` (fp32, the identity at first) joins them; or, for a low-rank
+`R = I + Q S Q^T`, buffers `Q [d, r]` and `S [r, r]` (S zero at first). With `z = R x` the layer computes
+`W z + b`, either in the folded form, `x (W R)^T`, whose cost does not grow with the number of tokens, or in
+the applied form, `(x R^T) W^T`, which is cheaper for fewer rows than outputs.
 
 R is not trained by the task loss: `dbpkern.DecorSGD` updates it from rows sampled in the backward pass.
 """
 
 import copy
-from typing import Self
+from dataclasses import dataclass
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dbpkern import ops
-from dbpkern.sampling import Slot, Tap
+from dbpkern.sampling import Slot, Tap, derive_seed
 
 FORMS = ("auto", "fold", "apply")
 
@@ -25,6 +27,96 @@ def check_form(form: str) -> None:
     """Raise ValueError unless `form` names a way to compute the layer."""
     if form not in FORMS:
         raise ValueError(f"form: expected one of {FORMS}, got {form!r}")
+
+
+@dataclass(frozen=True)
+class Full:
+    """R as a matrix of its own: one buffer `R [d, d]`."""
+
+    names: ClassVar = ("R",)
+
+    def start(self, d: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor]:
+        """The buffers of R = I."""
+        return (torch.eye(d, dtype=dtype, device=device),)
+
+    def reset(self, R: Tensor) -> None:
+        """Set R to the identity, in place."""
+        R.zero_().diagonal().fill_(1)
+
+    def matrix(self, R: Tensor) -> Tensor:
+        """R, `[d, d]`."""
+        return R
+
+    def fold(self, W: Tensor, out_dtype: torch.dtype | None, R: Tensor) -> Tensor:
+        """`W R`, `[o, d]`."""
+        return ops.fold(W, R, out_dtype)
+
+    def transform(self, x: Tensor, R: Tensor) -> Tensor:
+        """`x R^T`, `[*, d]`."""
+        return ops.transform(x, R)
+
+    def describe(self, R: Tensor) -> str:
+        """For `extra_repr`."""
+        return f"R={list(R.shape)}"
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """`R = I + Q S Q^T`: buffers `Q [d, r]`, orthonormal, and `S [r, r]`."""
+
+    rank: int
+
+    names: ClassVar = ("Q", "S")
+
+    def start(self, d: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The buffers of R = I: a random subspace, the same in every process, and S = 0."""
+        if not 1 <= self.rank <= d:
+            raise ValueError(f"rank: expected an integer in [1, {d}], the layer's width, got {self.rank}")
+        Q = torch.empty(d, self.rank, dtype=dtype, device=device)
+        S = torch.empty(self.rank, self.rank, dtype=dtype, device=device)
+        self.reset(Q, S)
+        return Q, S
+
+    def reset(self, Q: Tensor, S: Tensor) -> None:
+        """Set R to the identity, in place, and Q to its start: it may never have been written before."""
+        S.zero_()
+        if not Q.is_meta:
+            generator = torch.Generator("cpu").manual_seed(derive_seed(*Q.shape))
+            normal = torch.randn(Q.shape, generator=generator, dtype=torch.float64, device="cpu")
+            Q.copy_(torch.linalg.qr(normal).Q)
+
+    def matrix(self, Q: Tensor, S: Tensor) -> Tensor:
+        """R, `[d, d]`."""
+        return self.fold(torch.eye(len(Q), dtype=Q.dtype, device=Q.device), None, Q, S)
+
+    def fold(self, W: Tensor, out_dtype: torch.dtype | None, Q: Tensor, S: Tensor) -> Tensor:
+        """`W R`, `[o, d]`."""
+        return ops.lowrank_fold(W, Q, S, out_dtype)
+
+    def transform(self, x: Tensor, Q: Tensor, S: Tensor) -> Tensor:
+        """`x R^T`, `[*, d]`."""
+        return ops.lowrank_transform(x, Q, S)
+
+    def describe(self, Q: Tensor, S: Tensor) -> str:
+        """For `extra_repr`."""
+        d, r = Q.shape
+        return f"R=[{d}, {d}], rank={r}"
+
+
+def structure_of(rank: int | None) -> Full | LowRank:
+    """How a layer holds R: full for None.
+
+    Raises:
+        TypeError: rank is neither None nor an integer.
+    """
+    if rank is None:
+        return Full()
+    if not isinstance(rank, int) or isinstance(rank, bool):
+        raise TypeError(f"rank: expected an integer or None, got {type(rank).__name__}")
+    return LowRank(rank)
+
+
+_BUFFERS = (*Full.names, *LowRank.names)
 
 
 def _recast(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
@@ -44,29 +136,57 @@ class Decorrelated(nn.Module):
     """The class of layer that this one replaces and fuses back into."""
     weight_name = "weight"
 
-    R: Tensor
+    structure: Full | LowRank
+    """How the layer holds R."""
     site: str | None
     """Where in its block the layer stands, if `decorrelate` knew."""
     shared: object | None
     """Layers that hold the same object read one input and have one R."""
 
     @classmethod
-    def _from_stock(cls, module: nn.Module, form: str) -> Self:
+    def _from_stock(cls, module: nn.Module, form: str, rank: int | None) -> Self:
         if type(module) is not cls.stock:
             raise TypeError(
                 f"{cls.__name__}: expected exactly {cls.stock.__name__}, got {type(module).__name__}"
             )
         check_form(form)
+        structure = structure_of(rank)
         new = _recast(module, cls)
         new.form = form
+        new.structure = structure
         new.site = None
         new.shared = None
         new._key = None
-        weight = new._weight
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        R = torch.eye(new._matrix().shape[1], dtype=dtype, device=weight.device)
-        new.register_buffer("R", R)
+        for name, buffer in zip(structure.names, new._start(), strict=True):
+            new.register_buffer(name, buffer)
         return new
+
+    def _start(self) -> tuple[Tensor, ...]:
+        """Buffers of R = I as the weight would have them."""
+        dtype = torch.promote_types(self._weight.dtype, torch.float32)
+        return self.structure.start(self._matrix().shape[1], dtype, self._weight.device)
+
+    @property
+    def factors(self) -> tuple[Tensor, ...]:
+        """The buffers that hold R: `(R,)`, or `(Q, S)` for a low-rank R."""
+        return tuple(getattr(self, name) for name in self.structure.names)
+
+    @factors.setter
+    def factors(self, values: tuple[Tensor, ...]) -> None:
+        for name, value in zip(self.structure.names, values, strict=True):
+            setattr(self, name, value)
+
+    def dense_R(self) -> Tensor:
+        """R as a matrix `[d, d]`, to look at: a low-rank R is multiplied out."""
+        return self.structure.matrix(*self.factors)
+
+    def fold(self, W: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+        """`W R` for `W [o, d]`."""
+        return self.structure.fold(W, out_dtype, *self.factors)
+
+    def transform(self, x: Tensor) -> Tensor:
+        """`x R^T` for `x [*, d]`."""
+        return self.structure.transform(x, *self.factors)
 
     @property
     def _weight(self) -> nn.Parameter:
@@ -110,28 +230,31 @@ class Decorrelated(nn.Module):
 
     def reset_R(self) -> None:
         """Set R to the identity, in place."""
-        if self.R.is_meta and not self._weight.is_meta:  # load_state_dict(assign=True) on a meta model
-            self.R = torch.empty_like(self.R, device=self._weight.device)
+        if any(b.is_meta for b in self.factors) and not self._weight.is_meta:
+            self.factors = self._start()  # after load_state_dict(assign=True) on a meta model
         with torch.no_grad():
-            self.R.zero_().diagonal().fill_(1)
+            self.structure.reset(*self.factors)
 
     def fused(self) -> nn.Module:
         """The stock layer with `W <- W R`, written into the same Parameter."""
         with torch.no_grad():
-            self._weight.copy_(ops.fold(self._matrix(), self.R).view_as(self._weight))
+            self._weight.copy_(self.fold(self._matrix()).view_as(self._weight))
         new = _recast(self, self.stock)
-        for name in ("form", "site", "shared", "_key"):
+        for name in ("form", "structure", "site", "shared", "_key"):
             del new.__dict__[name]
-        del new._buffers["R"]
+        for name in self.structure.names:
+            del new._buffers[name]
         self.attach(None)
         return new
 
     def _apply(self, fn, recurse: bool = True):
-        R = self.R
+        factors = self.factors
         super()._apply(fn, recurse)
-        if self.R.dtype not in (torch.float32, torch.float64):
-            # .half() and .to(dtype) are for weights: rounding R would undo what it has learned.
-            self._buffers["R"] = R.to(self.R.device)
+        # .half() and .to(dtype) are for weights: rounding R would undo what it has learned.
+        self.factors = tuple(
+            new if new.dtype in (torch.float32, torch.float64) else old.to(new.device)
+            for old, new in zip(factors, self.factors, strict=True)
+        )
         return self
 
     def _load_from_state_dict(
@@ -140,10 +263,12 @@ class Decorrelated(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        # A stock checkpoint knows weights that act on x: with R = I this layer's do, too.
-        if prefix + "R" not in state_dict and prefix + self.weight_name in state_dict:
-            if prefix + "R" in missing_keys:
-                missing_keys.remove(prefix + "R")
+        # A stock checkpoint knows weights that act on x: with R = I this layer's do, too. One of a layer
+        # whose R has another structure is no stock checkpoint, and its keys are reported.
+        converted = any(prefix + name in state_dict for name in _BUFFERS)
+        if not converted and prefix + self.weight_name in state_dict:
+            ours = {prefix + name for name in self.structure.names}
+            missing_keys[:] = [key for key in missing_keys if key not in ours]
             self.reset_R()
 
     def __getstate__(self):
@@ -152,9 +277,8 @@ class Decorrelated(nn.Module):
 
     def extra_repr(self) -> str:
         """The stock layer's line, the size of R, and the form if it is forced."""
-        d = self.R.shape[-1]
         form = "" if self.form == "auto" else f", form={self.form}"
-        return f"{super().extra_repr()}, R=[{d}, {d}]{form}".removeprefix(", ")
+        return f"{super().extra_repr()}, {self.structure.describe(*self.factors)}{form}".removeprefix(", ")
 
 
 def _autocast(x: Tensor) -> tuple[Tensor, torch.dtype | None]:
@@ -175,26 +299,27 @@ class DecorLinear(Decorrelated, nn.Linear):
     stock = nn.Linear
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, form: str = "auto") -> Self:
+    def from_linear(cls, linear: nn.Linear, form: str = "auto", rank: int | None = None) -> Self:
         """Take over a linear layer: same Parameters, R = I, the same output bit for bit.
 
         Args:
             linear: exactly an `nn.Linear`; a subclass may compute something else.
             form: "fold", "apply", or "auto" to fold when there are more rows than outputs.
+            rank: of `R - I`, from 1 to the layer's width, for a low-rank R; None for a full one.
 
         Raises:
-            TypeError: `linear` is of another class.
-            ValueError: unknown form.
+            TypeError: `linear` is of another class, or rank not an integer.
+            ValueError: unknown form, or rank out of range.
         """
-        return cls._from_stock(linear, form)
+        return cls._from_stock(linear, form, rank)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[*, d] -> [*, o]`."""
         x, dtype = _autocast(x)
         weight = self._tapped(x)
         if self._folds(self.count_rows(x)):
-            return F.linear(x, ops.fold(weight, self.R, dtype), self.bias)
-        return F.linear(ops.transform(x, self.R), weight, self.bias)
+            return F.linear(x, self.fold(weight, dtype), self.bias)
+        return F.linear(self.transform(x), weight, self.bias)
 
 
 class DecorConv2d(Decorrelated, nn.Conv2d):
@@ -207,20 +332,21 @@ class DecorConv2d(Decorrelated, nn.Conv2d):
     stock = nn.Conv2d
 
     @classmethod
-    def from_conv(cls, conv: nn.Conv2d, form: str = "auto") -> Self:
+    def from_conv(cls, conv: nn.Conv2d, form: str = "auto", rank: int | None = None) -> Self:
         """Take over a convolution: same Parameters, R = I, the same output bit for bit.
 
         Args:
             conv: exactly an `nn.Conv2d`, with `groups=1`.
             form: "fold", "apply", or "auto", which folds: unfolding images costs more than it could save.
+            rank: of `R - I`, from 1 to the layer's width, for a low-rank R; None for a full one.
 
         Raises:
-            TypeError: `conv` is of another class.
-            ValueError: unknown form, or a grouped convolution.
+            TypeError: `conv` is of another class, or rank not an integer.
+            ValueError: unknown form, rank out of range, or a grouped convolution.
         """
         if getattr(conv, "groups", 1) != 1:
             raise ValueError(f"DecorConv2d: expected groups=1, got groups={conv.groups}")
-        return cls._from_stock(conv, form)
+        return cls._from_stock(conv, form, rank)
 
     def _matrix(self) -> Tensor:
         return self.weight.flatten(1)
@@ -275,11 +401,11 @@ class DecorConv2d(Decorrelated, nn.Conv2d):
         x, dtype = _autocast(x)
         weight = self._tapped(x)
         if self._folds(self.count_rows(x)):
-            folded = ops.fold(weight.flatten(1), self.R, dtype).view_as(weight)
+            folded = self.fold(weight.flatten(1), dtype).view_as(weight)
             return self._conv_forward(x, folded, self.bias)
         images = self._padded(x if x.dim() == 4 else x[None])
         patches = F.unfold(images, self.kernel_size, self.dilation, stride=self.stride)
-        z = ops.transform(patches.mT, self.R)
+        z = self.transform(patches.mT)
         y = F.linear(z, weight.flatten(1), self.bias).mT.unflatten(2, self._grid(x))
         return y if x.dim() == 4 else y[0]
 
@@ -296,23 +422,26 @@ class DecorMultiheadAttention(Decorrelated, nn.MultiheadAttention):
     weight_name = "in_proj_weight"
 
     @classmethod
-    def from_attention(cls, attention: nn.MultiheadAttention, form: str = "auto") -> Self:
+    def from_attention(
+        cls, attention: nn.MultiheadAttention, form: str = "auto", rank: int | None = None
+    ) -> Self:
         """Take over an attention layer: same Parameters, R = I, the same output bit for bit.
 
         Args:
             attention: exactly an `nn.MultiheadAttention`, with keys and values as wide as queries.
             form: "fold", "apply", or "auto" to fold when there are more tokens than 3 times the width.
+            rank: of `R - I`, from 1 to the layer's width, for a low-rank R; None for a full one.
 
         Raises:
-            TypeError: `attention` is of another class.
-            ValueError: unknown form, or separate projections (`kdim` or `vdim` given).
+            TypeError: `attention` is of another class, or rank not an integer.
+            ValueError: unknown form, rank out of range, or separate projections (`kdim` or `vdim` given).
         """
         if getattr(attention, "in_proj_weight", True) is None:
             raise ValueError(
                 "DecorMultiheadAttention: expected one in_proj_weight for q, k and v, "
                 f"got kdim={attention.kdim}, vdim={attention.vdim}, embed_dim={attention.embed_dim}"
             )
-        return cls._from_stock(attention, form)
+        return cls._from_stock(attention, form, rank)
 
     def forward(
         self,
@@ -338,9 +467,9 @@ class DecorMultiheadAttention(Decorrelated, nn.MultiheadAttention):
         x, dtype = _autocast(query)
         weight = self._tapped(x)
         if self._folds(self.count_rows(x)):
-            weight = ops.fold(weight, self.R, dtype)
+            weight = self.fold(weight, dtype)
         else:
-            x = ops.transform(x, self.R)
+            x = self.transform(x)
         swap = self.batch_first and x.dim() == 3
         if swap:
             x = x.transpose(0, 1)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dbpkern import distributed, ops
-from dbpkern.nn import Decorrelated
+from dbpkern.nn import Decorrelated, Full, LowRank
 from dbpkern.ops._common import check_kappa, check_lr
 from dbpkern.sampling import Sampler, Slot
 
@@ -24,33 +24,74 @@ class _Site:
         self.slot = Slot(layer, sampler)
 
     @property
-    def R(self) -> Tensor:
-        return self.layers[0].R
+    def factors(self) -> tuple[Tensor, ...]:
+        """The tensors that hold the R: one, or Q and S."""
+        return self.layers[0].factors
 
-    def bind(self, R: Tensor) -> None:
+    @property
+    def kind(self) -> tuple:
+        """What sites must agree in to lie in one stack."""
+        return (type(self.layers[0].structure), *((f.shape, f.dtype, f.device) for f in self.factors))
+
+    def bind(self, factors: tuple[Tensor, ...]) -> None:
         for layer in self.layers:
-            layer.R = R
+            layer.factors = factors
 
 
 class _Stack:
-    """Sites of equal width, dtype and device; their R lie in one tensor `[L, d, d]`."""
+    """Sites whose R are of one kind; the factors of all lie in one tensor each, with the layer in front."""
 
     def __init__(self, sites: list[_Site]) -> None:
         self.sites = sites
         with torch.no_grad():
-            self.R = torch.stack([site.R for site in sites])
-        for site, R in zip(sites, self.R, strict=True):
-            site.bind(R)
+            self.factors = tuple(
+                torch.stack(parts) for parts in zip(*(site.factors for site in sites), strict=True)
+            )
+        for site, *factors in zip(sites, *self.factors, strict=True):
+            site.bind(tuple(factors))
         self.samples: dict[tuple[int, int], Tensor] = {}
 
     def holds(self) -> bool:
-        """Whether the layers' R still are the parts of this stack."""
-        start, size = self.R.data_ptr(), self.R[0].nbytes
+        """Whether the layers' factors still are the parts of this stack."""
         return all(
-            layer.R.data_ptr() == start + i * size and layer.R.dtype == self.R.dtype
+            part.data_ptr() == whole.data_ptr() + i * part.nbytes and part.dtype == whole.dtype
             for i, site in enumerate(self.sites)
             for layer in site.layers
+            for part, whole in zip(layer.factors, self.factors, strict=True)
         )
+
+    def step(self, lr: float | Tensor, kappa: float) -> None:
+        """Update every R from the rows sampled since the last step."""
+        raise NotImplementedError
+
+    def decorrelated(self, where: slice, rows: Tensor) -> Tensor:
+        """z of the rows `[L', n, d]` of the sites `where`, in the dtype of R."""
+        raise NotImplementedError
+
+    def losses(self, kappa: float, stale: bool) -> tuple[Tensor, Tensor]:
+        """Decorrelation losses `[L]` of the rows of all processes, and the numbers of rows `[L]`."""
+        if distributed.world_size() > 1:
+            # Sums of squares over rows that lie on different processes need the correlations themselves.
+            off, a, counts = self.correlations(0.0, stale)
+            return _loss(off.square().sum((1, 2)), a, kappa), counts
+        like = self.factors[0]
+        losses, counts = like.new_zeros(len(self.sites)), like.new_zeros(len(self.sites))
+        for where, rows in self.runs(stale):
+            losses[where] = _loss_of_rows(self.decorrelated(where, rows), kappa)
+            counts[where] = rows.shape[1]
+        return losses, counts
+
+    def correlations(self, kappa: float, stale: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """M `[L, d, d]`, a `[L, d]` and row counts `[L]`, of many processes.
+
+        Layers without rows here still take part: other processes may have some.
+        """
+        L, d, _ = self.factors[0].shape
+        M, a, counts = (self.factors[0].new_zeros(L, *shape) for shape in ((d, d), (d,), ()))
+        for where, rows in self.runs(stale):
+            M[where], a[where] = ops.correlation(self.decorrelated(where, rows), kappa)
+            counts[where] = rows.shape[1]
+        return distributed.average_statistics(M, a, counts)
 
     def runs(self, stale: bool = False) -> list[tuple[slice, Tensor]]:
         """The samples: (which sites, their rows `[L', n, d]`) for each run of sites with equal n > 0.
@@ -86,6 +127,74 @@ class _Stack:
         return buffer[:, :count]
 
 
+class _FullStack(_Stack):
+    """R `[L, d, d]`."""
+
+    def step(self, lr: float | Tensor, kappa: float) -> None:
+        (R,) = self.factors
+        if distributed.world_size() > 1:
+            M, *_ = self.correlations(kappa)
+            ops.apply_(R, M, lr)
+            return
+        for where, rows in self.runs():
+            ops.update_(R[where], self.decorrelated(where, rows), lr, kappa)
+
+    def decorrelated(self, where: slice, rows: Tensor) -> Tensor:
+        (R,) = self.factors
+        return ops.transform(rows.to(R.dtype), R[where])
+
+
+class _LowRankStack(_Stack):
+    """Q `[L, d, r]` and S `[L, r, r]`."""
+
+    def step(self, lr: float | Tensor, kappa: float) -> None:
+        Q, S = self.factors
+        if distributed.world_size() > 1:
+            ops.lowrank_apply_(Q, S, *self._statistics(), lr, kappa)
+            return
+        for where, rows in self.runs():
+            ops.lowrank_apply_(Q[where], S[where], *self._of_rows(where, rows), lr, kappa)
+
+    def _of_rows(self, where: slice, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        Q = self.factors[0]
+        # 16-bit rows go as they are: the op widens them where it must.
+        return ops.lowrank_statistics(rows if rows.itemsize < 4 else rows.to(Q.dtype), Q[where])
+
+    def _statistics(self) -> tuple[Tensor, Tensor, Tensor]:
+        """B, Y and c of the whole stack, over all processes."""
+        Q, S = self.factors
+        B, Y, c = torch.zeros_like(S), torch.zeros_like(Q), torch.zeros_like(Q[:, :, 0])
+        counts = Q.new_zeros(len(Q))
+        for where, rows in self.runs():
+            B[where], Y[where], c[where] = self._of_rows(where, rows)
+            counts[where] = rows.shape[1]
+        *averages, _ = distributed.average_lowrank_statistics(B, Y, c, counts)
+        return tuple(averages)
+
+    def decorrelated(self, where: slice, rows: Tensor) -> Tensor:
+        Q, S = self.factors
+        return ops.lowrank_transform(rows.to(Q.dtype), Q[where], S[where])
+
+
+_STACKS = {Full: _FullStack, LowRank: _LowRankStack}
+
+
+def _loss(off: Tensor, a: Tensor, kappa: float) -> Tensor:
+    """The losses `[L]` from `||offdiag G||_F^2 [L]` and `diag G [L, d]`."""
+    return ((1 - kappa) * off + kappa * (a - 1).square().sum(1)) / a.shape[1] ** 2
+
+
+def _loss_of_rows(z: Tensor, kappa: float) -> Tensor:
+    """The losses `[L']` of rows `z [L', n, d]`, by the smaller of their two Gram matrices."""
+    n, d = z.shape[1:]
+    if n >= d:
+        off, a = ops.correlation(z)
+        return _loss(off.square().sum((1, 2)), a, kappa)
+    a = torch.linalg.vector_norm(z, dim=1).square_().div_(n)
+    squares = torch.bmm(z, z.mT).div_(n).square().sum((1, 2))  # ||z z^T||_F = ||z^T z||_F
+    return _loss((squares - a.square().sum(1)).clamp(min=0), a, kappa)
+
+
 class DecorSGD(torch.optim.Optimizer):
     """Updates every R of a model by the decorrelation rule `R <- R - lr M R`.
 
@@ -96,11 +205,12 @@ class DecorSGD(torch.optim.Optimizer):
     While it lives, every converted layer in training mode copies a random sample of its input rows aside
     in each backward. `step()` decorrelates the samples, forms their statistics (averaged over processes
     where a process group is initialised) and updates all R of equal width together, without waiting for
-    the device. R rests in layers whose weight is frozen or which are in eval mode.
+    the device. R rests in layers whose weight is frozen or which are in eval mode. For a low-rank R,
+    `ops.lowrank_apply_` states the rule.
 
     It is a `torch.optim.Optimizer`, so learning-rate schedulers attach to it. It finds R in the modules at
-    every step: `.to()`, `load_state_dict` and the like are safe in between. Afterwards R are views of one
-    tensor per width.
+    every step: `.to()`, `load_state_dict` and the like are safe in between. Afterwards R, or Q and S, are
+    views of one tensor per width and rank.
 
     Args:
         model: a model with decorrelated layers.
@@ -147,7 +257,7 @@ class DecorSGD(torch.optim.Optimizer):
             )
         self._stacks: list[_Stack] = []
         self._checked = False
-        super().__init__([site.R for site in self._sites], {"lr": lr, "kappa": kappa})
+        super().__init__(self._factors(), {"lr": lr, "kappa": kappa})
         self._refresh()  # now rather than at the first step: from here on R keep their addresses
 
     def _make_sites(self, layers: list[tuple[str, Decorrelated]]) -> list[_Site]:
@@ -182,10 +292,14 @@ class DecorSGD(torch.optim.Optimizer):
         if not self._stacks or not all(stack.holds() for stack in self._stacks):
             kinds: dict[tuple, list[_Site]] = {}
             for site in self._sites:
-                kinds.setdefault((site.R.shape, site.R.dtype, site.R.device), []).append(site)
-            self._stacks = [_Stack(sites) for sites in kinds.values()]
-            self.param_groups[0]["params"] = [site.R for site in self._sites]
+                kinds.setdefault(site.kind, []).append(site)
+            self._stacks = [_STACKS[structure](sites) for (structure, *_), sites in kinds.items()]
+            self.param_groups[0]["params"] = self._factors()
         return self._stacks
+
+    def _factors(self) -> list[Tensor]:
+        """All that `step` changes: each R, or its Q and S, in the order of `names`."""
+        return [factor for site in self._sites for factor in site.factors]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the rows sampled since the last step, for steps that are to be skipped."""
@@ -208,13 +322,7 @@ class DecorSGD(torch.optim.Optimizer):
         if not isinstance(lr, Tensor):
             check_lr(lr)
         for stack in stacks:
-            if distributed.world_size() > 1:
-                M, *_ = self._statistics(stack, kappa)
-                ops.apply_(stack.R, M, lr)
-                continue
-            for where, rows in stack.runs():
-                R = stack.R[where]
-                ops.update_(R, ops.transform(rows.to(R.dtype), R), lr, kappa)
+            stack.step(lr, kappa)
         for site in self._sites:
             if site.slot.pending:
                 site.slot.pending = False  # the rows stay for loss()
@@ -222,40 +330,22 @@ class DecorSGD(torch.optim.Optimizer):
                 site.slot.clear()  # those of an older step do not
         self._sampler.advance()
 
-    def _statistics(self, stack: _Stack, kappa: float, stale: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """M, a and row counts of a stack, over all processes.
-
-        Layers without rows here still take part: other processes may have some.
-        """
-        L, d, _ = stack.R.shape
-        M = stack.R.new_zeros(L, d, d)
-        a = stack.R.new_zeros(L, d)
-        counts = stack.R.new_zeros(L)
-        for where, rows in stack.runs(stale):
-            R = stack.R[where]
-            M[where], a[where] = ops.correlation(ops.transform(rows.to(R.dtype), R), kappa)
-            counts[where] = rows.shape[1]
-        if distributed.world_size() > 1:
-            return distributed.average_statistics(M, a, counts)
-        return M, a, counts
-
     @torch.no_grad()
     def loss(self) -> dict[str, Tensor]:
         """Decorrelation loss of each R, by layer name, as 0-d tensors on its device.
 
         `((1 - kappa) ||offdiag G||_F^2 + kappa ||diag G - 1||^2) / d^2` of the rows sampled since the last
         step or, right after a step, of the rows that it used, with R as it is now. Computed when called;
-        a collective where a process group is initialised. Layers without rows are left out.
+        a collective where a process group is initialised, and then `d x d` also for a low-rank R. Layers
+        without rows are left out.
         """
         kappa = self.param_groups[0]["kappa"]
         pending = any(site.slot.pending for site in self._sites)
         # All processes must mean the same rows, also those that have none since the last step.
-        stale = not distributed.any_process(pending, self._sites[0].R.device)
+        stale = not distributed.any_process(pending, self._sites[0].factors[0].device)
         losses: dict[str, Tensor] = {}
         for stack in self._refresh():
-            off, a, counts = self._statistics(stack, 0.0, stale)  # kappa = 0: the off-diagonal part of G
-            d = a.shape[1]
-            values = ((1 - kappa) * off.square().sum((1, 2)) + kappa * (a - 1).square().sum(1)) / d**2
+            values, counts = stack.losses(kappa, stale)
             losses |= {s.name: v for s, v, n in zip(stack.sites, values, counts.tolist(), strict=True) if n}
         return {name: losses[name] for name in self.names if name in losses}
 

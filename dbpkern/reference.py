@@ -82,3 +82,65 @@ def published_step(R: Tensor, x: Tensor, lr: float, kappa: float = 0.0) -> Tenso
     v = torch.diag(X) - 1
     C = X - torch.diag(torch.diag(X))
     return R - lr * ((1 - kappa) * (C @ R) + kappa * (torch.diag(v) @ R))
+
+
+def lowrank_matrix(Q: Tensor, S: Tensor) -> Tensor:
+    """`R = I + Q S Q^T`: `[(L,) d, r], [(L,) r, r] -> [(L,) d, d]`."""
+    return torch.eye(Q.shape[-2], dtype=Q.dtype, device=Q.device) + Q @ S @ Q.mT
+
+
+def lowrank_transform(x: Tensor, Q: Tensor, S: Tensor) -> Tensor:
+    """`transform(x, R)` with the low-rank R."""
+    return transform(x, lowrank_matrix(Q, S))
+
+
+def lowrank_fold(W: Tensor, Q: Tensor, S: Tensor) -> Tensor:
+    """`fold(W, R)` with the low-rank R."""
+    return fold(W, lowrank_matrix(Q, S))
+
+
+def lowrank_statistics(x: Tensor, Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`B [L, r, r]`, `Y [L, d, r]` and `c [L, d]` of the rows `x [L, n, d]` before R, `Q [L, d, r]`.
+
+    With the input's second moment `C = x^T x / n`: `B = Q^T C Q`, `Y = C Q`, `c = diag C`. With n = 0 all
+    are zero.
+    """
+    C = x.mT @ x / max(x.shape[1], 1)
+    return Q.mT @ C @ Q, C @ Q, C.diagonal(dim1=-2, dim2=-1).clone()
+
+
+def lowrank_apply(
+    Q: Tensor,
+    S: Tensor,
+    B: Tensor,
+    Y: Tensor,
+    c: Tensor,
+    lr: float,
+    kappa: float = 0.0,
+    q_lr: float = 0.2,
+    ridge: float = 1e-4,
+) -> tuple[Tensor, Tensor]:
+    """The step of `R = I + Q S Q^T` from its statistics: the new `Q [L, d, r]` and `S [L, r, r]`.
+
+    S follows the rule of the full R within the subspace. Q moves towards `Y B^-1`, which spans what one step
+    of subspace iteration does, and S turns with it, by the rotation nearest to `Q_new^T Q`. (The op iterates
+    towards that rotation, and falls short of it where Q turns by more than 65 degrees in one step.) B is
+    inverted with `ridge` times its trace on its diagonal. A layer with all statistics zero stays as it is.
+    """
+    Q_new, S_new = Q.clone(), S.clone()
+    eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
+    for i in range(len(Q)):
+        if not c[i].any():
+            continue
+        V, T = Q[i] @ S[i], eye + S[i]
+        g = c[i] + 2 * (Y[i] * V).sum(1) + (V @ B[i] * V).sum(1)  # mean squares of z
+        D = Q[i].T @ torch.diag(g) @ Q[i]
+        M = (1 - kappa) * (T @ B[i] @ T.T - D) + kappa * (D - eye)
+        T = T - lr * M @ T
+        target = torch.linalg.solve(B[i] + ridge * B[i].trace() * eye, Y[i].T).T
+        basis, upper = torch.linalg.qr(Q[i] + q_lr * (target - Q[i]))
+        Q_new[i] = basis * upper.diagonal().sign()
+        left, _, right = torch.linalg.svd(Q_new[i].T @ Q[i])
+        U = left @ right
+        S_new[i] = U @ (T - eye) @ U.T
+    return Q_new, S_new

@@ -22,9 +22,16 @@ MICRO, STEPS, BATCH = 2, 3, 8
 def models() -> dict[str, tuple[nn.Module, list[torch.Tensor]]]:
     """Models and their global batches, the same in every process and in the single one."""
     torch.manual_seed(1)
-    vit = dbpkern.decorrelate(randomise(HuggingFaceViT()), "all")
+    vit, lean = (
+        dbpkern.decorrelate(randomise(HuggingFaceViT()), "all", rank=rank)
+        for rank in (None, {"fc2": 6, "qkv": 3})
+    )
     return {
         "vit, float32": (vit, [images(BATCH) for _ in range(MICRO * STEPS)]),
+        "vit, some low rank, float64": (
+            lean.double(),
+            [images(BATCH).double() for _ in range(MICRO * STEPS)],
+        ),
         "mlp, float64": (
             mlp(6, 9, 5, dtype=torch.float64),
             [torch.randn(BATCH, 6, dtype=torch.float64) for _ in range(MICRO * STEPS)],
@@ -59,6 +66,10 @@ def train(
 
 def Rs(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: layer.R.clone() for name, layer in decorrelated(model).items()}
+
+
+def factors(model: nn.Module) -> dict[str, list[torch.Tensor]]:
+    return {name: [f.clone() for f in layer.factors] for name, layer in decorrelated(model).items()}
 
 
 def sampled_step(rank: int) -> dict:
@@ -99,6 +110,25 @@ def unequal_step(rank: int) -> dict:
     return {"steps": steps}
 
 
+def lowrank_step(rank: int) -> dict:
+    """Low-rank R: other numbers of rows on every rank; then none on rank 0, none anywhere for one layer."""
+    model = mlp(5, 5, 5, 5, dtype=torch.float64, rank=2)
+    decor = DecorSGD(model, lr=0.05, kappa=0.1, sample=1.0)
+    torch.manual_seed(rank)
+    steps = []
+    for step in range(2):
+        before = factors(model)
+        if step == 0:
+            model(torch.randn(7 * rank + 6, 5, dtype=torch.float64)).square().mean().backward()
+        elif rank:
+            model[:3](torch.randn(6 * rank, 5, dtype=torch.float64)).square().mean().backward()
+        rows = {name: r.clone() for name, r in captured(decor).items()}
+        loss = decor.loss()
+        decor.step()
+        steps.append({"before": before, "rows": rows, "loss": loss, "after": factors(model)})
+    return {"steps": steps}
+
+
 def messages(broadcast_buffers: bool) -> list[str]:
     """The warnings of a DecorSGD for a DistributedDataParallel."""
     model = parallel(mlp(3, 3, 3), broadcast_buffers)
@@ -111,8 +141,8 @@ def messages(broadcast_buffers: bool) -> list[str]:
     return [str(w.message) for w in caught if "broadcast_buffers" in str(w.message)]
 
 
-def operators_of_a_step() -> list[str]:
-    model = mlp(5, 5, 5)
+def operators_of_a_step(low: int | None) -> list[str]:
+    model = mlp(5, 5, 5, rank=low)
     decor = DecorSGD(model, sample=1.0)
     model(torch.randn(9, 5)).sum().backward()
     with profile(activities=[ProfilerActivity.CPU]) as recorded:
@@ -134,7 +164,8 @@ def run(rank: int, world: int, folder: str) -> None:
         "sampled": sampled_step(rank),
         "unequal": unequal_step(rank),
         "warnings": {flag: messages(flag) for flag in (True, False)},
-        "operators": operators_of_a_step(),
+        "lowrank": lowrank_step(rank),
+        "operators": {low: operators_of_a_step(low) for low in (None, 2)},
     }
     torch.save(results, Path(folder) / f"{rank}.pt")
     dist.barrier()

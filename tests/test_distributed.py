@@ -31,7 +31,10 @@ def single():
     }
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("vit, float32", 1e-5), ("mlp, float64", 1e-10)])
+@pytest.mark.parametrize(
+    ("name", "tolerance"),
+    [("vit, float32", 1e-5), ("vit, some low rank, float64", 1e-9), ("mlp, float64", 1e-10)],
+)
 def test_many_processes_equal_one(ranks, single, name, tolerance):
     untrained = distributed_worker.models()[name][0].state_dict()
     for rank in ranks:
@@ -39,17 +42,22 @@ def test_many_processes_equal_one(ranks, single, name, tolerance):
         assert trained.keys() == single[name].keys()
         for key, value in single[name].items():
             torch.testing.assert_close(trained[key], value, rtol=tolerance, atol=tolerance)
-            if key.endswith(("R", "weight")):
+            if key.endswith(("R", "Q", "S", "weight")):
                 assert (value - untrained[key]).abs().max() > 10 * tolerance, key
 
 
 def test_R_are_bitwise_equal_on_all_ranks(ranks):
     for rank in ranks[1:]:
         for trained, first in zip(rank["trained"].values(), ranks[0]["trained"].values(), strict=True):
-            assert all(torch.equal(trained[key], first[key]) for key in trained if key.endswith("R"))
+            ours = [key for key in trained if key.endswith((".R", ".Q", ".S"))]
+            assert ours
+            assert all(torch.equal(trained[key], first[key]) for key in ours)
         for part in ("sampled", "unequal"):
             for step, first in zip(rank[part]["steps"], ranks[0][part]["steps"], strict=True):
                 assert all(torch.equal(step["after"][name], R) for name, R in first["after"].items())
+        for step, first in zip(rank["lowrank"]["steps"], ranks[0]["lowrank"]["steps"], strict=True):
+            for name, factors in first["after"].items():
+                assert all(torch.equal(a, b) for a, b in zip(step["after"][name], factors, strict=True))
 
 
 def test_ranks_draw_different_rows(ranks):
@@ -81,6 +89,22 @@ def test_losses_are_those_of_all_rows_together(ranks, part, kappa):
                         torch.testing.assert_close(loss, reference.loss(z[None], kappa)[0])
 
 
+def test_low_rank_steps_and_losses_are_those_of_all_rows_together(ranks):
+    for steps in zip(*(rank["lowrank"]["steps"] for rank in ranks), strict=True):
+        for name, (Q, S) in steps[0]["before"].items():
+            rows = torch.cat([step["rows"][name] for step in steps if name in step["rows"]] or [Q.mT[:0]])
+            statistics = reference.lowrank_statistics(rows[None], Q[None])
+            expected = reference.lowrank_apply(Q[None], S[None], *statistics, 0.05, 0.1)
+            for actual, wanted in zip(steps[0]["after"][name], expected, strict=True):
+                torch.testing.assert_close(actual, wanted[0], rtol=1e-8, atol=1e-8)
+            for step in steps:
+                assert (name in step["loss"]) == bool(len(rows))
+                if len(rows):
+                    z = reference.lowrank_transform(rows, Q, S)
+                    torch.testing.assert_close(step["loss"][name], reference.loss(z[None], 0.1)[0])
+    assert [len(rank["lowrank"]["steps"][1]["rows"]) for rank in ranks][:2] == [0, 2]
+
+
 def test_the_unequal_case_is_unequal(ranks):
     first, last = ([rank["unequal"]["steps"][i]["rows"] for rank in ranks] for i in (0, 1))
     assert [len(rows["0"]) for rows in first] == [3 * rank + 2 for rank in range(len(ranks))]
@@ -97,8 +121,9 @@ def test_broadcast_buffers_warns(ranks):
 
 def test_a_step_never_reads_a_value(ranks):
     for rank in ranks:
-        assert "dbpkern::apply_" in rank["operators"]
-        assert not {"aten::item", "aten::_local_scalar_dense", "aten::nonzero"} & set(rank["operators"])
+        for low, names in rank["operators"].items():
+            assert ("dbpkern::apply_" if low is None else "dbpkern::lowrank_apply_") in names
+            assert not {"aten::item", "aten::_local_scalar_dense", "aten::nonzero"} & set(names)
 
 
 def test_one_process_is_rank_0_of_1():

@@ -269,7 +269,7 @@ def test_in_the_steady_state_nothing_moves():
         decor.step()
         assert places is None or new == places
         places = new
-    stack = decor._stacks[0].R
+    (stack,) = decor._stacks[0].factors
     assert [layer.R.data_ptr() for layer in decorrelated(model).values()] == [R.data_ptr() for R in stack]
     assert R_places == {name: layer.R.data_ptr() for name, layer in decorrelated(model).items()}
 

@@ -147,11 +147,13 @@ def everything(name: str, module: nn.Module) -> bool:
     return True
 
 
-def mlp(*widths: int, form: str = "auto", dtype: torch.dtype = torch.float32) -> nn.Sequential:
+def mlp(
+    *widths: int, form: str = "auto", dtype: torch.dtype = torch.float32, rank: int | None = None
+) -> nn.Sequential:
     """Decorrelated linear layers with tanh in between."""
     layers = [nn.Linear(d, o, dtype=dtype) for d, o in itertools.pairwise(widths)]
     model = nn.Sequential(*(m for layer in layers for m in (layer, nn.Tanh())))[:-1]
-    return dbpkern.decorrelate(model, sites=None, filter=everything, form=form)
+    return dbpkern.decorrelate(model, sites=None, filter=everything, form=form, rank=rank)
 
 
 def decorrelated(model: nn.Module) -> dict[str, Decorrelated]:
@@ -162,8 +164,9 @@ def shake(model: nn.Module, size: float = 0.1) -> nn.Module:
     """Move every R away from the identity; layers that share one keep it equal."""
     seen: dict[int, torch.Tensor] = {}
     for layer in decorrelated(model).values():
-        if layer.R.data_ptr() not in seen:
-            seen[layer.R.data_ptr()] = layer.R.add_(torch.randn_like(layer.R) * size)
+        factor = layer.factors[-1]  # R, or S
+        if factor.data_ptr() not in seen:
+            seen[factor.data_ptr()] = factor.add_(torch.randn_like(factor) * size)
     return model
 
 

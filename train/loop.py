@@ -34,7 +34,10 @@ class Interrupted(Exception):
 def health(model: nn.Module) -> dict[str, float]:
     """The largest absolute entry of every parameter and R by name, one wait for the device."""
     tensors = dict(model.named_parameters())
-    tensors |= {f"{n}.R": m.R for n, m in model.named_modules() if isinstance(m, Decorrelated)}
+    for name, module in model.named_modules():
+        if isinstance(module, Decorrelated):
+            names = (f"{name}.{factor}" for factor in module.structure.names)
+            tensors |= dict(zip(names, module.factors, strict=True))
     peaks = torch.stack([t.detach().abs().amax().float() for t in tensors.values() if t.numel()])
     return dict(zip((n for n, t in tensors.items() if t.numel()), peaks.tolist(), strict=True))
 

@@ -2,14 +2,30 @@
 
 Each function checks its arguments, then calls an operator registered with `torch.library` (namespace
 `dbpkern`), so it works in eager mode, under autocast and in `torch.compile(fullgraph=True)`.
-`dbpkern.reference` holds the specification of each.
+`dbpkern.reference` holds the specification of each. Every function takes `backend=`: None chooses among the
+implementations by shape, dtype and device, a name asks for one and raises where it cannot serve.
 """
 
 from dbpkern.ops.apply import apply_
 from dbpkern.ops.correlation import correlation
 from dbpkern.ops.fold import fold
 from dbpkern.ops.fused_step import fused_step
+from dbpkern.ops.lowrank_apply import lowrank_apply_
+from dbpkern.ops.lowrank_fold import lowrank_fold
+from dbpkern.ops.lowrank_statistics import lowrank_statistics
+from dbpkern.ops.lowrank_transform import lowrank_transform
 from dbpkern.ops.transform import transform
 from dbpkern.ops.update import update_
 
-__all__ = ["apply_", "correlation", "fold", "fused_step", "transform", "update_"]
+__all__ = [
+    "apply_",
+    "correlation",
+    "fold",
+    "fused_step",
+    "lowrank_apply_",
+    "lowrank_fold",
+    "lowrank_statistics",
+    "lowrank_transform",
+    "transform",
+    "update_",
+]

@@ -57,6 +57,13 @@ def check_backend(backend: str | None) -> None:
         raise ValueError(f"backend: expected None or one of {BACKENDS}, got {backend!r}")
 
 
+def named_backend() -> str | None:
+    """What the user asks for in the environment."""
+    named = os.environ.get("DBPKERN_BACKEND") or None
+    check_backend(named)
+    return named
+
+
 def triton_refusal(device: torch.device, *dtypes: torch.dtype) -> str | None:
     """Why Triton cannot serve tensors of these dtypes on this device, or None."""
     if _triton.triton is None:
@@ -101,8 +108,7 @@ def choose(
         if refusals[requested] is not None:
             raise ValueError(f"{op}: backend {requested!r} cannot serve this call: {refusals[requested]}")
         return requested
-    named = os.environ.get("DBPKERN_BACKEND")
-    check_backend(named)
+    named = named_backend()
     if not named and all(refusals.values()):
         return "eager"
     wanted = named or preferred()

@@ -1,0 +1,1360 @@
+"""Low-rank R: the ops against their specification and the full rule, the Triton kernel, layers, optimizer."""
+
+import copy
+import itertools
+import math
+import pickle
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_ops import LAYOUTS, arguments, holds_precision, peak
+from test_optim import SYNCHRONISING, operators
+from torch import nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+from vits import MODELS, captured, decorrelated, everything, images, make, mlp, shake
+
+import dbpkern
+from dbpkern import (
+    DecorConv2d,
+    DecorLinear,
+    DecorMultiheadAttention,
+    DecorSGD,
+    diagnostics,
+    extension,
+    reference,
+)
+from dbpkern.ops import _triton
+from dbpkern.ops.lowrank_apply import _moved, _rotation, _stepped, lowrank_apply_
+from dbpkern.ops.lowrank_fold import lowrank_fold
+from dbpkern.ops.lowrank_statistics import _cuda_refusal, lowrank_statistics
+from dbpkern.ops.lowrank_transform import lowrank_transform
+
+pytestmark = [
+    # The exception is opcheck's own.
+    pytest.mark.filterwarnings("error", "default:The .grad attribute of a Tensor that is not a leaf"),
+    pytest.mark.usefixtures("poisoned"),
+]
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KAPPAS = [0.0, 0.3, 1.0]
+HALVES = [torch.bfloat16, torch.float16]
+DOUBLE = {"dtype": torch.float64}
+NAN, INF = float("nan"), float("inf")
+# (L, n, d, r): more, fewer and as many rows as ranks, one and none of each, primes, r = d.
+SHAPES = [
+    (1, 1, 1, 1),
+    (1, 5, 1, 1),
+    (2, 0, 3, 2),
+    (1, 1, 7, 1),
+    (1, 1, 7, 3),
+    (3, 5, 13, 5),
+    (2, 13, 5, 5),
+    (3, 8, 8, 2),
+    (5, 2, 17, 11),
+    (7, 17, 11, 3),
+    (1, 40, 37, 19),
+    (0, 4, 3, 2),
+]
+
+
+def randn(*shape, dtype=torch.float64):
+    return torch.randn(shape, dtype=dtype)
+
+
+def rand_factors(*lead, d, r, dtype=torch.float64, size=0.3):
+    """Orthonormal Q and an S that is not symmetric."""
+    Q = torch.linalg.qr(randn(*lead, d, r)).Q
+    return Q.to(dtype), (size * randn(*lead, r, r)).to(dtype)
+
+
+def correlated(L, n, d, dtype=torch.float64):
+    """Rows whose features are correlated, differently in each layer."""
+    return (randn(L, n, d) @ (torch.eye(d) + 0.3 * randn(L, d, d))).to(dtype)
+
+
+def exact(actual, expected, tolerance=1e-12):
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def identical(one, other):
+    assert one.shape == other.shape
+    assert torch.equal(one, other)
+
+
+# The ops in fp64.
+
+
+@pytest.mark.parametrize(("L", "n", "d", "r"), SHAPES)
+def test_transform_and_fold(L, n, d, r):
+    x, (Q, S) = randn(L, n, d), rand_factors(L, d=d, r=r)
+    exact(lowrank_transform(x, Q, S), reference.lowrank_transform(x, Q, S))
+    exact(lowrank_fold(x, Q, S), reference.lowrank_fold(x, Q, S))
+    for i in range(L):
+        R = torch.eye(d) + torch.einsum("ia,ab,jb->ij", Q[i], S[i], Q[i])
+        exact(lowrank_transform(x[i], Q[i], S[i]), torch.einsum("nj,ij->ni", x[i], R))
+        exact(lowrank_fold(x[i], Q[i], S[i]), torch.einsum("oi,ij->oj", x[i], R))
+
+
+@pytest.mark.parametrize("shape", [(7,), (5, 7), (0, 7), (2, 3, 7), (2, 0, 7), (2, 3, 4, 7), (3, 1)])
+def test_transform_of_any_number_of_dimensions(shape):
+    x, (Q, S) = randn(*shape), rand_factors(d=shape[-1], r=1)
+    exact(lowrank_transform(x, Q, S), torch.einsum("...j,ij->...i", x, reference.lowrank_matrix(Q, S)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES])
+def test_without_S_the_input_comes_back_bit_for_bit(dtype):
+    x, (Q, S) = randn(3, 5, 7).to(dtype), rand_factors(3, d=7, r=2, dtype=torch.float32)
+    S.zero_()
+    identical(lowrank_transform(x, Q, S), x)
+    for out in (torch.float32, *HALVES):
+        identical(lowrank_fold(x, Q, S, out), x.to(out))
+
+
+@pytest.mark.parametrize(("L", "n", "d", "r"), SHAPES)
+def test_statistics(L, n, d, r):
+    x, (Q, _) = randn(L, n, d), rand_factors(L, d=d, r=r)
+    for actual, expected in zip(lowrank_statistics(x, Q), reference.lowrank_statistics(x, Q), strict=True):
+        exact(actual, expected)
+
+
+@pytest.mark.parametrize("parts", [(3, 4), (1, 0, 8), (5,)])
+def test_statistics_of_parts_combine_by_their_rows(parts):
+    x, (Q, _) = randn(2, sum(parts), 6), rand_factors(2, d=6, r=3)
+    whole = lowrank_statistics(x, Q)
+    found = [lowrank_statistics(part, Q) for part in x.split(list(parts), 1)]
+    for i, expected in enumerate(whole):
+        exact(sum(n * part[i] for n, part in zip(parts, found, strict=True)) / sum(parts), expected)
+
+
+@pytest.mark.parametrize("kappa", KAPPAS)
+@pytest.mark.parametrize(("L", "n", "d", "r"), SHAPES)
+def test_apply(L, n, d, r, kappa):
+    x, (Q, S) = correlated(L, n, d), rand_factors(L, d=d, r=r)
+    statistics = lowrank_statistics(x, Q)
+    q_lr = 0.2 if n >= 2 * r else 0.02  # few rows have their subspace far away
+    wanted = reference.lowrank_apply(Q, S, *statistics, 0.01, kappa, q_lr)
+    found = lowrank_apply_(Q, S, *statistics, 0.01, kappa, q_lr)
+    assert found[0] is Q
+    assert found[1] is S
+    for actual, expected in zip(found, wanted, strict=True):
+        exact(actual, expected, 1e-10)
+    exact(Q.mT @ Q, torch.eye(r, **DOUBLE).expand(L, r, r))
+
+
+@pytest.mark.parametrize("kappa", KAPPAS)
+def test_S_follows_the_full_rule_inside_the_subspace(kappa):
+    """`T - lr Q^T M Q T` with M of all d features, formed from z itself."""
+    x, (Q, S) = correlated(3, 40, 9), rand_factors(3, d=9, r=4)
+    M, _ = reference.correlation(reference.lowrank_transform(x, Q, S), kappa)
+    expected = S - 0.05 * Q.mT @ M @ Q @ (torch.eye(4) + S)
+    before = Q.clone()
+    lowrank_apply_(Q, S, *lowrank_statistics(x, Q), 0.05, kappa, q_lr=0.0)
+    exact(S, expected)
+    exact(Q, before)
+
+
+@pytest.mark.parametrize("start", ["identity", "random"])
+@pytest.mark.parametrize("n", [3, 12, 40])
+@pytest.mark.parametrize("kappa", KAPPAS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_at_full_rank_it_is_the_full_update(dtype, tolerance, kappa, n, start):
+    L, d = 2, 12
+    Q, _ = rand_factors(L, d=d, r=d, dtype=dtype)
+    if start == "identity":
+        Q = torch.eye(d, dtype=dtype).repeat(L, 1, 1)
+    S, R, first = Q.new_zeros(L, d, d), torch.eye(d, dtype=dtype).repeat(L, 1, 1), Q.clone()
+    for _ in range(20):
+        x = correlated(L, n, d, dtype)
+        R = reference.update(R, reference.transform(x, R), 0.02, kappa)
+        lowrank_apply_(Q, S, *lowrank_statistics(x, Q), 0.02, kappa)
+        exact(reference.lowrank_matrix(Q, S), R, tolerance)
+    assert (R - torch.eye(d)).abs().max() > 0.02
+    assert (Q - first).abs().max() > 0.02
+
+
+def test_the_motion_of_Q_is_free_of_scale():
+    x, (Q, S) = correlated(2, 30, 9), rand_factors(2, d=9, r=3)
+    found = []
+    for scale in (1, 1e4):
+        q, s = Q.clone(), S.clone()
+        lowrank_apply_(q, s, *lowrank_statistics(scale * x, q), 0.0)
+        found.append(q)
+    exact(*found)
+    assert (found[0] - Q).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("n", [3, 12, 200])
+def test_S_keeps_its_singular_values_while_Q_turns(n):
+    """New samples shake Q at every step. Were S projected instead of turned, R would fade to the identity."""
+    Q, S = rand_factors(2, d=32, r=6)
+    before, start = torch.linalg.svdvals(S), Q.clone()
+    for _ in range(50):
+        lowrank_apply_(Q, S, *lowrank_statistics(randn(2, n, 32), Q), 0.0)
+    exact(torch.linalg.svdvals(S), before, 1e-6)
+    assert torch.linalg.svdvals(start.mT @ Q).min() < 0.9
+
+
+@pytest.mark.parametrize("n", [1, 7, 16, 100])
+@pytest.mark.parametrize("spread", [0.0, 1.0, 3.0])
+def test_Q_stays_orthonormal_and_finite(spread, n):
+    """Singular statistics, eigenvalues that span seven orders of magnitude, fp32."""
+    Q, S = rand_factors(2, d=64, r=16, dtype=torch.float32, size=0.0)
+    scale = torch.arange(1, 65) ** (-spread * 2)
+    start = Q.clone()
+    for _ in range(60):
+        x = torch.randn(2, n, 64) * scale
+        lowrank_apply_(Q, S, *lowrank_statistics(x, Q), 1e-3)
+    torch.testing.assert_close(Q.mT @ Q, torch.eye(16).expand(2, 16, 16), rtol=0, atol=1e-5)
+    assert S.isfinite().all()
+    assert (Q - start).abs().max() > 0.1
+
+
+def spiked(d, spikes, strength):
+    """A second moment: the identity and some directions of greater variance."""
+    U = torch.linalg.qr(randn(d, spikes)).Q
+    return torch.eye(d, **DOUBLE) + strength * U @ U.mT
+
+
+def loss_of(R, C):
+    """Decorrelation loss for inputs of second moment C."""
+    G = R.double() @ C @ R.double().mT
+    return ((G - torch.diag(G.diagonal())).square().sum() / G.numel()).item()
+
+
+@pytest.mark.parametrize("n", [64, 320])
+def test_spiked_inputs_are_decorrelated_nearly_as_well_as_can_be(n):
+    """Against the R that whitens the true leading eigenvectors; 320 rows: a tenth of 64 images' 50 tokens."""
+    d, r = 128, 4
+    C = spiked(d, 8, 20.0)
+    values, vectors = torch.linalg.eigh(C)
+    top, rest = values[-r:], values[:-r].mean()
+    ideal = reference.lowrank_matrix(vectors[:, -r:], torch.diag((rest / top).sqrt() - 1))
+    Q, S = rand_factors(1, d=d, r=r, dtype=torch.float32, size=0.0)
+    root = torch.linalg.cholesky(C).float()
+    for _ in range(400):
+        x = torch.randn(1, n, d) @ root.mT
+        lowrank_apply_(Q, S, *lowrank_statistics(x, Q), 5e-3)
+    ratio = loss_of(reference.lowrank_matrix(Q, S)[0], C) / loss_of(ideal, C)
+    assert 0.99 < ratio <= 1.2
+    assert loss_of(torch.eye(d), C) / loss_of(ideal, C) > 1.9
+
+
+def test_layers_without_rows_stay_as_they_are():
+    Q, S = rand_factors(3, d=7, r=3)
+    statistics = lowrank_statistics(correlated(3, 9, 7), Q)
+    for part in statistics:
+        part[1] = 0
+    before = Q.clone(), S.clone()
+    lowrank_apply_(Q, S, *statistics, 0.1, 0.5)
+    for factor, old in zip((Q, S), before, strict=True):
+        identical(factor[1], old[1])
+        assert not torch.equal(factor[0], old[0])
+        assert not torch.equal(factor[2], old[2])
+
+
+BROKEN = {
+    "indefinite B": lambda B, Y, c: B[1].neg_(),
+    "NaN in B": lambda B, Y, c: B[1].fill_(NAN),
+    "NaN in Y": lambda B, Y, c: Y[1, 2].fill_(NAN),
+    "infinite Y": lambda B, Y, c: Y[1].fill_(INF),
+    "NaN in c": lambda B, Y, c: c[1].fill_(NAN),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_layer_that_cannot_be_factorised_keeps_its_Q_and_harms_no_other(case):
+    Q, S = rand_factors(3, d=7, r=3)
+    statistics = lowrank_statistics(correlated(3, 20, 7), Q)
+    expected = reference.lowrank_apply(Q, S, *statistics, 0.1)
+    BROKEN[case](*statistics)
+    old = Q.clone(), S.clone()
+    lowrank_apply_(Q, S, *statistics, 0.1)
+    for i in (0, 2):
+        exact(Q[i], expected[0][i], 1e-9)
+        exact(S[i], expected[1][i], 1e-9)
+    assert Q.isfinite().all()
+    assert not torch.equal(S[1], old[1][1])  # R itself takes the step, or the NaN, as a full R would
+    if case != "NaN in c":
+        identical(Q[1], old[0][1])
+
+
+RATES = {
+    "float": lambda L: 0.125,
+    "0-d float64": lambda L: torch.tensor(0.125, dtype=torch.float64),
+    "0-d float32": lambda L: torch.tensor(0.125),
+    "[L] float64": lambda L: 0.125 * torch.arange(1, L + 1).double(),
+    "[L] float32": lambda L: 0.125 * torch.arange(1, L + 1),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rate", RATES)
+def test_rates_of_every_kind(rate, dtype):
+    Q, S = rand_factors(3, d=7, r=3, dtype=dtype)
+    statistics = lowrank_statistics(correlated(3, 20, 7, dtype), Q)
+    lr = RATES[rate](3)
+    found = lowrank_apply_(Q.clone(), S.clone(), *statistics, lr)
+    rates = lr.tolist() if isinstance(lr, torch.Tensor) and lr.dim() else [float(lr)] * 3
+    for i, eta in enumerate(rates):
+        parts = (t[i : i + 1] for t in (Q, S, *statistics))
+        for actual, expected in zip(found, reference.lowrank_apply(*parts, eta), strict=True):
+            torch.testing.assert_close(actual[i : i + 1], expected, rtol=1e-4, atol=1e-5)
+            assert actual.dtype == dtype
+
+
+# Precision of the eager implementation: plain PyTorch in fp32, rounded once.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize(("L", "n", "d", "r"), [(1, 5, 1, 1), (3, 33, 17, 5), (2, 129, 64, 16)])
+def test_precision(L, n, d, r, dtype):
+    x, (Q, S) = randn(L, n, d).to(dtype), rand_factors(L, d=d, r=r, dtype=torch.float32)
+    R, wide = reference.lowrank_matrix(Q.double(), S.double()), x.float()
+    holds_precision(lowrank_transform(x, Q, S), x.double() @ R.mT, (wide + wide @ Q @ S.mT @ Q.mT).to(dtype))
+    for out in (torch.float32, *HALVES):
+        plain = (wide + wide @ Q @ S @ Q.mT).to(out)
+        holds_precision(lowrank_fold(x, Q, S, out), x.double() @ R, plain)
+    expected = reference.lowrank_statistics(x.double(), Q.double())
+    plain = reference.lowrank_statistics(wide, Q)
+    for parts in zip(lowrank_statistics(x, Q), expected, plain, strict=True):
+        holds_precision(*parts)
+
+
+def test_half_samples_that_overflow_their_own_dtype():
+    x = torch.full((1, 20, 6), 300.0, dtype=torch.float16)
+    Q, _ = rand_factors(1, d=6, r=2, dtype=torch.float32)
+    B, Y, c = lowrank_statistics(x, Q)
+    torch.testing.assert_close(c, torch.full((1, 6), 9e4))
+    assert B.isfinite().all()
+    assert Y.isfinite().all()
+
+
+def test_the_wider_dtype_of_rows_and_Q_is_that_of_the_statistics():
+    (Q, _), x = rand_factors(1, d=6, r=2), randn(1, 9, 6)
+    for one, other in ((x.float(), Q), (x, Q.float()), (x, Q)):
+        assert all(part.dtype == torch.float64 for part in lowrank_statistics(one, other))
+    assert all(part.dtype == torch.float32 for part in lowrank_statistics(x.half(), Q.float()))
+
+
+# Layouts. The storage around a view is NaN: reading it poisons the result, writing it is noticed.
+
+
+@pytest.mark.parametrize(("L", "n", "d", "r"), [(3, 15, 13, 5), (1, 6, 2, 2), (9, 10, 7, 1)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout, L, n, d, r):
+    x, (Q, S) = correlated(L, n, d), rand_factors(L, d=d, r=r)
+    x_, Q_, S_ = (layout(t)[0] for t in (x, Q, S))
+    for op in (lowrank_transform, lowrank_fold):
+        for i in (slice(None), 0):
+            found = op(x_[i], Q_[i], S_[i])
+            exact(found, getattr(reference, op.__name__)(x[i], Q[i], S[i]))
+            assert found.is_contiguous()
+    statistics = reference.lowrank_statistics(x, Q)
+    for actual, expected in zip(lowrank_statistics(x_, Q_), statistics, strict=True):
+        exact(actual, expected)
+        assert actual.is_contiguous()
+    expected = reference.lowrank_apply(Q, S, *statistics, 0.1)
+    (Q_, Q_base), (S_, S_base) = layout(Q), layout(S)
+    padding = Q_base.isnan(), S_base.isnan()
+    lowrank_apply_(Q_, S_, *(layout(t)[0] for t in statistics), 0.1)
+    for actual, wanted in zip((Q_, S_), expected, strict=True):
+        exact(actual, wanted, 1e-9)
+    assert all(torch.equal(base.isnan(), old) for base, old in zip((Q_base, S_base), padding, strict=True))
+
+
+# Autograd.
+
+
+@pytest.mark.parametrize(
+    ("shape", "stack"), [((6,), ()), ((5, 6), ()), ((2, 3, 6), ()), ((3, 4, 6), (3,)), ((0, 6), ())]
+)
+def test_gradients_of_transform(shape, stack):
+    x, (Q, S) = randn(*shape).requires_grad_(), rand_factors(*stack, d=6, r=2)
+    assert torch.autograd.gradcheck(lambda x: lowrank_transform(x, Q, S), x)
+    assert torch.autograd.gradgradcheck(lambda x: lowrank_transform(x, Q, S), x)
+
+
+@pytest.mark.parametrize("stack", [(), (3,)])
+def test_gradients_of_fold(stack):
+    W, (Q, S) = randn(*stack, 5, 4).requires_grad_(), rand_factors(*stack, d=4, r=3)
+    assert torch.autograd.gradcheck(lambda W: lowrank_fold(W, Q, S), W)
+    assert torch.autograd.gradgradcheck(lambda W: lowrank_fold(W, Q, S), W)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_gradients_come_in_the_dtype_of_the_input(dtype):
+    Q, S = rand_factors(d=4, r=2, dtype=torch.float32)
+    x, W = randn(5, 4).to(dtype).requires_grad_(), randn(5, 4).float().requires_grad_()
+    g, R = randn(5, 4).to(dtype), reference.lowrank_matrix(Q, S)
+    (dx,) = torch.autograd.grad(lowrank_transform(x, Q, S), x, g)
+    (dW,) = torch.autograd.grad(lowrank_fold(W, Q, S, dtype), W, g)
+    holds_precision(dx, g.double() @ R.double(), (g.float() @ R).to(dtype))
+    holds_precision(dW, g.double() @ R.double().mT, g.float() @ R.mT)
+
+
+def test_the_step_raises_the_versions_and_keeps_the_addresses():
+    (Q, S), x = rand_factors(2, d=5, r=2), randn(2, 9, 5)
+    versions, places = (Q._version, S._version), (Q.data_ptr(), S.data_ptr())
+    z = lowrank_transform(x.clone().requires_grad_(), Q, S)
+    lowrank_apply_(Q, S, *lowrank_statistics(x, Q), 0.1)
+    assert Q._version > versions[0]
+    assert S._version > versions[1]
+    assert (Q.data_ptr(), S.data_ptr()) == places
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        z.sum().backward()
+
+
+# Registration, autocast, compilation, costs.
+
+
+def statistics_of(L, d, r, dtype=torch.float64):
+    """The tensors that a step takes."""
+    Q, S = rand_factors(L, d=d, r=r, dtype=dtype)
+    return Q, S, *lowrank_statistics(correlated(L, 4 * d, d, dtype), Q)
+
+
+OPCHECKS = {
+    "lowrank_transform": lambda g: (randn(3, 5).requires_grad_(g), *rand_factors(d=5, r=2), ""),
+    "lowrank_transform stacked": lambda g: (
+        randn(2, 5, 3).mT.requires_grad_(g),
+        *rand_factors(2, d=5, r=2),
+        "eager",
+    ),
+    "lowrank_transform bfloat16": lambda g: (
+        randn(2, 3, 5).bfloat16().requires_grad_(g),
+        *rand_factors(d=5, r=2, dtype=torch.float32),
+        "",
+    ),
+    "lowrank_fold": lambda g: (
+        randn(3, 5).requires_grad_(g),
+        *rand_factors(d=5, r=2),
+        torch.float32,
+        "",
+    ),
+    "lowrank_fold stacked": lambda g: (
+        randn(2, 3, 5).requires_grad_(g),
+        *rand_factors(2, d=5, r=5),
+        torch.float64,
+        "eager",
+    ),
+    "lowrank_statistics": lambda g: (
+        randn(2, 3, 5).bfloat16(),
+        rand_factors(2, d=5, r=2, dtype=torch.float32)[0],
+        "",
+    ),
+    "lowrank_statistics no rows": lambda g: (randn(2, 0, 5), rand_factors(2, d=5, r=2)[0], ""),
+    "lowrank_apply_": lambda g: (*statistics_of(2, 5, 2), torch.tensor(0.1, **DOUBLE), 0.3, 0.2),
+}
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("case", OPCHECKS)
+def test_opcheck(case, requires_grad):
+    op = getattr(torch.ops.dbpkern, case.split()[0]).default
+    torch.library.opcheck(op, OPCHECKS[case](requires_grad))
+
+
+CALLS = {
+    "transform": lambda Q, S, x: lowrank_transform(x[0], Q[0], S[0]),
+    "transform stacked": lambda Q, S, x: lowrank_transform(x, Q, S),
+    "fold": lambda Q, S, x: lowrank_fold(x[0], Q[0], S[0]),
+    "fold to bfloat16": lambda Q, S, x: lowrank_fold(x, Q, S, torch.bfloat16),
+    "statistics": lambda Q, S, x: lowrank_statistics(x, Q),
+    "step": lambda Q, S, x: lowrank_apply_(Q, S, *lowrank_statistics(x, Q), 0.1, 0.3),
+}
+
+
+def call_arguments():
+    torch.manual_seed(1)
+    Q, S = rand_factors(3, d=6, r=2, dtype=torch.float32)
+    return Q, S, arguments()["z"]
+
+
+def equal(one, other):
+    pairs = zip(one, other, strict=True) if isinstance(one, tuple) else [(one, other)]
+    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("case", CALLS)
+def test_autocast_changes_nothing(case):
+    plain = CALLS[case](*call_arguments())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert equal(CALLS[case](*call_arguments()), plain)
+
+
+@pytest.mark.parametrize("case", CALLS)
+def test_compiles_to_one_graph(case):
+    compiled = torch.compile(CALLS[case], fullgraph=True, backend="aot_eager")
+    assert equal(compiled(*call_arguments()), CALLS[case](*call_arguments()))
+
+
+FLOPS = {
+    "transform": (lambda Q, S, x: lowrank_transform(x, Q[0], S[0]), 2 * 9 * (2 * 5 * 2 + 4) * 2),
+    "transform stacked": (lambda Q, S, x: lowrank_transform(x, Q, S), 2 * 9 * (2 * 5 * 2 + 4) * 2),
+    "fold": (lambda Q, S, x: lowrank_fold(x[0], Q[0], S[0]), 9 * (2 * 5 * 2 + 4) * 2),
+    "statistics": (lambda Q, S, x: lowrank_statistics(x, Q), 2 * 9 * (2 * 5 * 2 + 4) * 2),
+}
+
+
+@pytest.mark.parametrize("case", FLOPS)
+def test_flops_are_counted(case):
+    call, expected = FLOPS[case]
+    Q, S = rand_factors(2, d=5, r=2)
+    with FlopCounterMode(display=False) as counter:
+        call(Q, S, randn(2, 9, 5))
+    assert counter.get_total_flops() == expected
+
+
+def test_flops_of_the_step_are_those_of_its_products_and_factorisations():
+    L, d, r = 2, 64, 4
+    Q, S, B, Y, c = statistics_of(L, d, r)
+    with FlopCounterMode(display=False) as counter:
+        lowrank_apply_(Q, S, B, Y, c, 0.1)
+    total = counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:  # it knows no factorisations
+        _stepped(Q, S, B, Y, c, torch.tensor(0.1), 0.0)
+        _moved(Q, B, Y, 0.2)
+        turn = _rotation(Q.mT @ Q)
+        turn @ S @ turn.mT
+    # Four triangular solves of d rows and three Cholesky factorisations.
+    assert total - counter.get_total_flops() == L * (4 * d * r**2 + r**3)
+
+
+def test_flops_of_the_backward_are_counted():
+    x, W, (Q, S) = randn(7, 5).requires_grad_(), randn(3, 5).requires_grad_(), rand_factors(d=5, r=2)
+    with FlopCounterMode(display=False) as counter:
+        (lowrank_transform(x, Q, S).sum() + lowrank_fold(W, Q, S).sum()).backward()
+    assert counter.get_total_flops() == 2 * (7 + 3) * (2 * 5 * 2 + 4) * 2
+
+
+def test_no_square_matrix_is_formed():
+    L, n, d, r = 2, 16, 512, 4
+    (Q, S), x = rand_factors(L, d=d, r=r, dtype=torch.float32), torch.randn(L, n, d)
+    lr = torch.tensor(0.1)
+    assert peak(lambda: reference.lowrank_statistics(x, Q)) > L * d * d * 4
+    for call in (
+        lambda: lowrank_apply_(Q, S, *lowrank_statistics(x, Q), lr),
+        lambda: lowrank_transform(x, Q, S),
+        lambda: lowrank_fold(x, Q, S),
+    ):
+        call()
+        assert 0 < peak(call) < d * d * 4 / 2
+
+
+def test_the_step_never_reads_a_value():
+    inputs = statistics_of(2, 6, 2)
+    names = operators(lambda: lowrank_apply_(*inputs, 0.1, 0.5))
+    assert "aten::linalg_cholesky_ex" in names
+    assert not SYNCHRONISING & set(names)
+
+
+def on_a_gpu(x, Q):
+    """Rows and Q as far as the choice of a backend looks at them, with the device that is asked for."""
+    return tuple(SimpleNamespace(device=torch.device("cuda"), dtype=t.dtype, shape=t.shape) for t in (x, Q))
+
+
+@pytest.mark.parametrize(
+    ("d", "r", "rows", "match"),
+    [
+        (64, 8, torch.float32, None),
+        (300, 256, torch.bfloat16, None),
+        (64, 7, torch.float32, "ranks from 8 to 256 and at most d = 64, got 7"),
+        (300, 257, torch.float32, "got 257"),
+        (8, 9, torch.float32, "at most d = 8, got 9"),
+        (
+            64,
+            8,
+            torch.float16,
+            "float32 and bfloat16 rows with float32 Q, got torch.float16 and torch.float32",
+        ),
+    ],
+)
+def test_what_the_extension_is_asked_for(d, r, rows, match, monkeypatch):
+    monkeypatch.setattr(extension, "load", lambda: object())
+    refusal = _cuda_refusal(*on_a_gpu(torch.empty(1, 3, d, dtype=rows), torch.empty(1, d, r)))
+    assert refusal is None if match is None else match in refusal
+
+
+def test_without_the_extension_its_reason_is_given(monkeypatch):
+    monkeypatch.setattr(extension, "load", lambda: None)
+    monkeypatch.setattr(extension, "why", lambda: "nvcc is missing")
+    assert _cuda_refusal(*on_a_gpu(torch.empty(1, 3, 64), torch.empty(1, 64, 8))) == "nvcc is missing"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_extension_and_eager_agree(dtype):
+    x, Q = torch.randn(3, 100, 65, device="cuda").to(dtype), torch.randn(3, 65, 17, device="cuda")
+    found = lowrank_statistics(x, Q, backend="cuda")
+    tolerance = {"rtol": 2e-2, "atol": 0.5} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-3}
+    for actual, expected in zip(found, lowrank_statistics(x, Q, backend="eager"), strict=True):
+        torch.testing.assert_close(actual, expected, **tolerance)
+
+
+# Refusals of the ops.
+
+REFUSALS = [
+    (lambda Q, S, x: lowrank_transform([1.0], Q, S), TypeError, "x: expected a tensor .* got list"),
+    (lambda Q, S, x: lowrank_transform(x.int(), Q, S), TypeError, "x: expected .* torch.int32"),
+    (lambda Q, S, x: lowrank_transform(x[0], Q, S), ValueError, r"x: expected shape \[L, n, d\], got \[9, 5"),
+    (lambda Q, S, x: lowrank_transform(x[..., :4], Q, S), ValueError, r"Q: .* with d = 4, got \[2, 5, 3\]"),
+    (lambda Q, S, x: lowrank_transform(x, Q, S[:, :2]), ValueError, r"S: .* with r = 3, got \[2, 2, 3\]"),
+    (lambda Q, S, x: lowrank_transform(x, Q, S[0]), ValueError, r"S: expected shape \[L, r, r\], got \[3, 3"),
+    (lambda Q, S, x: lowrank_transform(x, Q[:1], S), ValueError, "Q: expected 2 layers, got 1"),
+    (lambda Q, S, x: lowrank_transform(x, Q, S[:1]), ValueError, "S: expected 2 layers, got 1"),
+    (lambda Q, S, x: lowrank_transform(x, Q, S.double()), TypeError, "equal dtypes, got Q torch.float32, S"),
+    (lambda Q, S, x: lowrank_transform(x.to("meta"), Q, S), ValueError, "one device, got x on meta"),
+    (lambda Q, S, x: lowrank_transform(x, Q, S, backend="cublas"), ValueError, "backend: expected None or"),
+    (lambda Q, S, x: lowrank_transform(x, Q, S, backend="cuda"), ValueError, "no backend 'cuda'; .* triton"),
+    (
+        lambda Q, S, x: lowrank_transform(x.double(), Q, S, backend="triton"),
+        ValueError,
+        "lowrank_transform: backend 'triton' cannot serve this call: ",
+    ),
+    (lambda Q, S, x: lowrank_fold(None, Q, S), TypeError, "W: expected a tensor .* got NoneType"),
+    (lambda Q, S, x: lowrank_fold(x[0, 0], Q, S), ValueError, r"W: expected shape .* got \[5\]"),
+    (lambda Q, S, x: lowrank_fold(x[0], Q, S[0]), ValueError, r"Q: expected shape \[d, r\], got \[2, 5, 3\]"),
+    (lambda Q, S, x: lowrank_fold(x, Q, S, torch.int8), TypeError, "out_dtype: .* got torch.int8"),
+    (lambda Q, S, x: lowrank_fold(x, Q, S.to("meta")), ValueError, "one device, got .* S on meta"),
+    (lambda Q, S, x: lowrank_fold(x, Q, S, backend="fast"), ValueError, "backend: .* got 'fast'"),
+    (lambda Q, S, x: lowrank_statistics(x[0], Q), ValueError, r"x: expected shape \[L, n, d\], got \[9, 5\]"),
+    (lambda Q, S, x: lowrank_statistics(x, Q[0]), ValueError, r"Q: expected shape \[L, d, r\], got \[5, 3\]"),
+    (lambda Q, S, x: lowrank_statistics(x, Q[:1]), ValueError, r"L = 2 and d = 5, got \[1, 5, 3\]"),
+    (lambda Q, S, x: lowrank_statistics(x, Q[:, :4]), ValueError, r"L = 2 and d = 5, got \[2, 4, 3\]"),
+    (lambda Q, S, x: lowrank_statistics(x, Q.half()), TypeError, "Q: expected float32 or float64"),
+    (lambda Q, S, x: lowrank_statistics(x, Q.to("meta")), ValueError, "one device, got x on cpu, Q on meta"),
+    (lambda Q, S, x: lowrank_statistics(x, Q, backend="triton"), ValueError, "no backend 'triton'; .* cuda"),
+    (
+        lambda Q, S, x: lowrank_statistics(x, Q, backend="cuda"),
+        ValueError,
+        "'cuda' cannot serve this call: it needs a CUDA device, got cpu",
+    ),
+    (lambda Q, S, x: step(Q.half(), S.half(), x), TypeError, "Q: expected float32 or float64"),
+    (lambda Q, S, x: step(Q.mT, S, x), ValueError, r"Q: expected .* r <= d, got \[2, 3, 5\]"),
+    (lambda Q, S, x: step(Q, S[:, :2, :2], x), ValueError, r"S: .* r = 3, got \[2, 2, 2\]"),
+    (lambda Q, S, x: step(Q, S.double(), x), TypeError, "equal dtypes"),
+    (lambda Q, S, x: step(Q, S, x, B=S[:1]), ValueError, r"B: expected .* \[2, 3, 3\], got \[1, 3, 3\]"),
+    (lambda Q, S, x: step(Q, S, x, Y=Q.mT), ValueError, r"Y: expected .* \[2, 5, 3\], got \[2, 3, 5\]"),
+    (lambda Q, S, x: step(Q, S, x, c=Q[..., 0].double()), TypeError, "equal dtypes, got .* c torch.float64"),
+    (lambda Q, S, x: step(Q, S, x, c=Q[..., :1]), ValueError, r"c: expected shape \[L, d\], got \[2, 5, 1\]"),
+    (lambda Q, S, x: step(Q, S, x, B=S.to("meta")), ValueError, "one device, got .* B on meta"),
+    *(
+        (lambda Q, S, x, e=e: step(Q, S, x, lr=e), ValueError, "lr: expected a finite")
+        for e in (-1, NAN, INF)
+    ),
+    (lambda Q, S, x: step(Q, S, x, lr=torch.ones(3)), ValueError, r"lr: .* L = 2, got \[3\]"),
+    *((lambda Q, S, x, k=k: step(Q, S, x, kappa=k), ValueError, "kappa: expected") for k in (-1, 2, NAN)),
+    *((lambda Q, S, x, q=q: step(Q, S, x, q_lr=q), ValueError, "q_lr: expected") for q in (-0.1, 1.1, NAN)),
+    (lambda Q, S, x: step(Q, S, x, backend="triton"), ValueError, "lowrank_apply_: no backend 'triton'"),
+]
+
+
+def step(Q, S, x, **changes):
+    return lowrank_apply_(Q, S, **{"B": S, "Y": Q, "c": Q[..., 0], "lr": 0.1} | changes)
+
+
+@pytest.mark.parametrize(("call", "error", "match"), REFUSALS, ids=[f"{m[:40]}" for _, _, m in REFUSALS])
+def test_refusals_say_why_and_touch_nothing(call, error, match):
+    Q, S = rand_factors(2, d=5, r=3, dtype=torch.float32)
+    before, versions = (Q.clone(), S.clone()), (Q._version, S._version)
+    with pytest.raises(error, match=match):
+        call(Q, S, torch.randn(2, 9, 5))
+    identical(Q, before[0])
+    identical(S, before[1])
+    assert (Q._version, S._version) == versions
+
+
+# The Triton kernel, on a GPU or in the interpreter.
+
+needs_triton = pytest.mark.skipif(
+    _triton.triton is None or (DEVICE == "cpu" and not _triton.INTERPRETED),
+    reason="needs Triton, and a CUDA GPU or TRITON_INTERPRET=1",
+)
+# (L, M, d, r): one of each, primes, the edges of blocks and one beyond, every size of block of ranks.
+TRITON_SHAPES = [
+    (1, 1, 1, 1),
+    (1, 3, 7, 2),
+    (2, 13, 17, 5),
+    (3, 64, 64, 16),
+    (2, 65, 33, 17),
+    (1, 63, 129, 64),
+    (1, 37, 131, 65),
+    (1, 33, 140, 129),
+    (1, 20, 261, 256),
+    (2, 0, 7, 3),
+    (0, 5, 7, 3),
+]
+KINDS = {
+    "fp32": (torch.float32, torch.float32),
+    "fp32 to bf16": (torch.float32, torch.bfloat16),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "bf16 to fp32": (torch.bfloat16, torch.float32),
+    "fp16": (torch.float16, torch.float16),
+}
+
+
+def as_operand(x, dtype):
+    """x rounded to what a product in this dtype multiplies, in fp32."""
+    if dtype != "tf32":
+        return x.to(dtype).float()
+    bits = x.float().view(torch.int32)
+    return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+
+
+def plain_lowrank(a, Q, S, out):
+    """The same products in PyTorch, with the kernel's operands, fp32 sums and one rounding."""
+    first = a.dtype if a.dtype in HALVES else torch.float32
+    second = first
+    if DEVICE == "cuda":  # the interpreter does not round to TF32
+        first = "tf32" if first == torch.float32 and out != torch.float32 else first
+        second = "tf32" if first in ("tf32", torch.float16) else first
+    elif first == torch.float16:
+        second = torch.float32
+    T = as_operand(a, first) @ as_operand(Q, first)
+    V = Q @ S.mT
+    return (a.float() + as_operand(T, second) @ as_operand(V, second).mT).to(out)
+
+
+@needs_triton
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("L", "M", "d", "r"), TRITON_SHAPES)
+def test_triton_against_fp64(L, M, d, r, kind):
+    dtype, out = KINDS[kind]
+    W, factors = randn(L, M, d).to(DEVICE, dtype), rand_factors(L, d=d, r=r, dtype=torch.float32)
+    Q, S = (factor.to(DEVICE) for factor in factors)
+    expected = reference.lowrank_fold(W.double(), Q.double(), S.double())
+    holds_precision_or_empty(
+        lowrank_fold(W, Q, S, out, backend="triton"), expected, plain_lowrank(W, Q, S, out)
+    )
+    if dtype == out:
+        expected = reference.lowrank_transform(W.double(), Q.double(), S.double())
+        holds_precision_or_empty(
+            lowrank_transform(W, Q, S, backend="triton"), expected, plain_lowrank(W, Q, S.mT, out)
+        )
+
+
+def holds_precision_or_empty(actual, expected, plain):
+    if actual.numel():
+        holds_precision(actual, expected, plain)
+    else:
+        assert actual.shape == expected.shape
+        assert actual.dtype == plain.dtype
+
+
+@needs_triton
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_triton_with_any_strides(layout):
+    W, (Q, S) = randn(2, 37, 43).float(), rand_factors(2, d=43, r=9, dtype=torch.float32)
+    W_, Q_, S_ = (layout(t.to(DEVICE))[0] for t in (W, Q, S))
+    found = lowrank_fold(W_, Q_, S_, backend="triton")
+    assert found.is_contiguous()
+    torch.testing.assert_close(found.cpu(), reference.lowrank_fold(W, Q, S))
+    x = W_[0].unflatten(0, (37, 1))
+    found = lowrank_transform(x, Q_[0], S_[0], backend="triton").cpu()
+    torch.testing.assert_close(found, reference.lowrank_transform(W[0], Q[0], S[0])[:, None])
+
+
+@needs_triton
+def test_triton_gives_the_gradients_of_eager():
+    Q, S = (t.to(DEVICE) for t in rand_factors(d=19, r=5, dtype=torch.float32))
+    x, W, g = (torch.randn(23, 19, device=DEVICE) for _ in range(3))
+    grads = {}
+    for backend in ("eager", "triton"):
+        x_, W_ = x.clone().requires_grad_(), W.clone().requires_grad_()
+        with FlopCounterMode(display=False):
+            y = lowrank_transform(x_, Q, S, backend=backend) + lowrank_fold(W_, Q, S, backend=backend)
+        grads[backend] = torch.autograd.grad(y, (x_, W_), g)
+    torch.testing.assert_close(grads["triton"], grads["eager"])
+
+
+@needs_triton
+def test_triton_sums_beyond_the_range_of_fp16():
+    """Rows within fp16 whose products with Q are not: 30,000 in 64 features of one direction."""
+    d = 64
+    Q, S = torch.full((d, 1), d**-0.5, device=DEVICE), torch.full((1, 1), -1.0, device=DEVICE)
+    x = torch.full((4, d), 3e4, dtype=torch.float16, device=DEVICE)
+    z = lowrank_transform(x, Q, S, backend="triton")  # the direction is removed
+    assert z.isfinite().all()
+    assert z.abs().max() <= 3e4 * 2e-3
+
+
+@needs_triton
+def test_triton_without_S_gives_the_input_bit_for_bit():
+    Q, S = (t.to(DEVICE) for t in rand_factors(d=33, r=4, dtype=torch.float32, size=0.0))
+    for dtype, out in KINDS.values():
+        W = randn(17, 33).to(DEVICE, dtype)
+        identical(lowrank_fold(W, Q, S, out, backend="triton"), W.to(out))
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("d", "r", "dtype", "match"),
+    [(300, 257, torch.float32, "ranks from 1 to 256, got 257"), (5, 2, torch.float64, "not serve float64")],
+)
+def test_triton_says_what_it_cannot_serve(d, r, dtype, match):
+    Q, S = (t.to(DEVICE) for t in rand_factors(d=d, r=r, dtype=dtype))
+    with pytest.raises(ValueError, match=f"lowrank_fold: backend 'triton' cannot serve this call: .*{match}"):
+        lowrank_fold(torch.ones(3, d, dtype=dtype, device=DEVICE), Q, S, backend="triton")
+
+
+# Layers.
+
+RANK = 2
+
+
+def linear(form="auto", d=5, o=3, rank=RANK, dtype=torch.float64):
+    return shake(DecorLinear.from_linear(nn.Linear(d, o, dtype=dtype), form, rank), 0.4)
+
+
+def conv(form="auto", rank=RANK, dtype=torch.float64):
+    return shake(DecorConv2d.from_conv(nn.Conv2d(2, 3, 3, 2, 1, dtype=dtype), form, rank), 0.4)
+
+
+def attention(form="auto", rank=RANK, dtype=torch.float64):
+    stock = nn.MultiheadAttention(6, 2, batch_first=True, dtype=dtype)
+    for parameter in stock.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return shake(DecorMultiheadAttention.from_attention(stock, form, rank), 0.4)
+
+
+LAYERS = [linear, conv, attention]
+FORMS = ["fold", "apply"]
+
+
+def input_of(layer, dtype=torch.float64):
+    return torch.randn((2, 2, 5, 6) if layer.stock is nn.Conv2d else (2, 3, layer._matrix().shape[1])).to(
+        dtype
+    )
+
+
+def call(layer, x):
+    return layer(x, x, x)[0] if isinstance(layer, nn.MultiheadAttention) else layer(x)
+
+
+def full_twin(layer):
+    """The layer with the same R, held as a matrix."""
+    twin = layer.stock.__new__(layer.stock)
+    twin.__dict__.update(copy.deepcopy(layer).fused().__dict__)
+    twin = type(layer)._from_stock(twin, layer.form, None)
+    with torch.no_grad():
+        twin._weight.copy_(layer._weight)
+        twin.R.copy_(layer.dense_R())
+    return twin
+
+
+@pytest.mark.parametrize("form", [*FORMS, "auto"])
+@pytest.mark.parametrize("make_layer", LAYERS)
+def test_layers_compute_what_full_ones_with_the_same_R_do(make_layer, form):
+    layer = make_layer(form)
+    Q, S = layer.factors
+    exact(layer.dense_R(), torch.eye(len(Q)) + Q @ S @ Q.mT)
+    twin = full_twin(layer)
+    x = input_of(layer).requires_grad_()
+    y, expected = call(layer, x), call(twin, x)
+    exact(y, expected)
+    g = torch.randn_like(y)
+    grads, wanted = (
+        torch.autograd.grad(out, (x, *m.parameters()), g) for out, m in ((y, layer), (expected, twin))
+    )
+    for actual, other in zip(grads, wanted, strict=True):
+        exact(actual, other)
+    assert not any(f.requires_grad for f in layer.factors)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("make_layer", LAYERS)
+def test_gradients_of_layers(make_layer, form):
+    layer = make_layer(form)
+    names, parameters = zip(*layer.named_parameters(), strict=True)
+
+    def function(x, *parameters):
+        args = (x, x, x) if make_layer is attention else (x,)
+        y = functional_call(layer, dict(zip(names, parameters, strict=True)), args)
+        return y[0] if make_layer is attention else y
+
+    inputs = [p.detach().clone().requires_grad_() for p in (input_of(layer), *parameters)]
+    assert torch.autograd.gradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("make_layer", LAYERS)
+def test_layers_start_as_the_stock_layer_bit_for_bit(make_layer, form, dtype):
+    layer = make_layer(form, dtype=dtype)
+    layer.reset_R()
+    x = input_of(layer, dtype)
+    same = torch.testing.assert_close if (make_layer, form) == (conv, "apply") else identical  # unfolds
+    same(call(layer, x), call(copy.deepcopy(layer).fused(), x))
+    stock = layer.stock.__new__(layer.stock)
+    stock.__dict__.update(layer.fused().__dict__)
+    again = type(layer)._from_stock(stock, form, RANK)
+    assert all(one is other for one, other in zip(again.parameters(), stock.parameters(), strict=True))
+    assert {f.dtype for f in again.factors} == {torch.float32}
+    same(call(again, x), call(stock, x))
+
+
+def test_Q_starts_orthonormal_and_the_same_everywhere():
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    one = linear(d=9, rank=4, dtype=torch.float32)
+    torch.manual_seed(6)
+    other = linear(d=9, rank=4, dtype=torch.float32)
+    identical(one.Q, other.Q)
+    exact(one.Q.double().mT @ one.Q.double(), torch.eye(4, **DOUBLE), 1e-6)
+    assert one.Q.is_contiguous()
+    wide = linear(d=9, rank=4)
+    identical(wide.Q.float(), one.Q)
+    assert not torch.allclose(linear(d=9, rank=5).Q[:, :4], wide.Q)
+    torch.manual_seed(5)
+    DecorLinear.from_linear(nn.Linear(9, 1, device="meta"), rank=4)
+    identical(torch.get_rng_state(), state)  # the global generator is left alone
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("make_layer", LAYERS)
+def test_fused_is_bit_identical_to_the_folded_form(make_layer, form):
+    layer = make_layer(form)
+    x = input_of(layer)
+    expected, R, matrix = call(layer, x), layer.dense_R(), layer._matrix().detach().clone()
+    stock = layer.fused()
+    assert type(stock) is layer.stock
+    assert not {"Q", "S", "R", "structure"} & (stock.state_dict().keys() | vars(stock).keys())
+    exact(stock.in_proj_weight if make_layer is attention else stock.weight.flatten(1), matrix @ R)
+    if form == "fold":
+        identical(call(stock, x), expected)
+    else:
+        exact(call(stock, x), expected)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("make_layer", LAYERS)
+def test_Q_and_S_keep_their_values_under_casts_of_the_model(make_layer, dtype):
+    layer = make_layer(dtype=torch.float32)
+    before = [f.clone() for f in layer.factors]
+    for cast in (lambda: layer.to(dtype), layer.half, layer.bfloat16):
+        cast()
+        assert next(layer.parameters()).dtype != torch.float32
+        assert equal(layer.factors, tuple(before))
+    x = input_of(layer, next(layer.parameters()).dtype)
+    torch.testing.assert_close(
+        call(layer, x).double(), call(copy.deepcopy(layer).double(), x.double()), rtol=0.05, atol=0.05
+    )
+    layer.float()
+    assert equal(layer.factors, tuple(before))
+    layer.double()
+    assert equal(layer.factors, tuple(f.double() for f in before))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("make_layer", LAYERS)
+def test_autocast_computes_in_its_dtype(make_layer, form):
+    layer = make_layer(form, dtype=torch.float32)
+    x = input_of(layer, torch.float32).requires_grad_()
+    expected = call(layer, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = call(layer, x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), expected, rtol=0.05, atol=0.05)
+    y.sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in layer.parameters())
+
+
+def test_repr_shows_the_rank():
+    text = "DecorLinear(in_features=5, out_features=3, bias=True, R=[5, 5], rank=2)"
+    assert repr(linear()) == text
+    assert "R=[18, 18], rank=2, form=apply)" in repr(conv("apply"))
+
+
+@pytest.mark.parametrize("make_layer", LAYERS)
+def test_checkpoints_of_a_layer(make_layer):
+    layer, other = make_layer(), make_layer()
+    start = layer.Q.clone()
+    layer.Q.copy_(start.flip(0))
+    state = copy.deepcopy(layer.state_dict())
+    assert {"Q", "S"} <= state.keys()
+    other.load_state_dict(state)
+    assert equal(other.factors, layer.factors)
+    stock = {k: v for k, v in state.items() if k not in ("Q", "S")}
+    places = [f.data_ptr() for f in other.factors]
+    other.load_state_dict(stock)
+    identical(other.S, torch.zeros_like(layer.S))
+    identical(other.Q, start)
+    assert [f.data_ptr() for f in other.factors] == places
+    with pytest.raises(RuntimeError, match=r'Missing key.*"S"'):
+        other.load_state_dict({k: v for k, v in state.items() if k != "S"})
+
+
+def test_checkpoints_of_another_structure_are_refused_and_change_no_R():
+    low, full = linear(), linear(rank=None)
+    before = [t.clone() for t in (*low.factors, *full.factors)]
+    with pytest.raises(RuntimeError, match=r'Missing key.*"Q", "S".*\n.*Unexpected key.*"R"'):
+        low.load_state_dict(full.state_dict())
+    with pytest.raises(RuntimeError, match=r'Missing key.*"R".*\n.*Unexpected key.*"Q", "S"'):
+        full.load_state_dict(low.state_dict())
+    with pytest.raises(RuntimeError, match="size mismatch for Q"):
+        low.load_state_dict(linear(rank=3).state_dict())
+    assert equal((*low.factors, *full.factors), tuple(before))
+
+
+def test_a_stock_checkpoint_fills_a_layer_on_the_meta_device():
+    stock = nn.Linear(5, 3)
+    with torch.device("meta"):
+        layer = DecorLinear.from_linear(nn.Linear(5, 3), rank=2)
+    assert all(f.is_meta for f in layer.factors)
+    layer.load_state_dict(stock.state_dict(), assign=True)
+    x = torch.randn(7, 5)
+    identical(layer(x), stock(x))
+    start = DecorLinear.from_linear(stock, rank=2).Q
+    identical(layer.Q, start)
+    with torch.device("meta"):
+        layer = DecorLinear.from_linear(nn.Linear(5, 3), rank=2)
+    layer.to_empty(device="cpu").load_state_dict(stock.state_dict())
+    identical(layer.Q, start)
+    identical(layer(x), stock(x))
+
+
+@pytest.mark.parametrize(
+    ("rank", "error", "match"),
+    [
+        (0, ValueError, r"rank: expected an integer in \[1, 5\], the layer's width, got 0"),
+        (6, ValueError, "rank: .* got 6"),
+        (-1, ValueError, "rank: .* got -1"),
+        (2.0, TypeError, "rank: expected an integer or None, got float"),
+        (True, TypeError, "rank: .* got bool"),
+        ("2", TypeError, "rank: .* got str"),
+    ],
+)
+def test_ranks_that_are_none(rank, error, match):
+    stock = nn.Linear(5, 3)
+    with pytest.raises(error, match=match):
+        DecorLinear.from_linear(stock, rank=rank)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies(duplicate):
+    model = shake(mlp(5, 4, 3, rank=2))
+    twin, x = duplicate(model), torch.randn(6, 5)
+    identical(twin(x), model(x))
+    for one, other in zip(decorrelated(twin).values(), decorrelated(model).values(), strict=True):
+        assert one.structure == other.structure
+        assert all(a.data_ptr() != b.data_ptr() for a, b in zip(one.factors, other.factors, strict=True))
+
+
+# Conversion.
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", MODELS)
+def test_conversion_changes_no_output_and_fusing_gives_the_stock_model_back(kind, form):
+    stock, x = make(kind), images()
+    # The applied convolution becomes a product of patches: another order of sums.
+    sites = ("patch_embed", "qkv", "fc1") if form == "fold" else ("qkv", "fc1")
+    model = dbpkern.decorrelate(copy.deepcopy(stock), sites, form=form, rank=3)
+    assert {layer.structure.rank for layer in decorrelated(model).values()} == {3}
+    identical(model(x), stock(x))
+    shake(model)
+    expected = model(x)
+    assert not torch.allclose(expected, stock(x), rtol=1e-2)
+    dbpkern.fuse(model)
+    if form == "fold":
+        identical(model(x), expected)
+    else:
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    assert list(model.state_dict()) == list(stock.state_dict())
+
+
+def structures(model):
+    return {name: getattr(layer.structure, "rank", None) for name, layer in decorrelated(model).items()}
+
+
+def test_ranks_by_site():
+    model = dbpkern.decorrelate(make("timm"), "all", rank={"fc2": 5, "qkv": 2})
+    for name, rank in structures(model).items():
+        assert rank == (5 if name.endswith("fc2") else 2 if name.endswith("qkv") else None)
+    model = dbpkern.decorrelate(
+        make("timm"), None, lambda name, _: name.startswith("blocks"), rank={"fc1": 24}
+    )
+    assert {rank for name, rank in structures(model).items() if name.endswith("fc1")} == {24}
+    assert {rank for name, rank in structures(model).items() if not name.endswith("fc1")} == {None}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ({"rank": 25}, ValueError, r"blocks.0.attn.qkv: rank: expected an integer in \[1, 24\].* got 25"),
+        ({"rank": 0}, ValueError, r"patch_embed.proj: rank: .*\[1, 192\].* got 0"),
+        ({"rank": {"fc1": 25}}, ValueError, "blocks.0.mlp.fc1: rank: .* got 25"),
+        (
+            {"rank": {"fc2": 3}},
+            ValueError,
+            r"rank: expected some of the chosen sites \('patch_embed', 'qkv', 'fc1'\) as keys, got 'fc2'",
+        ),
+        ({"rank": {"blocks": 3}}, ValueError, "chosen sites .* got 'blocks'"),
+        ({"rank": 3.0}, TypeError, "rank: expected an integer or None, got float"),
+        ({"rank": {"fc1": "3"}}, TypeError, "rank: .* got str"),
+    ],
+)
+def test_refusals_of_conversion_leave_the_model_alone(arguments, error, match):
+    model = make("timm")
+    modules = list(model.modules())
+    with pytest.raises(error, match=match):
+        dbpkern.decorrelate(model, **arguments)
+    assert all(one is other for one, other in zip(model.modules(), modules, strict=True))
+
+
+def shares(model):
+    """Whether the q, k, v projections of each block hold the same Q and S, and no two blocks do."""
+    groups = [
+        [decorrelated(model)[f"encoder.layer.{i}.attention.attention.{n}"] for n in ("query", "key", "value")]
+        for i in (0, 1)
+    ]
+    same = [layer.Q is group[0].Q and layer.S is group[0].S for group in groups for layer in group]
+    return all(same) and groups[0][0].S is not groups[1][0].S
+
+
+@pytest.mark.parametrize("how", ["trained", "deepcopy", "pickle", "bfloat16"])
+def test_projections_of_one_input_share_Q_and_S(how):
+    model = dbpkern.decorrelate(make("huggingface"), "all", rank=3)
+    assert shares(model)
+    decor = DecorSGD(model, lr=0.05, sample=1.0)
+    assert len(decor.names) == 1 + 2 * 4
+    model(images()).square().mean().backward()
+    decor.step()
+    if how == "deepcopy":
+        model = copy.deepcopy(model)
+    elif how == "pickle":
+        model = pickle.loads(pickle.dumps(model))
+    elif how == "bfloat16":
+        model.bfloat16()
+    assert shares(model)
+
+
+# The optimizer.
+
+
+def factors_of(model):
+    return {name: [f.clone() for f in layer.factors] for name, layer in decorrelated(model).items()}
+
+
+def stepped(factors, rows, lr, kappa=0.0):
+    """What a step makes of the factors, for full and low-rank R."""
+    if len(factors) == 1:
+        return [reference.published_step(factors[0], rows, lr, kappa)]
+    Q, S = (f[None] for f in factors)
+    found = reference.lowrank_apply(Q, S, *reference.lowrank_statistics(rows[None], Q), lr, kappa)
+    return [f[0] for f in found]
+
+
+def check_step(model, before, rows, lr, kappa=0.0, tolerance=1e-9):
+    for name, layer in decorrelated(model).items():
+        wanted = stepped(before[name], rows[name], lr, kappa) if name in rows else before[name]
+        for actual, expected in zip(layer.factors, wanted, strict=True):
+            exact(actual, expected, tolerance)
+        assert name not in rows or not torch.equal(layer.factors[-1], before[name][-1])
+
+
+def mixed(*widths, ranks, dtype=torch.float64):
+    """Linear layers in a row with tanh in between, each of its own structure."""
+    model = mlp(*widths, dtype=dtype)
+    for i, rank in enumerate(ranks):
+        model[2 * i] = DecorLinear.from_linear(model[2 * i].fused(), rank=rank)
+    return model
+
+
+@pytest.mark.parametrize("kappa", [0.0, 0.2])
+@pytest.mark.parametrize("sizes", [(30,), (16, 14), (8, 3, 19), (1, 0, 29)])
+def test_steps_of_mixed_models_with_accumulation(sizes, kappa):
+    model = mixed(5, 5, 5, 5, 5, 7, ranks=(2, None, 2, 3, 2))
+    decor = DecorSGD(model, lr=0.05, kappa=kappa, sample=1.0)
+    assert decor.names == ["0", "2", "4", "6", "8"]
+    assert sorted(len(stack.sites) for stack in decor._stacks) == [1, 1, 3]
+    assert len(decor.param_groups[0]["params"]) == 9
+    for _ in range(3):
+        for n in sizes:
+            model(torch.randn(n, 5, **DOUBLE)).square().sum().backward()
+        before, rows = factors_of(model), captured(decor)
+        assert all(len(part) == sum(sizes) for part in rows.values())
+        decor.step()
+        check_step(model, before, rows, 0.05, kappa)
+
+
+@pytest.mark.parametrize("n", [4, 40])
+@pytest.mark.parametrize("kappa", KAPPAS)
+def test_loss_is_that_of_the_reference_before_and_after_the_step(kappa, n):
+    model = shake(mixed(5, 9, 5, 9, ranks=(2, None, 3)))
+    decor = DecorSGD(model, lr=0.05, kappa=kappa, sample=1.0)
+    assert decor.loss() == {}
+    for rows_of in (n, n // 2):
+        model(torch.randn(rows_of, 5, **DOUBLE)).square().mean().backward()
+        rows = captured(decor)
+
+        def expected(rows=rows):
+            return {
+                name: reference.loss((r @ decorrelated(model)[name].dense_R().mT)[None], kappa)[0]
+                for name, r in rows.items()
+            }
+
+        exact(decor.loss(), expected())
+        decor.step()
+        exact(decor.loss(), expected())
+
+
+def test_decorrelation_loss_falls():
+    model = mlp(16, 4, rank=3, dtype=torch.float64)
+    x = torch.randn(400, 16, **DOUBLE) @ torch.linalg.cholesky(spiked(16, 3, 20.0)).mT
+    decor = DecorSGD(model, lr=0.01, sample=1.0)
+    losses = []
+    for _ in range(150):
+        model(x).square().mean().backward()
+        losses.append(decor.loss()["0"].item())
+        decor.step()
+    assert losses[-1] < 0.02 * losses[0]
+
+
+NEW_STORAGE = {
+    "double": lambda model: model.double(),
+    "assigned checkpoint": lambda m: m.load_state_dict(copy.deepcopy(m.state_dict()), assign=True),
+    "stock checkpoint": lambda m: m.load_state_dict(
+        {k: v for k, v in m.state_dict().items() if k.endswith(("weight", "bias"))}
+    ),
+}
+
+
+@pytest.mark.parametrize("when", ["between steps", "between backward and step"])
+@pytest.mark.parametrize("change", NEW_STORAGE)
+def test_factors_may_get_new_storage_at_any_time(change, when):
+    model = shake(mlp(6, 6, 6, rank=2))
+    decor = DecorSGD(model, lr=0.05, sample=1.0)
+    for i in range(3):
+        if i == 1 and when == "between steps":
+            NEW_STORAGE[change](model)
+        model(torch.randn(20, 6, dtype=model[0].weight.dtype)).square().sum().backward()
+        if i == 1 and when != "between steps":
+            NEW_STORAGE[change](model)
+        before, rows = factors_of(model), captured(decor)
+        decor.step()
+        rows = {name: r.to(model[0].Q.dtype) for name, r in rows.items()}
+        check_step(model, before, rows, 0.05, tolerance=2e-4)
+    (Q, S), (stack,) = model[2].factors, decor._stacks
+    assert [p is f for p, f in zip(decor.param_groups[0]["params"][2:], (Q, S), strict=True)] == [True, True]
+    assert Q.data_ptr() == stack.factors[0][1].data_ptr()
+    assert S.data_ptr() == stack.factors[1][1].data_ptr()
+
+
+def test_in_the_steady_state_nothing_moves():
+    model = mlp(6, 6, 6, rank=2)
+    decor = DecorSGD(model, lr=0.01, sample=0.5)
+    places = [f.data_ptr() for f in decor.param_groups[0]["params"]]
+    rooms = []
+    for n in (20, 20, 7, 20):
+        model(torch.randn(n, 6)).square().mean().backward()
+        decor.step()
+        rooms.append([site.slot.room.data_ptr() for site in decor._sites])
+    assert rooms[1:] == rooms[:-1]
+    assert [f.data_ptr() for layer in decorrelated(model).values() for f in layer.factors] == places
+
+
+@pytest.mark.parametrize("rows", [torch.float64, torch.bfloat16])
+def test_rows_of_other_dtypes_than_Q(rows):
+    """Rows sampled before `.float()`, or under autocast."""
+    model = mlp(6, 6, rank=2, dtype=torch.float64 if rows == torch.float64 else torch.float32)
+    decor, x = DecorSGD(model, lr=0.05, sample=1.0), torch.randn(30, 6)
+    with torch.autocast("cpu", torch.bfloat16, enabled=rows == torch.bfloat16):
+        y = model(x.double() if rows == torch.float64 else x)
+    y.float().square().mean().backward()
+    assert captured(decor)["0"].dtype == rows
+    model.float()
+    before = factors_of(model)
+    decor.step()
+    check_step(model, before, {"0": x.to(rows).float()}, 0.05, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("rate", [0.1, torch.tensor(0.1)])
+def test_a_step_never_reads_a_value_and_its_work_does_not_grow_with_the_layers(rate):
+    counts = []
+    for layers in (2, 5):
+        model = mlp(*[8] * (layers + 1), rank=3)
+        decor = DecorSGD(model, lr=rate, kappa=0.1, sample=1.0)
+        for _ in range(2):
+            model(torch.randn(20, 8)).square().mean().backward()
+            names = operators(decor.step)
+        assert not SYNCHRONISING & set(names)
+        # Of the layers of a stack, only the parts of the sample buffer and of the factors are looked at.
+        work = [
+            n for n in names if n.startswith("dbpkern::") or n in ("aten::bmm", "aten::linalg_cholesky_ex")
+        ]
+        counts.append(sorted(work))
+    assert counts[0] == counts[1]
+    assert counts[0].count("dbpkern::lowrank_statistics") == 1
+    assert counts[0].count("dbpkern::lowrank_apply_") == 1
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_a_copied_run_goes_on_like_the_original(duplicate):
+    def steps(model, decor, start, stop):
+        for i in range(start, stop):
+            x = torch.randn(30, 5, generator=torch.Generator().manual_seed(i))
+            model(x).square().mean().backward()
+            decor.step()
+
+    model = mlp(5, 5, 4, rank=2)
+    decor = DecorSGD(model, lr=0.05, kappa=0.1, sample=0.3, seed=5)
+    steps(model, decor, 0, 2)
+    twin, other = duplicate((model, decor))
+    state = copy.deepcopy((model.state_dict(), decor.state_dict()))
+    for pair in ((model, decor), (twin, other)):
+        steps(*pair, 2, 5)
+    resumed = mlp(5, 5, 4, rank=2)
+    third = DecorSGD(resumed, sample=0.3)
+    resumed.load_state_dict(state[0])
+    third.load_state_dict(state[1])
+    steps(resumed, third, 2, 5)
+    for name, layer in decorrelated(model).items():
+        assert equal(decorrelated(twin)[name].factors, layer.factors)
+        assert equal(decorrelated(resumed)[name].factors, layer.factors)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_compiled_training_never_recompiles_and_equals_eager(form):
+    batches = [torch.randn(12, 5) for _ in range(4)]
+    models = [mlp(5, 4, 3, form=form, rank=2)]
+    models.append(copy.deepcopy(models[0]))
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for model, backend in zip(models, ("eager", "aot_eager"), strict=True):
+            run = torch.compile(model, fullgraph=True, backend=backend) if backend != "eager" else model
+            decor = DecorSGD(model, lr=0.05, sample=0.5)
+            main = torch.optim.SGD(model.parameters(), lr=0.01)
+            for x in batches:
+                main.zero_grad()
+                run(x).square().mean().backward()
+                main.step()
+                decor.step()
+    for one, other in zip(models[0].state_dict().values(), models[1].state_dict().values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    assert all(layer.S.abs().max() > 1e-3 for layer in decorrelated(models[1]).values())
+
+
+def test_diagnostics_see_the_R_that_the_factors_make():
+    model, x = shake(mlp(5, 4, rank=2, dtype=torch.float64), 0.5), torch.randn(40, 5, **DOUBLE)
+    with diagnostics.observe(model) as layers:
+        model(x)
+    R = model[0].dense_R()
+    exact(layers["0"].after, R @ (x.mT @ x / 40) @ R.mT)
+    assert math.isclose(layers["0"].loss_after, reference.loss((x @ R.mT)[None])[0].item(), rel_tol=1e-9)
+
+
+def test_layers_work_in_a_filtered_model_of_any_kind():
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2))
+    dbpkern.decorrelate(model, sites=None, filter=everything, rank=6)
+    x = torch.randn(9, 6)
+    with FlopCounterMode(display=False) as counter:
+        y = model(x)
+    identical(y, F.linear(torch.tanh(F.linear(x, *model[0].parameters())), *model[2].parameters()))
+    assert torch.ops.dbpkern.lowrank_fold in counter.get_flop_counts()["Global"]
+    assert all(
+        a is b for a, b in itertools.pairwise(layer.structure.names for layer in decorrelated(model).values())
+    )
