@@ -2,13 +2,13 @@
 
 import argparse
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from bench.options import count, device, file
 from dbpkern.convert import PRESETS
 from models.mae import MaskedAutoencoder
 
@@ -141,14 +141,6 @@ def in_encoder(name: str, module: nn.Module) -> bool:
     return not name.startswith("decoder")
 
 
-def count(text: str) -> int:
-    """A number of something, for argparse."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
-    return value
-
-
 def _width(text: str) -> int:
     value = count(text)
     if value % (4 if value < 64 else 64):
@@ -156,21 +148,6 @@ def _width(text: str) -> int:
             f"expected a multiple of 64, the width of a head (or of 4 below that, for one head), got {text}"
         )
     return value
-
-
-def _device(text: str) -> torch.device:
-    if text not in ("cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"expected cpu or cuda, got {text}")
-    if text == "cuda" and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError("this machine has no CUDA device that PyTorch can use")
-    return torch.device(text)
-
-
-def _file(text: str) -> Path:
-    path = Path(text)
-    if not path.parent.is_dir():  # better now than after the measurement
-        raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
-    return path
 
 
 def add_arguments(parser: argparse.ArgumentParser, tokens: dict[str, int]) -> None:
@@ -195,7 +172,7 @@ def add_arguments(parser: argparse.ArgumentParser, tokens: dict[str, int]) -> No
         default=list(PRESETS),
         help="where the encoder is decorrelated (default: each of them in turn)",
     )
-    parser.add_argument("--device", type=_device, default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--device", type=device, default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument(
         "--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is autocast (default: fp32)"
     )
@@ -209,7 +186,7 @@ def add_arguments(parser: argparse.ArgumentParser, tokens: dict[str, int]) -> No
     )
     parser.set_defaults(tokens=tokens)
     parser.add_argument("--threads", type=count, help="CPU threads (default: as PyTorch chooses)")
-    parser.add_argument("--json", type=_file, metavar="FILE", help="write everything measured to this file")
+    parser.add_argument("--json", type=file, metavar="FILE", help="write everything measured to this file")
 
 
 def from_arguments(args: argparse.Namespace) -> list[Case]:

@@ -7,11 +7,7 @@ from collections.abc import Callable, Sequence
 
 from bench import cases, record
 from bench.check import CheckFailed, check
-
-
-def progress(text: str) -> None:
-    """Tell what is being done, on stderr: stdout holds results alone."""
-    print(text, file=sys.stderr, flush=True)
+from bench.record import progress
 
 
 def run(

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 
@@ -46,6 +47,129 @@ def seconds(step: Callable[[], object], device: torch.device, inner: int = 1) ->
     for _ in range(inner):
         step()
     return (time.perf_counter() - begin) / inner
+
+
+def flush_buffer(device: torch.device) -> Tensor | None:
+    """Memory that fills the L2 cache when it is written, twice over; None on the CPU."""
+    if device.type != "cuda":
+        return None
+    size = torch.cuda.get_device_properties(device).L2_cache_size
+    return torch.empty(2 * max(size, 2**25), dtype=torch.uint8, device=device)
+
+
+def cold_seconds(
+    steps: Sequence[Callable[[], object]], device: torch.device, inner: int, flush: Tensor | None
+) -> float:
+    """Mean time of `inner` calls, of each of `steps` in turn; on a GPU none finds anything in L2.
+
+    Steps that do the same to other inputs keep a call from finding what the last one left in other caches.
+    """
+    if flush is None:
+        begin = time.perf_counter()
+        for i in range(inner):
+            steps[i % len(steps)]()
+        return (time.perf_counter() - begin) / inner
+    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(inner)]
+    torch.cuda.synchronize()
+    for i, (start, end) in enumerate(pairs):
+        # While the device writes this, the host queues the step: what it needs for that is not measured
+        # unless it needs more.
+        flush.zero_()
+        start.record()
+        steps[i % len(steps)]()
+        end.record()
+    torch.cuda.synchronize()
+    return sum(start.elapsed_time(end) for start, end in pairs) / 1e3 / inner
+
+
+def graph_replay(prepare: Callable[[], Callable[[], object]]) -> Callable[[], object]:
+    """Capture what `prepare()` returns in a CUDA graph; returns what replays it.
+
+    It is prepared on the stream of the capture, because a backward runs on the stream of its forward.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step = prepare()
+        for _ in range(2):
+            step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        step()
+    return graph.replay
+
+
+def count_step(step: Callable[[], object], device: torch.device) -> tuple[int | None, int]:
+    """Launches and most bytes held by one call, its inputs excepted, its results included.
+
+    On a GPU launches are kernels; None where the profiler sees none, as without the right to trace. On the
+    CPU they are the operators of PyTorch that were called, views among them.
+    """
+    with Allocations(device) as memory, memory.phase("step"):
+        step()
+    span = memory.spans["step"]
+    if device.type != "cuda":
+        return _operators(memory.profile), span.peak - span.start
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+        step()
+        torch.cuda.synchronize()
+    kernels = sum(
+        event.device_type == DeviceType.CUDA
+        and not event.is_user_annotation  # regions that compiled code marks
+        and not event.name.startswith(("Memcpy", "Memset"))
+        for event in profiled.events()
+    )
+    return kernels or None, span.peak - span.start
+
+
+def _operators(profiled: profile) -> int:
+    """ATen operators that no other ATen operator called: those inside of custom operators count."""
+
+    def called_by_another(event) -> bool:
+        parent = event.cpu_parent
+        while parent is not None and not parent.name.startswith("aten::"):
+            parent = parent.cpu_parent
+        return parent is not None
+
+    return sum(
+        event.name.startswith("aten::") and not called_by_another(event) for event in profiled.events()
+    )
+
+
+@contextlib.contextmanager
+def matmul_setting(name: str) -> Iterator[None]:
+    """Within, PyTorch's fp32 matrix products are "ieee" or may be "tf32"."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+TRIES = 11  # of which the best is the ceiling
+
+
+def matmul_ceiling(kind: str, device: torch.device) -> float:
+    """FLOP/s of the best of some large square products of PyTorch, by the kind of the operands.
+
+    Args:
+        kind: "ieee", "tf32" or "16bit" (bf16).
+    """
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(2, size, size, device=device, dtype=torch.bfloat16 if kind == "16bit" else None)
+    with matmul_setting(kind):
+        best = min(seconds(lambda: a @ b, device) for _ in range(TRIES))
+    return 2 * size**3 / best
+
+
+def copy_ceiling(device: torch.device) -> float:
+    """Bytes per second, read and written, of the best of some large copies."""
+    size = 2**30 if device.type == "cuda" else 2**28
+    source, target = torch.zeros(2, size, dtype=torch.uint8, device=device)
+    best = min(seconds(lambda: target.copy_(source), device) for _ in range(TRIES))
+    return 2 * size / best
 
 
 def rotated_round(

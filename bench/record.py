@@ -1,11 +1,17 @@
 """How results are told: the machine they come from, and tables."""
 
+import sys
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 
 import torch
 
 from dbpkern import env
+
+
+def progress(text: str) -> None:
+    """Tell what is being done, on stderr: stdout holds results alone."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def header(argv: Sequence[str], device: torch.device, precision: str) -> dict[str, object]:
@@ -26,7 +32,8 @@ def machine_line(header: dict) -> str:
     processor = header["device"]
     if processor == "cpu":
         processor = f"{machine['cpu']}, {machine['threads']} threads"
-    versions = ", ".join(f"{name} {machine['packages'][name]}" for name in ("torch", "triton", "timm"))
+    found = {name: machine["packages"][name] for name in ("torch", "triton", "timm")}
+    versions = ", ".join(f"{name} {version}" for name, version in found.items() if version)
     head, changes, _ = (machine["commit"] or "unknown").partition("+changes")
     commit = head[:12] + changes
     return f"{processor}; {versions}; dbpkern {machine['dbpkern']}, commit {commit}; {header['date']}"

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dbpkern import ops
-from dbpkern.sampling import Slot, Tap, derive_seed
+from dbpkern import distributed, ops
+from dbpkern.sampling import Proposal, ProposingTap, Slot, Tap, derive_seed, slot_of
 
 FORMS = ("auto", "fold", "apply")
 
@@ -214,6 +214,34 @@ class Decorrelated(nn.Module):
             return self._weight
         return Tap.apply(self._weight, x.detach(), self._key)
 
+    def _applied(self, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """z of all `rows [*, d]` of the input x, and the weight, tied to x as by `_tapped`.
+
+        In training, the rows sampled for R's step are taken from z while it is there, and the next R with
+        them: see `ops.fused_step`.
+        """
+        slot = self._proposing_slot(rows)
+        if slot is None:
+            return self.transform(rows), self._tapped(x)
+        flat = rows.reshape(-1, rows.shape[-1])
+        index = slot.draw(len(flat), flat.device)
+        if index is None:
+            index = torch.arange(len(flat), device=flat.device)
+        (R,) = self.factors
+        rule = slot.rule()
+        z, new, _ = ops.fused_step(flat, R, index, rule.lr, rule.kappa)
+        proposal = Proposal(new, len(index), rule, (R.data_ptr(), R._version))
+        sample = flat.detach().index_select(0, index)
+        return z.view(rows.shape), ProposingTap.apply(self._weight, sample, proposal, self._key)
+
+    def _proposing_slot(self, rows: Tensor) -> Slot | None:
+        """The slot, if rows are sampled and the next R depends on them alone."""
+        # A compiler cannot follow the host's choice of rows; several processes average statistics first.
+        if self._key is None or torch.compiler.is_compiling() or distributed.world_size() > 1:
+            return None
+        wanted = self.training and torch.is_grad_enabled() and self.trains and rows.numel() > 0
+        return slot_of(self._key) if wanted and isinstance(self.structure, Full) else None
+
     @property
     def trains(self) -> bool:
         """Whether the weight is trained; R rests where it is not."""
@@ -316,10 +344,10 @@ class DecorLinear(Decorrelated, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """`[*, d] -> [*, o]`."""
         x, dtype = _autocast(x)
-        weight = self._tapped(x)
         if self._folds(self.count_rows(x)):
-            return F.linear(x, self.fold(weight, dtype), self.bias)
-        return F.linear(self.transform(x), weight, self.bias)
+            return F.linear(x, self.fold(self._tapped(x), dtype), self.bias)
+        z, weight = self._applied(x, x)
+        return F.linear(z, weight, self.bias)
 
 
 class DecorConv2d(Decorrelated, nn.Conv2d):
@@ -399,13 +427,13 @@ class DecorConv2d(Decorrelated, nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """`[B, C, H, W] -> [B, o, H', W']`."""
         x, dtype = _autocast(x)
-        weight = self._tapped(x)
         if self._folds(self.count_rows(x)):
+            weight = self._tapped(x)
             folded = self.fold(weight.flatten(1), dtype).view_as(weight)
             return self._conv_forward(x, folded, self.bias)
         images = self._padded(x if x.dim() == 4 else x[None])
         patches = F.unfold(images, self.kernel_size, self.dilation, stride=self.stride)
-        z = self.transform(patches.mT)
+        z, weight = self._applied(x, patches.mT)
         y = F.linear(z, weight.flatten(1), self.bias).mT.unflatten(2, self._grid(x))
         return y if x.dim() == 4 else y[0]
 
@@ -465,11 +493,10 @@ class DecorMultiheadAttention(Decorrelated, nn.MultiheadAttention):
                 "query, key and value; keep cross-attention out with decorrelate(filter=...)"
             )
         x, dtype = _autocast(query)
-        weight = self._tapped(x)
         if self._folds(self.count_rows(x)):
-            weight = self.fold(weight, dtype)
+            weight = self.fold(self._tapped(x), dtype)
         else:
-            x = self.transform(x)
+            x, weight = self._applied(x, x)
         swap = self.batch_first and x.dim() == 3
         if swap:
             x = x.transpose(0, 1)

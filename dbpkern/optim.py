@@ -2,6 +2,7 @@
 
 import math
 import warnings
+import weakref
 from collections.abc import Callable
 from itertools import groupby
 
@@ -12,16 +13,16 @@ from torch.nn.parallel import DistributedDataParallel
 from dbpkern import distributed, ops
 from dbpkern.nn import Decorrelated, Full, LowRank
 from dbpkern.ops._common import check_kappa, check_lr
-from dbpkern.sampling import Sampler, Slot
+from dbpkern.sampling import Rule, Sampler, Slot
 
 
 class _Site:
     """One R: the layers that hold it (several where projections share an input) and their samples."""
 
-    def __init__(self, name: str, layer: Decorrelated, sampler: Sampler) -> None:
+    def __init__(self, name: str, layer: Decorrelated, sampler: Sampler, rule: Callable[[], Rule]) -> None:
         self.name = name
         self.layers = [layer]
-        self.slot = Slot(layer, sampler)
+        self.slot = Slot(layer, sampler, rule)
 
     @property
     def factors(self) -> tuple[Tensor, ...]:
@@ -136,8 +137,30 @@ class _FullStack(_Stack):
             M, *_ = self.correlations(kappa)
             ops.apply_(R, M, lr)
             return
-        for where, rows in self.runs():
-            ops.update_(R[where], self.decorrelated(where, rows), lr, kappa)
+        runs = self.runs()
+        proposals = [self._proposed(where, Rule.of(lr, kappa)) for where, _ in runs]  # before any R changes
+        for (where, rows), proposed in zip(runs, proposals, strict=True):
+            if proposed is None:
+                # On a GPU 16-bit rows stay so, for its tensor cores.
+                kept = rows.is_cuda and rows.itemsize < 4
+                z = ops.transform(rows if kept else rows.to(R.dtype), R[where])
+                ops.update_(R[where], z, lr, kappa)
+            else:
+                torch._foreach_copy_(list(R[where]), proposed)
+
+    def _proposed(self, where: slice, rule: Rule) -> list[Tensor] | None:
+        """The R that the sites `where` made in their forwards, if all did, by this rule from this R."""
+        found = []
+        for site in self.sites[where]:
+            proposal, (R,) = site.slot.proposal, site.factors
+            if (
+                proposal is None
+                or not proposal.rule.same(rule)
+                or proposal.base != (R.data_ptr(), R._version)
+            ):
+                return None
+            found.append(proposal.R)
+        return found
 
     def decorrelated(self, where: slice, rows: Tensor) -> Tensor:
         (R,) = self.factors
@@ -262,12 +285,18 @@ class DecorSGD(torch.optim.Optimizer):
 
     def _make_sites(self, layers: list[tuple[str, Decorrelated]]) -> list[_Site]:
         sites: dict[int, _Site] = {}
+        owner = weakref.ref(self)  # or the slots would keep alive whom they must not outlive
+
+        def rule() -> Rule:
+            group = owner().param_groups[0]
+            return Rule.of(group["lr"], group["kappa"])
+
         for name, layer in layers:
             key = id(layer) if layer.shared is None else id(layer.shared)
             if key in sites:
                 sites[key].layers.append(layer)
             else:
-                sites[key] = _Site(name, layer, self._sampler)
+                sites[key] = _Site(name, layer, self._sampler, rule)
         for site in sites.values():
             # Layers with a common input need one sample of it: from one that trains, if any does.
             source = next((layer for layer in site.layers if layer.trains), site.layers[0])
@@ -324,10 +353,7 @@ class DecorSGD(torch.optim.Optimizer):
         for stack in stacks:
             stack.step(lr, kappa)
         for site in self._sites:
-            if site.slot.pending:
-                site.slot.pending = False  # the rows stay for loss()
-            else:
-                site.slot.clear()  # those of an older step do not
+            site.slot.settle()
         self._sampler.advance()
 
     @torch.no_grad()

@@ -9,7 +9,8 @@ import hashlib
 import itertools
 import struct
 import weakref
-from typing import Protocol
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -79,16 +80,50 @@ _slots: weakref.WeakValueDictionary[int, "Slot"] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 
 
+class Rule(NamedTuple):
+    """The rate and kappa of a step; a tensor counts as another rate once it has been written to."""
+
+    lr: float | Tensor
+    kappa: float
+    version: int
+
+    @classmethod
+    def of(cls, lr: float | Tensor, kappa: float) -> "Rule":
+        """The rule as it stands."""
+        return cls(lr, kappa, lr._version if isinstance(lr, Tensor) else 0)
+
+    def same(self, other: "Rule") -> bool:
+        """Whether both make the same step, as far as can be told without reading a device's memory."""
+        lr = self.lr is other.lr if isinstance(self.lr, Tensor) else self.lr == other.lr
+        return lr and self.kappa == other.kappa and self.version == other.version
+
+
+class Proposal(NamedTuple):
+    """The R that a layer's forward has made beside its output, for the step to take over."""
+
+    R: Tensor
+    """`[d, d]`, after the step."""
+    rows: int
+    """How many sampled rows it comes from."""
+    rule: Rule
+    base: tuple[int, int]
+    """Address and version of the R it started from."""
+
+
 class Slot:
     """The sampled rows of one layer since the last step.
 
     `room` is the layer's part `[capacity, d]` of its stack's sample buffer; in the steady state every
     capture lands there and nothing is copied again. Rows that do not fit wait in `spill`.
+
+    A layer in the applied form brings the step's result with its rows: `proposal`, as long as that stands for
+    all rows of the step.
     """
 
-    def __init__(self, layer: RowSource, sampler: Sampler) -> None:
+    def __init__(self, layer: RowSource, sampler: Sampler, rule: Callable[[], Rule]) -> None:
         self.layer = layer
         self.sampler = sampler
+        self.rule = rule
         number = next(_numbers)
         # On the CPU, so that reading it never waits for a device, and a tensor, so that compiled graphs
         # take it as an input instead of a constant to guard on.
@@ -99,10 +134,22 @@ class Slot:
 
     def clear(self) -> None:
         """Forget the rows; the room stays."""
+        self._forget_rows()
+        self.forwards = 0
+
+    def settle(self) -> None:
+        """The step is made. Its rows stay for `loss()`, those of an older one do not."""
+        if self.pending:
+            self.pending, self.proposal, self.forwards = False, None, 0
+        else:
+            self.clear()
+
+    def _forget_rows(self) -> None:
         self.turn = 0
         self.used = 0
         self.spill: list[Tensor] = []
         self.pending = False
+        self.proposal: Proposal | None = None
 
     def count(self, stale: bool = False) -> int:
         """Number of rows sampled since the last step; with `stale`, those of the last step otherwise."""
@@ -119,13 +166,47 @@ class Slot:
     @torch.no_grad()
     def add(self, x: Tensor) -> None:
         """Sample the rows of one micro-batch's input."""
-        if not self.pending:  # the first since the last step, whose rows were kept for loss()
-            self.clear()
-            self.pending = True
+        self._begin()
         n = self.layer.count_rows(x)
-        if n == 0:
-            return
-        rows = self.layer.take_rows(x, self.sampler.index(n, self.turn, x.device))
+        if n:
+            self._keep(self.layer.take_rows(x, self.sampler.index(n, self.turn, x.device)))
+            self.proposal = None  # it would lack these rows
+
+    @torch.no_grad()
+    def add_proposed(self, rows: Tensor, proposal: Proposal) -> None:
+        """Take sampled rows together with the R that they lead to."""
+        self._begin()
+        before = self.used + sum(len(part) for part in self.spill)
+        self._keep(rows)
+        if not before:
+            self.proposal = proposal
+        elif self.proposal is not None:
+            # R - lr M R is linear in M: the R of all rows is the mean of those of the parts.
+            old, new = self.proposal, proposal
+            same = old.rule.same(new.rule) and old.base == new.base and old.rows == before
+            total = old.rows + new.rows
+            self.proposal = (
+                new._replace(R=torch.lerp(old.R, new.R, new.rows / total), rows=total) if same else None
+            )
+
+    def draw(self, n: int, device: torch.device) -> Tensor | None:
+        """The rows out of n that the micro-batch of a forward samples; None for all.
+
+        Forwards count from the last step on, like the backwards that follow them. One that runs within a
+        backward repeats an earlier one, for activation checkpointing.
+        """
+        turn = self.turn if self.pending else 0
+        if torch._C._current_graph_task_id() == -1:
+            turn = max(turn, self.forwards)
+            self.forwards = turn + 1
+        return self.sampler.index(n, turn, device)
+
+    def _begin(self) -> None:
+        if not self.pending:  # the first since the last step, whose rows were kept for loss()
+            self._forget_rows()
+            self.pending = True
+
+    def _keep(self, rows: Tensor) -> None:
         self.turn += 1
         end = self.used + len(rows)
         fits = (
@@ -142,9 +223,14 @@ class Slot:
             self.spill.append(rows)
 
 
+def slot_of(key: Tensor) -> Slot | None:
+    """The slot that `key` names; None if its owner is gone."""
+    return _slots.get(int(key))
+
+
 def capture_rows(x: Tensor, key: Tensor) -> None:
     """Sample the rows of x for the slot that `key` names; nothing if its owner is gone."""
-    slot = _slots.get(int(key))
+    slot = slot_of(key)
     if slot is not None:
         slot.add(x)
 
@@ -186,3 +272,25 @@ class Tap(torch.autograd.Function):
         else:  # saves the dispatch of a Python operator per layer
             capture_rows(x, ctx.key)
         return grad, None, None
+
+
+class ProposingTap(torch.autograd.Function):
+    """As `Tap`, for rows that were sampled in the forward together with the R that they lead to.
+
+    They too count only once the backward has come by: a forward without one changes nothing.
+    """
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, rows: Tensor, proposal: Proposal, key: Tensor) -> Tensor:  # noqa: D102
+        ctx.save_for_backward(rows, proposal.R)
+        ctx.proposal = proposal._replace(R=None)
+        ctx.key = key
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:  # noqa: D102
+        rows, R = ctx.saved_tensors
+        slot = slot_of(ctx.key)
+        if slot is not None:
+            slot.add_proposed(rows, ctx.proposal._replace(R=R))
+        return grad, None, None, None

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import nn
 
-from dbpkern import ops, reference
+from dbpkern import DecorSGD, decorrelate, ops, reference
 from dbpkern.ops import _dispatch, _pipeline, _triton
 from dbpkern.ops._dispatch import Operands, Tiles
 from dbpkern.ops._matmul import matmul
@@ -618,6 +618,48 @@ def test_operands():
         torch.backends.cuda.matmul.fp32_precision = before
 
 
+# ---- a whole step
+
+
+def trained(widths, rows, **autocast):
+    """A model after a backward, with the optimizer of its R."""
+    layers = [nn.Linear(d, o, device=DEVICE) for d, o in itertools.pairwise(widths)]
+    model = decorrelate(nn.Sequential(*layers), None, lambda *_: True, form="fold")
+    decor = DecorSGD(model, lr=torch.tensor(0.01, device=DEVICE), sample=0.5)
+
+    def backward():
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            loss = model(tensor(rows, widths[0])).square().mean()
+        loss.backward()
+
+    backward()
+    return model, decor, backward
+
+
+@pytest.mark.parametrize("depth", [1, 4])
+def test_launches_of_a_step(monkeypatch, depth):
+    _, decor, _ = trained([20] * (depth + 1) + [33] * (depth + 1), 16)
+    monkeypatch.setenv("DBPKERN_BACKEND", "triton")
+    with _triton.recording() as launches:
+        decor.step()
+    # z and the update, for each of two widths and any number of layers.
+    kernels = [launch.kernel.__name__ for launch in launches]
+    assert kernels == ["matmul_kernel", "associate_kernel"] * 2
+
+
+def test_a_step_by_the_kernels_is_that_of_eager(monkeypatch):
+    found = {}
+    for backend in ("eager", "triton"):
+        monkeypatch.setenv("DBPKERN_BACKEND", backend)
+        torch.manual_seed(0)
+        model, decor, _ = trained([20, 20, 33, 20], 60)
+        decor.step()
+        found[backend] = [layer.R for layer in model]
+    for one, other in zip(*found.values(), strict=True):
+        assert (one - torch.eye(len(one), device=DEVICE)).abs().max() > 1e-4
+        torch.testing.assert_close(one, other, atol=2e-4, rtol=0)
+
+
 # ---- the tables
 
 
@@ -667,18 +709,6 @@ def test_thresholds(monkeypatch):
 # ---- on a GPU
 
 
-class Operators(TorchDispatchMode):
-    """Counts the operators that are dispatched."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("n", [100, 900])
 def test_update_in_a_cuda_graph(n):
@@ -725,3 +755,29 @@ def test_shipped_tiles(L, n, d):
     torch.testing.assert_close(first, ops.update_(R.clone(), z, 0.01, backend="eager"), atol=1e-4, rtol=0)
     applied = ops.apply_(R.clone(), M, 0.01, backend="triton")
     torch.testing.assert_close(applied, ops.apply_(R.clone(), M, 0.01, backend="eager"))
+
+
+@pytest.mark.gpu
+def test_a_step_in_a_cuda_graph(monkeypatch):
+    monkeypatch.setenv("DBPKERN_BACKEND", "triton")
+    model, decor, backward = trained([256, 256, 256, 512, 256], 600)
+    decor.step()  # writes the lists of items, and finds the samples their place
+    backward()
+    start = [layer.R.clone() for layer in model]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        decor.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected = [layer.R.clone() for layer in model]
+    for layer, R in zip(model, start, strict=True):
+        layer.R.copy_(R)
+    for site in decor._sites:
+        site.slot.pending = True
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        decor.step()
+    graph.replay()
+    for layer, R, before in zip(model, expected, start, strict=True):
+        assert torch.equal(layer.R, R)
+        assert not torch.equal(R, before)

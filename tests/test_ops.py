@@ -132,7 +132,7 @@ def test_both_associations_of_update_agree(d, monkeypatch):
     z, start = randn(3, 7, d), randR(3, d, d)
     results = []
     for forms in (True, False):
-        monkeypatch.setattr("dbpkern.ops.update.forms_correlation", lambda n, d, forms=forms: forms)
+        monkeypatch.setattr("dbpkern.ops.update.forms_correlation", lambda *_, forms=forms, **__: forms)
         results.append(ops.update_(start.clone(), z, 0.1, 0.3))
     exact(*results)
     assert not torch.equal(results[0], start)
@@ -461,7 +461,7 @@ def test_opcheck(case, requires_grad):
 
 
 def test_opcheck_of_capture():
-    slot = sampling.Slot(Everything(), sampling.Sampler(1.0, 0))
+    slot = sampling.Slot(Everything(), sampling.Sampler(1.0, 0), lambda: sampling.Rule.of(0.1, 0.0))
     torch.library.opcheck(torch.ops.dbpkern.capture.default, (randn(4, 5), randn(3, 5), slot.key))
     slot.clear()
     grad, x = randn(4, 5), randn(3, 5)
@@ -472,7 +472,7 @@ def test_opcheck_of_capture():
 
 
 def test_capture_for_a_slot_that_is_gone_does_nothing():
-    key = sampling.Slot(Everything(), sampling.Sampler(1.0, 0)).key
+    key = sampling.Slot(Everything(), sampling.Sampler(1.0, 0), lambda: sampling.Rule.of(0.1, 0.0)).key
     assert key.item() not in sampling._slots
     torch.ops.dbpkern.capture(randn(4, 5), randn(3, 5), key)
 
