@@ -2,9 +2,9 @@
 
 Each row of the tables in dbpkern/configs/ is compiled for its architecture as a launch would compile it, at
 widths that take it. The report lists registers of a thread, bytes of shared memory of a block, spills (loads
-and stores of local memory in the machine code) and tensor-core instructions. The exit code is 1 where a kernel
-spills, asks for more shared memory than the architecture has, or multiplies 16-bit or TF32 operands without
-tensor cores.
+and stores of local memory in the machine code) and tensor-core instructions. The exit code is 1 where a
+kernel spills, asks for more shared memory than the architecture has, or multiplies 16-bit or TF32 operands
+without tensor cores.
 """
 
 import argparse
