@@ -126,3 +126,16 @@ def test_folders_that_are_no_runs(tmp_path):
     folder = write_run(tmp_path / "empty", [])
     with pytest.raises(SystemExit, match="no finished step"):
         compare.main([str(folder)])
+
+
+@pytest.mark.parametrize(
+    ("decor", "name"),
+    [
+        ({"enable": False, "sites": "all", "rank": 4}, "plain"),
+        ({"enable": True, "sites": ["qkv", "fc1"], "rank": None}, "DBP qkv+fc1"),
+        ({"enable": True, "sites": "all", "rank": 64}, "DBP all, rank 64"),
+        ({"enable": True, "sites": "all", "rank": {"fc1": 8, "fc2": 64}}, "DBP all, rank fc1 8, fc2 64"),
+    ],
+)
+def test_names_of_arms(decor, name):
+    assert compare.describe({"decor": decor}) == name

@@ -116,6 +116,21 @@ def test_the_exported_encoder_is_the_fused_model_and_a_stock_vit(finished):
     assert torch.allclose(vit.blocks[1].attn.qkv.weight, folded, atol=1e-6)
 
 
+def test_low_rank_sites_train_and_fuse(tmp_path):
+    out = tmp_path / "run"
+    ranks = ["--decor.sites=all", "--decor.rank={fc1: 5, fc2: 7}", "--decor.eta=0.02"]
+    pretrain.main([*TINY, *DBP, *ranks, "--steps=4", "--eval_every=4", f"--out={out}"])
+    state = checkpoint.load(out / "checkpoints" / "step-00000004")["model"]
+    assert state["blocks.0.mlp.fc2.Q"].shape == (128, 7)
+    Q, S = state["blocks.1.mlp.fc1.Q"], state["blocks.1.mlp.fc1.S"]
+    assert S.shape == (5, 5)
+    assert S.abs().max() > 1e-4
+    assert "blocks.0.attn.qkv.R" in state
+    encoder = load_file(out / "encoder.safetensors")
+    weight = state["blocks.1.mlp.fc1.weight"]
+    torch.testing.assert_close(encoder["blocks.1.mlp.fc1.weight"], weight + weight @ Q @ S @ Q.T)
+
+
 def test_the_same_configuration_gives_the_same_run(finished, tmp_path):
     pretrain.main([f"--config={finished / 'config.yaml'}", f"--out={tmp_path / 'again'}"])
     assert losses(tmp_path / "again") == losses(finished)
@@ -315,6 +330,8 @@ def test_profile_writes_a_trace_for_tensorboard(tmp_path):
         ([*DBP, "--decor.eta=-1"], "lr: expected a finite number"),
         ([*DBP, "--decor.kappa=2"], r"kappa: expected a number in \[0, 1\], got 2"),
         ([*DBP, "--decor.kappa=.nan"], "kappa"),
+        ([*DBP, "--decor.rank=33"], "rank: expected an integer in"),
+        ([*DBP, "--decor.rank={fc2: 4}"], "fc2"),
         (["--data.source=folder:/does/not/exist"], "no such folder"),
         (["--resume=/does/not/exist"], "no checkpoint at"),
         (["--device=cuda"], "needs a GPU"),

@@ -105,7 +105,10 @@ def describe(config: dict) -> str:
     if not decor.get("enable"):
         return "plain"
     sites = decor["sites"] if isinstance(decor["sites"], str) else "+".join(decor["sites"])
-    return f"DBP {sites}"
+    rank = decor.get("rank")
+    if isinstance(rank, dict):
+        rank = ", ".join(f"{site} {r}" for site, r in rank.items())
+    return f"DBP {sites}" + (f", rank {rank}" if rank else "")
 
 
 def group(runs: Sequence[Run]) -> list[Arm]:

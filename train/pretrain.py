@@ -76,6 +76,8 @@ class DecorConfig:
         kappa: Weight in [0, 1] of the unit-variance term.
         sample: Part of the rows, in (0, 1], that the statistics are taken from.
         form: "auto", "fold" or "apply"; see docs/method.md.
+        rank: For a low-rank R: one rank for all sites, or ranks by site, such as {fc2: 64}; the others get
+            a full R.
     """
 
     enable: bool = False
@@ -85,6 +87,7 @@ class DecorConfig:
     kappa: float = 0.0
     sample: float = 0.1
     form: Literal["auto", "fold", "apply"] = "auto"
+    rank: int | dict[str, int] | None = None
 
     def accepts(self, name: str, module: nn.Module) -> bool:
         """The filter for `dbpkern.decorrelate`: leaves the decoder out unless it is asked for."""
@@ -242,7 +245,8 @@ def build_model(config: Config) -> nn.Module:
         **config.model_args,
     )
     if config.decor.enable:
-        dbpkern.decorrelate(model, config.decor.sites, config.decor.accepts, config.decor.form)
+        decor = config.decor
+        dbpkern.decorrelate(model, decor.sites, decor.accepts, decor.form, decor.rank)
     else:
         select(model, config.decor.sites, config.decor.accepts)  # raises now: evaluation observes them
     return model
