@@ -60,9 +60,8 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def _fold(d: int, dtype: torch.dtype) -> None:
-    # Forward under autocast from fp32 weights and otherwise, and the gradient's map.
-    triton_fold(meta(4 * d, d), meta(d, d), torch.bfloat16)
-    triton_fold(meta(4 * d, d, dtype=dtype), meta(d, d).mT, torch.float32)
+    triton_fold(meta(4 * d, d), meta(d, d), dtype)
+    triton_fold(meta(4 * d, d, dtype=dtype), meta(d, d).mT, torch.float32)  # its gradient
 
 
 def _transform(d: int, dtype: torch.dtype) -> None:
@@ -74,21 +73,30 @@ def _correlation(d: int, dtype: torch.dtype) -> None:
     triton_correlation(meta(LAYERS, 1280, d, dtype=dtype), 0.5, True)
 
 
+def _rates() -> tuple[Tensor, Tensor]:
+    """A number, which the kernel takes as such, and a tensor on the device."""
+    return torch.tensor(0.1), meta()
+
+
 def _apply(d: int, dtype: torch.dtype) -> None:
-    triton_apply(meta(LAYERS, d, d), meta(LAYERS, d, d), meta())
+    for rate in _rates():
+        triton_apply(meta(LAYERS, d, d), meta(LAYERS, d, d, dtype=dtype), rate)
 
 
 def _update_form(d: int, dtype: torch.dtype) -> None:
-    triton_update(meta(LAYERS, d, d), meta(LAYERS, d, d, dtype=dtype), meta(), 0.0)
+    for rate in _rates():
+        triton_update(meta(LAYERS, d, d), meta(LAYERS, d, d, dtype=dtype), rate, 0.0)
 
 
 def _update_associate(d: int, dtype: torch.dtype) -> None:
-    triton_update(meta(LAYERS, d, d), meta(LAYERS, d // 2, d, dtype=dtype), meta(), 0.0)
+    for rate in _rates():
+        triton_update(meta(LAYERS, d, d), meta(LAYERS, d // 2, d, dtype=dtype), rate, 0.0)
 
 
 def _fused(d: int, dtype: torch.dtype) -> None:
     index = meta(d // 3, dtype=torch.int64)
-    triton_fused(meta(4 * d, d, dtype=dtype), meta(d, d), index, meta(), 0.0)
+    for rate in _rates():
+        triton_fused(meta(4 * d, d, dtype=dtype), meta(d, d), index, rate, 0.0)
 
 
 def _lowrank(d: int, dtype: torch.dtype, r: int) -> None:

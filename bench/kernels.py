@@ -1,17 +1,22 @@
 """Every op and the whole-model update, against the published rule and PyTorch's best algebra on stacks.
 
 The arms: ours as dispatched, ours with each backend that can serve, the published rule (a loop over layers in
-fp32) in eager PyTorch and under torch.compile, and `baddbmm` on stacks by the cheaper association. Each is
-compared with fp64 in this run, on the first, middle and last layer: its largest error may be twice that of
-PyTorch with operands of the same dtype, and four units in the last place of the largest value. An arm that
-fails gets no time, and the exit code is 1.
+fp32; forward and backward of bf16 rows also as under autocast) in eager PyTorch and under torch.compile, and
+`baddbmm` on stacks by the cheaper association. Each is compared with fp64 in this run, on the first, middle
+and last layer: its largest error may be twice that of PyTorch with operands of the same dtype, and four units
+in the last place of the largest value. An arm that gives another result, or none without an excuse, gets no
+time, and the exit code is 1. It is excused where its backend refuses, memory runs out, PyTorch lacks a
+product or a compiler is missing.
 
 The arms run one after the other in each round, in an order that rotates; speed-ups are medians over rounds of
-(published / arm) within a round. FLOPs and bytes are those of the least arithmetic known and of every operand
-moved once, the same for all arms; rates stand beside the ceilings of a large matrix product and a large copy,
-measured in this run. Steps change R in place at a rate of 1e-8, so that it stays what it was. On a GPU events
-are timed, L2 is flushed before each call and inputs rotate; CUDA graphs are replayed where an arm can be
-captured. Low-rank ops are compared with the published rule on a dense R of the same value.
+(published / arm) within a round, where the published rule multiplies in the dtype of the rows if it has such
+an arm. FLOPs and bytes are those of the least arithmetic known and of every operand moved once, the same for
+all arms that compute the same: an arm of low rank beside those of a full R has its own, and so has the
+published rule beside a low rank, which it knows as a dense R of the same value alone. Rates stand beside the
+ceilings of a large matrix product and a large copy, measured in this run. Steps change R in place at a rate
+of 1e-8, and Q at 4e-8, so that they stay what they were. On a GPU events are timed, L2 is flushed before each
+call and inputs rotate; CUDA graphs are replayed where an arm can be captured, and what a replay gives is
+checked likewise.
 
 By default, on a GPU: the whole-model update of all models at all batches and tokens, and every op at ViT-B,
 batch 256, 50 tokens; on the CPU: the update of ViT-B, and every op at ViT-S, batch 64. Any of --model,
@@ -21,8 +26,11 @@ not. How many minutes are left is told after each shape.
 
 import argparse
 import functools
+import gc
+import itertools
 import json
 import math
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -131,7 +139,7 @@ def candidates(workload: Workload, args: argparse.Namespace) -> list[Candidate]:
         for arm in workload.arms:
             if args.no_compile and arm.compiled:
                 continue
-            if arm.halves and (not gpu or setting != settings[0]):
+            if arm.halves and setting != settings[0]:
                 continue  # without fp32 operands the settings are one
             about = {"arm": arm.name, "family": arm.family, "group": arm.group}
             about |= {"backend": arm.backend, "compiled": arm.compiled}
@@ -140,10 +148,35 @@ def candidates(workload: Workload, args: argparse.Namespace) -> list[Candidate]:
 
 
 def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
+    lines = [textwrap.shorten(line, 200) for line in str(error).strip().splitlines()]
     if isinstance(error, ValueError) and lines:
         return lines[0]
     return ": ".join([type(error).__name__, *lines[:1]])
+
+
+COMPILER_MISSING = (
+    "No working C++ compiler found",
+    "Failed to find C compiler",
+    "Cannot find a working triton installation",
+)
+"""How PyTorch and Triton say so; the types of these errors differ between versions."""
+
+
+def excused(arm: Arm, error: Exception) -> bool:
+    """Whether an error says that an arm cannot serve here, rather than that something is wrong with it."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    if arm.halves and isinstance(error, NotImplementedError):
+        return True  # an fp32 result of 16-bit operands
+    if arm.backend and isinstance(error, ValueError):
+        return True
+    if arm.compiled:
+        causes, cause = [], error
+        while cause is not None:
+            causes.append(str(cause))
+            cause = cause.__cause__ or cause.__context__
+        return any(sign in text for sign in COMPILER_MISSING for text in causes)
+    return False
 
 
 class Gate:
@@ -173,14 +206,19 @@ class Gate:
     def judge(self, candidate: Candidate, outputs: workloads.Outputs) -> None:
         """Note error and limit, and fail the candidate if it is wrong."""
         references = candidate.arm.references or self.workload.references
-        if references not in self.known:
-            self.known[references] = self.truth(references[0])
-        key = references, candidate.kind
+        exact = references[0]
+        if exact not in self.known:
+            self.known[exact] = self.truth(exact)
+        # A gradient on its way through a rounded operand is rounded, whatever dtype it ends in.
+        rounded = candidate.arm.halves and self.workload.mode == "backward"
+        key = references, candidate.kind, rounded
         if key not in self.known:
             orders = [self.yardstick(reference, candidate.kind) for reference in references]
+            if rounded:
+                orders = [[x.bfloat16().float() for x in results] for results in orders]
             self.known[key] = list(zip(*orders, strict=True))
         found = []
-        for output, truth, yardsticks in zip(outputs, self.known[references], self.known[key], strict=True):
+        for output, truth, yardsticks in zip(outputs, self.known[exact], self.known[key], strict=True):
             result = workloads.pick(output).detach()
             error = accuracy.error(result, truth)
             if not math.isfinite(error):
@@ -194,21 +232,43 @@ class Gate:
             candidate.fail(f"its error is {error:.2g} of the largest value, at most {limit:.2g} was expected")
 
 
+def _copied(gate: Gate, inputs: Inputs) -> Inputs:
+    """The inputs, with copies of those that are changed."""
+    return inputs | {name: inputs[name].clone() for name in gate.workload.mutates}
+
+
 def check(gate: Gate, inputs: Inputs, found: Sequence[Candidate]) -> None:
     """Run every candidate once on copies of what it changes, and judge it."""
     for candidate in found:
         arm = candidate.arm
-        copies = inputs | {name: inputs[name].clone() for name in gate.workload.mutates}
         try:
-            step = candidate.call(functools.partial(arm.prepare, copies, CHECK_RATE))
+            step = candidate.call(functools.partial(arm.prepare, _copied(gate, inputs), CHECK_RATE))
             outputs = candidate.call(step)
         except Exception as error:
-            # PyTorch may lack a compiler or such a product, a backend asked for by name may be unable.
-            unable = arm.compiled or arm.halves or (arm.backend and isinstance(error, ValueError))
-            unable = unable or isinstance(error, torch.OutOfMemoryError)
-            (candidate.refuse if unable else candidate.fail)(_reason(error))
+            (candidate.refuse if excused(arm, error) else candidate.fail)(_reason(error))
             continue
         gate.judge(candidate, outputs)
+
+
+def check_replay(gate: Gate, inputs: Inputs, candidate: Candidate) -> None:
+    """Capture a candidate as it was checked, and judge what the replays give.
+
+    A second one finds what the first left behind, such as a counter that nobody put back.
+    """
+    copies = _copied(gate, inputs)
+    prepare = functools.partial(candidate.arm.prepare, copies, CHECK_RATE)
+    replay = candidate.call(lambda: measure.graph_replay(prepare))
+    for _ in range(2):
+        with torch.no_grad():
+            for tensor in itertools.chain(*replay.outputs):  # layer by layer, of stacks and of lists
+                tensor.fill_(math.nan)
+            for name in gate.workload.mutates:  # also an output, as a rule
+                copies[name].copy_(inputs[name])
+        replay()
+        gate.judge(candidate, replay.outputs)
+        if not candidate.valid:
+            candidate.fail(f"replayed as a CUDA graph: {candidate.found['failed']}")
+            return
 
 
 def _skip_doubles(found: Sequence[Candidate]) -> None:
@@ -229,6 +289,7 @@ def measure_workload(
     """All figures of a workload."""
     device = args.device
     torch.compiler.reset()  # what it keeps by function counts against a limit
+    gc.collect()  # what a failure left behind
     torch.cuda.empty_cache()
     inputs = workload.make(device, seed=0)
     gate = Gate(workload, inputs)
@@ -242,7 +303,7 @@ def measure_workload(
     timed: list[tuple[Candidate, str, Callable[[], float]]] = []
     for candidate in every:
         if candidate.valid:
-            timed += _prepared(candidate, sets, device, flush)
+            timed += _prepared(candidate, gate, sets, device, flush)
     rounds = args.rounds or (20 if device.type == "cuda" else 3)
     times = [
         measure.rotated_round([time for *_, time in timed], turn, lambda f: f()) for turn in range(rounds)
@@ -250,6 +311,15 @@ def measure_workload(
     for (candidate, name, _), seconds in zip(timed, zip(*times, strict=True), strict=True):
         candidate.found[name] = seconds
     _evaluate(workload, every, ceilings)
+    return _about(workload) | {
+        "rounds": rounds,
+        "input_sets": len(sets),
+        "base": _base(workload),
+        "arms": [candidate.found for candidate in every],
+    }
+
+
+def _about(workload: Workload) -> dict[str, object]:
     return {
         "op": workload.op,
         "mode": workload.mode,
@@ -259,14 +329,25 @@ def measure_workload(
         "flops": workload.cost.flops,
         "bytes": workload.cost.bytes,
         "published_flops": workload.published_flops,
-        "rounds": rounds,
-        "input_sets": len(sets),
-        "arms": [candidate.found for candidate in every],
     }
 
 
+def measured(
+    workload: Workload, args: argparse.Namespace, ceilings: dict[str, float], flush: torch.Tensor | None
+) -> dict[str, object]:
+    """`measure_workload`, or what it was and the reason where it does not fit into memory."""
+    try:
+        return measure_workload(workload, args, ceilings, flush)
+    except torch.OutOfMemoryError as error:
+        return _about(workload) | {"refused": _reason(error), "arms": []}
+
+
 def _prepared(
-    candidate: Candidate, sets: Sequence[Inputs], device: torch.device, flush: torch.Tensor | None
+    candidate: Candidate,
+    gate: Gate,
+    sets: Sequence[Inputs],
+    device: torch.device,
+    flush: torch.Tensor | None,
 ) -> list[tuple[Candidate, str, Callable[[], float]]]:
     """Count a candidate's launches and bytes; returns how it and its CUDA graph are timed."""
     arm, found = candidate.arm, candidate.found
@@ -295,6 +376,9 @@ def _prepared(
         if not arm.capturable or found["peak_bytes"] > CAPTURED_BYTES:
             return timers
         try:
+            check_replay(gate, sets[0], candidate)
+            if not candidate.valid:
+                return []
             prepare = functools.partial(arm.prepare, sets[0], TIMED_RATE)
             replay = candidate.call(lambda: measure.graph_replay(prepare))
             timers.append((candidate, "graph_seconds", timer([replay])))
@@ -303,10 +387,17 @@ def _prepared(
     return timers
 
 
+def _base(workload: Workload) -> str:
+    """The arm that speed-ups are over: at bf16 an fp32 one would show a ratio of dtypes."""
+    names = {arm.name for arm in workload.arms}
+    return "published bf16" if "published bf16" in names else "published"
+
+
 def _evaluate(workload: Workload, every: Sequence[Candidate], ceilings: dict[str, float]) -> None:
     """Medians, speed-ups over the published rule, and rates with their shares of the ceilings."""
     timed = [candidate for candidate in every if "seconds" in candidate.found]
-    base = next((c.found["seconds"] for c in timed if c.arm.name == "published"), None)
+    name = _base(workload)
+    base = next((c.found["seconds"] for c in timed if c.arm.name == name), None)
     for candidate in timed:
         found, cost = candidate.found, candidate.arm.cost or workload.cost
         seconds = measure.quartiles(found["seconds"]).median
@@ -330,7 +421,7 @@ def _evaluate(workload: Workload, every: Sequence[Candidate], ceilings: dict[str
 def measure_ceilings(device: torch.device) -> dict[str, float]:
     """FLOP/s of a large product by the kind of its operands, and bytes per second of a large copy.
 
-    On the CPU all products that are measured have fp32 operands in the end.
+    On the CPU those of fp32 alone, which are ours there whatever the rows.
     """
     kinds = ("ieee", "tf32", "16bit") if device.type == "cuda" else ("ieee",)
     found = {kind: measure.matmul_ceiling(kind, device) for kind in kinds}
@@ -361,7 +452,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
         left = (time.monotonic() - begin) / number * (len(chosen) - number) if number else 0
         ahead = f", about {left / 60:.0f} min to go" if number else ""
         progress(f"{number + 1} of {len(chosen)}: {workload.describe()}{ahead}")
-        found = measure_workload(workload, args, ceilings, flush)
+        found = measured(workload, args, ceilings, flush)
         result["results"].append(found)
         failed |= any("failed" in arm for arm in found["arms"])
         print(f"\n## {report.title(found)}\n\n{report.arms_table(found)}", flush=True)

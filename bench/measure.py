@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,8 +83,29 @@ def cold_seconds(
     return sum(start.elapsed_time(end) for start, end in pairs) / 1e3 / inner
 
 
-def graph_replay(prepare: Callable[[], Callable[[], object]]) -> Callable[[], object]:
-    """Capture what `prepare()` returns in a CUDA graph; returns what replays it.
+@dataclass(frozen=True)
+class Replay:
+    """A captured step, to be called.
+
+    It keeps the step and all that it closes over: the graph knows no more than their addresses.
+
+    Args:
+        graph: replays the step.
+        step: what was captured.
+        outputs: what the step returned; every replay writes to these tensors.
+    """
+
+    graph: torch.cuda.CUDAGraph
+    step: Callable[[], object]
+    outputs: object
+
+    def __call__(self) -> None:
+        """Replay it."""
+        self.graph.replay()
+
+
+def graph_replay(prepare: Callable[[], Callable[[], object]]) -> Replay:
+    """Capture what `prepare()` returns in a CUDA graph.
 
     It is prepared on the stream of the capture, because a backward runs on the stream of its forward.
     """
@@ -96,8 +118,8 @@ def graph_replay(prepare: Callable[[], Callable[[], object]]) -> Callable[[], ob
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
-        step()
-    return graph.replay
+        outputs = step()
+    return Replay(graph, step, outputs)
 
 
 def count_step(step: Callable[[], object], device: torch.device) -> tuple[int | None, int]:

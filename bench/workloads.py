@@ -2,7 +2,12 @@
 
 Every tensor of a workload has the layers as its first dimension, so that any of them can be checked alone.
 Costs are those of the least arithmetic known and of every operand moved once; they are the same for all ways
-to compute, so that redundant work shows as a lower rate.
+to compute the same, so that redundant work shows as a lower rate. Ways that compute something else have a
+cost of their own: those of a low rank beside those of a full R, and the published rule, which knows no low
+rank.
+
+At bf16 the published layers are measured as they are, in fp32, and as under autocast, with bf16 products. The
+published step forms its statistics in R's precision, so there it is fp32 always.
 """
 
 import itertools
@@ -21,6 +26,9 @@ Outputs = Sequence[Tensor | Sequence[Tensor]]
 Prepare = Callable[[Inputs, float], Callable[[], Outputs]]
 Narrow = Callable[[Tensor], Tensor]
 Reference = Callable[[Inputs, float, Narrow], Outputs]
+
+Q_RATE = 4
+"""Q's rate over R's: what is checked moves Q by the op's default, what is timed leaves it where it is."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BACKENDS = ("eager", "triton", "cuda")
@@ -79,7 +87,8 @@ class Arm:
         group: names what is computed where that is not what the workload's first arm computes.
         backend: of ours, by name; None: the automatic choice.
         compiled: uses torch.compile.
-        halves: rounds fp32 operands to bf16 and sums in fp32, for which PyTorch has products on a GPU alone.
+        halves: rounds fp32 operands to bf16 and sums in fp32; raises `NotImplementedError` where PyTorch has no
+            such product, as on the CPU if the result is fp32.
         kind: operands of its products: "ieee", "tf32" or "16bit"; None: as PyTorch's setting says.
         capturable: whether it may be in a CUDA graph; a host that reads results may not.
         cost: of a group of its own, or of a published arm that has to compute more than the workload.
@@ -187,18 +196,23 @@ def backward(function: Callable[[Inputs, float], Outputs], leaves: Sequence[str]
 
 @dataclass(frozen=True)
 class Loop:
-    """The published way: a loop in Python over layers, every tensor in fp32.
+    """The published way: a loop in Python over layers.
 
     Args:
         function: computes one layer; takes its tensors and the rate.
         names: its tensors.
+        wide: they are all fp32; else they are as they came, and what the function multiplies is up to it.
     """
 
     function: Callable[..., tuple[Tensor, ...]]
     names: tuple[str, ...]
+    wide: bool = True
+
+    def _stack(self, inputs: Inputs, name: str) -> Tensor:
+        return _wide(inputs, name) if self.wide else inputs[name]
 
     def _layers(self, inputs: Inputs) -> list[list[Tensor]]:
-        stacks = (_wide(inputs, name).unbind() for name in self.names)
+        stacks = (self._stack(inputs, name).unbind() for name in self.names)
         return [list(layer) for layer in zip(*stacks, strict=True)]
 
     def forward(self, compiled: bool) -> Prepare:
@@ -224,7 +238,7 @@ class Loop:
                     sources[place].append(layer[i])
                 outputs.append(function(*layer, lr)[0])
             flat = [tensor for layers in sources for tensor in layers]
-            gradients = _wide(inputs, "g").unbind()
+            gradients = self._stack(inputs, "g").unbind()
 
             def step() -> Outputs:
                 found = torch.autograd.grad(outputs, flat, gradients, retain_graph=True)
@@ -258,6 +272,7 @@ def _arms(
     loop: Loop,
     algebra: Callable[[Inputs, float, bool], Outputs] | None,
     kind: str | None,
+    autocast: Loop | None = None,
     **published: object,
 ) -> list[Arm]:
     """Every way to compute an op of its own.
@@ -267,6 +282,7 @@ def _arms(
         loop: the published way.
         algebra: stacks in PyTorch, unless ours is just that; takes whether operands are rounded to bf16.
         kind: of our operands, where PyTorch's setting does not decide.
+        autocast: the published way under autocast to bf16, for workloads of that dtype.
         published: further fields of the published arms.
     """
     way = forward if mode != "backward" else lambda function: backward(function, leaves)
@@ -277,11 +293,14 @@ def _arms(
     def stacked(halves: bool) -> Prepare:
         return way(lambda inputs, lr: algebra(inputs, lr, halves))
 
-    def looped(compiled: bool) -> Prepare:
+    def looped(loop: Loop, compiled: bool) -> Prepare:
         return loop.backward(leaves, compiled) if mode == "backward" else loop.forward(compiled)
 
     arms = [Arm("ours", own(backend), backend=backend, kind=kind) for backend in (None, *BACKENDS)]
-    arms += [Arm("published", looped(it), compiled=it, **published) for it in (False, True)]
+    arms += [Arm("published", looped(loop, it), compiled=it, **published) for it in (False, True)]
+    if dtype == "bf16" and autocast is not None:
+        halved = {"halves": True, "kind": "16bit"} | published
+        arms += [Arm("published", looped(autocast, it), compiled=it, **halved) for it in (False, True)]
     if algebra is not None:
         arms += [_baddbmm(stacked(halves), halves) for halves in (False, True)[: 1 + (dtype == "bf16")]]
     return arms
@@ -292,6 +311,17 @@ def _baddbmm(prepare: Prepare, halves: bool, **others: object) -> Arm:
 
 
 # The rules, of one layer as published and of stacks in PyTorch's best algebra; kappa is 0
+
+
+def _low(*tensors: Tensor) -> list[Tensor]:
+    """Operands as autocast hands them to a product: cast for every call."""
+    return [tensor.bfloat16() for tensor in tensors]
+
+
+TRANSFORM = Loop(lambda x, R, lr: (F.linear(x, R),), ("x", "R"))
+LOW_TRANSFORM = Loop(lambda x, R, lr: (F.linear(*_low(x, R)),), ("x", "R"), wide=False)
+FOLD = Loop(lambda W, R, lr: (W @ R,), ("W", "R"))
+LOW_FOLD = Loop(lambda W, R, lr: (torch.mm(*_low(W, R)),), ("W", "R"), wide=False)
 
 
 def _published_correlation(z: Tensor, lr: float) -> tuple[Tensor, Tensor]:
@@ -310,8 +340,9 @@ def _published_update(R: Tensor, z: Tensor, lr: float) -> tuple[Tensor]:
 
 
 def _published_fused(x: Tensor, R: Tensor, index: Tensor, lr: float) -> tuple[Tensor, Tensor, Tensor]:
-    z = F.linear(x, R)
-    C, a = _published_correlation(F.linear(x[index], R), lr)
+    """Rows of bf16 meet R in that dtype, as under autocast; statistics have R's."""
+    z = F.linear(x, R.to(x.dtype))
+    C, a = _published_correlation(F.linear(x[index], R.to(x.dtype)).to(R.dtype), lr)
     return z, R - lr * (C @ R), a
 
 
@@ -323,14 +354,16 @@ def _correlation(z: Tensor, halves: bool) -> tuple[Tensor, Tensor]:
     return G, a
 
 
-def _update(R: Tensor, z: Tensor, lr: float, halves: bool) -> Tensor:
+def _update(R: Tensor, z: Tensor, lr: float, halves: bool) -> tuple[Tensor, Tensor]:
+    """The new R and the mean squares, by the cheaper association."""
     n, d = z.shape[1:]
     if n >= d:
-        return add_product(R, _correlation(z, halves)[0], R, -lr, halves)
+        M, a = _correlation(z, halves)
+        return add_product(R, M, R, -lr, halves), a
     z = z if halves else _widened(z)
     a = torch.linalg.vector_norm(z, dim=1, dtype=torch.float32).square_().div_(n)
     zR = product(z, R, z.dtype, halves)
-    return add_product(R * (1 + lr * a[:, :, None]), z.mT, zR, -lr / n, halves)
+    return add_product(R * (1 + lr * a[:, :, None]), z.mT, zR, -lr / n, halves), a
 
 
 def _lowrank_map(A: Tensor, Q: Tensor, S: Tensor, out: torch.dtype, halves: bool) -> Tensor:
@@ -349,6 +382,12 @@ def _lowrank_statistics(x: Tensor, Q: Tensor, halves: bool) -> tuple[Tensor, Ten
     B = product(P.mT, P, torch.float32, halves).div_(n)
     Y = product(x.mT, P, torch.float32, halves).div_(n)
     return B, Y, torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).square_().div_(n)
+
+
+def _lowrank_apply(
+    Q: Tensor, S: Tensor, statistics: Sequence[Tensor], lr: float, backend: str | None = None
+) -> Outputs:
+    return ops.lowrank_apply_(Q, S, *statistics, lr, q_lr=Q_RATE * lr, backend=backend)
 
 
 # The specification, with products in the order in which a fast path may form them. In fp64 that makes no
@@ -411,8 +450,11 @@ class _Draw:
         return M
 
     def QS(self, L: int, d: int, r: int) -> tuple[Tensor, Tensor]:
-        """Orthonormal columns, and what they scale."""
-        return torch.linalg.qr(self.normal(L, d, r))[0], self.normal(L, r, r).mul_(0.1 / r**0.5)
+        """Orthonormal columns, and what they scale, by so much that `x Q S Q^T` is about as large as x.
+
+        Were it small, a result without it would be right to within the rounding of bf16.
+        """
+        return torch.linalg.qr(self.normal(L, d, r))[0], self.normal(L, r, r).mul_(d**0.5 / r)
 
     def index(self, n: int, number: int) -> Tensor:
         """Rows without repetition, `[1, number]`."""
@@ -448,9 +490,10 @@ def transform(L: int, n: int, d: int, dtype: str, mode: str) -> Workload:
         mode,
         ("x",),
         lambda t, lr, backend: (ops.transform(t["x"], t["R"], backend=backend),),
-        Loop(lambda x, R, lr: (F.linear(x, R),), ("x", "R")),
+        TRANSFORM,
         lambda t, lr, halves: (product(t["x"], t["R"].mT, t["x"].dtype, halves),),
         "16bit" if dtype == "bf16" else None,
+        LOW_TRANSFORM,
     )
     cost = Cost(flops, e * 2 * L * n * d + 4 * L * d * d)
     return Workload("transform", mode, {"L": L, "n": n, "d": d}, dtype, make, (truth,), cost, flops, arms)
@@ -489,9 +532,10 @@ def fold(o: int, d: int, dtype: str, mode: str) -> Workload:
         mode,
         ("W",),
         lambda t, lr, backend: (ops.fold(t["W"][0], t["R"][0], out, backend=backend)[None],),
-        Loop(lambda W, R, lr: (W @ R,), ("W", "R")),
+        FOLD,
         lambda t, lr, halves: (product(t["W"], t["R"], out, halves),),
         _fold_kind(dtype, mode),
+        LOW_FOLD,
     )
     cost = Cost(flops, (4 + e) * o * d + 4 * d * d)
     sizes = {"o": o, "d": d}
@@ -514,6 +558,12 @@ def linear(n: int, o: int, d: int, dtype: str, mode: str) -> Workload:
             return (t["x"] @ folded.mT,)
         return t["g"] @ folded, narrow(t["g"].mT @ t["x"]) @ t["R"].mT
 
+    def applied(t: Inputs, lr: float, narrow: Narrow) -> Outputs:
+        z = narrow(t["x"] @ t["R"].mT)
+        if mode == "forward":
+            return (z @ t["W"].mT,)
+        return narrow(t["g"] @ t["W"]) @ t["R"], narrow(t["g"].mT @ z)
+
     def ours(t: Inputs, lr: float, backend: str | None) -> Outputs:
         folded = ops.fold(t["W"][0], t["R"][0], out, backend=backend)
         return (F.linear(t["x"], folded),)
@@ -533,6 +583,8 @@ def linear(n: int, o: int, d: int, dtype: str, mode: str) -> Workload:
         Loop(lambda x, W, R, lr: (F.linear(F.linear(x, R), W),), ("x", "W", "R")),
         lambda t, lr, halves: (torch.bmm(t["x"], product(t["W"], t["R"], out, halves).mT),),
         "16bit" if dtype == "bf16" else None,
+        Loop(lambda x, W, R, lr: (F.linear(F.linear(*_low(x, R)), *_low(W)),), ("x", "W", "R"), wide=False),
+        references=(truth, applied),
     )
     if dtype == "bf16":  # the layer's own products are 16-bit ones in every folded form
         arms = [replace(arm, kind="16bit") if arm.family == "baddbmm" else arm for arm in arms]
@@ -608,7 +660,7 @@ def update_(L: int, n: int, d: int, dtype: str) -> Workload:
         (),
         lambda t, lr, backend: (ops.update_(t["R"], t["z"], lr, backend=backend),),
         Loop(_published_update, ("R", "z")),
-        lambda t, lr, halves: (_update(t["R"], t["z"], lr, halves),),
+        lambda t, lr, halves: _update(t["R"], t["z"], lr, halves)[:1],
         "16bit" if dtype == "bf16" else None,
     )
     cost = Cost(L * _update_flops(n, d), DTYPES[dtype].itemsize * L * n * d + 8 * L * d * d)
@@ -639,8 +691,7 @@ def fused_step(n: int, samples: int, d: int, dtype: str) -> Workload:
 
     def algebra(t: Inputs, lr: float, halves: bool) -> Outputs:
         z = product(t["x"], t["R"].mT, t["x"].dtype if halves else torch.float32, halves)
-        M, a = _correlation(z[:, t["index"][0]], halves)
-        return z.to(t["x"].dtype), add_product(t["R"], M, t["R"], -lr, halves), a
+        return z.to(t["x"].dtype), *_update(t["R"], z[:, t["index"][0]], lr, halves)
 
     arms = _arms(
         dtype,
@@ -650,6 +701,7 @@ def fused_step(n: int, samples: int, d: int, dtype: str) -> Workload:
         Loop(_published_fused, ("x", "R", "index")),
         algebra,
         "16bit" if dtype == "bf16" else None,
+        Loop(_published_fused, ("x", "R", "index"), wide=False),
     )
     cost = Cost(
         2 * n * d**2 + _update_flops(samples, d),
@@ -681,9 +733,10 @@ def lowrank_transform(L: int, n: int, d: int, r: int, dtype: str, mode: str) -> 
         mode,
         ("x",),
         lambda t, lr, backend: (ops.lowrank_transform(t["x"], t["Q"], t["S"], backend=backend),),
-        Loop(lambda x, R, lr: (F.linear(x, R),), ("x", "R")),
+        TRANSFORM,
         lambda t, lr, halves: (_lowrank_map(t["x"], t["Q"], t["S"].mT, t["x"].dtype, halves),),
         "16bit" if dtype == "bf16" else None,
+        LOW_TRANSFORM,
         references=full.references,
         cost=full.cost,
     )
@@ -717,9 +770,10 @@ def lowrank_fold(o: int, d: int, r: int, dtype: str, mode: str) -> Workload:
         mode,
         ("W",),
         ours,
-        Loop(lambda W, R, lr: (W @ R,), ("W", "R")),
+        FOLD,
         lambda t, lr, halves: (_lowrank_map(t["W"], t["Q"], t["S"], out, halves),),
         _fold_kind(dtype, mode),
+        LOW_FOLD,
         references=full.references,
         cost=full.cost,
     )
@@ -781,13 +835,13 @@ def lowrank_apply_(L: int, d: int, r: int) -> Workload:
         return {"Q": Q, "S": S, "B": B, "Y": Y, "c": c, "R": dense(Q, S), "M": draw.M(L, d)}
 
     def truth(t: Inputs, lr: float, narrow: Narrow) -> Outputs:
-        return reference.lowrank_apply(t["Q"], t["S"], t["B"], t["Y"], t["c"], lr)
+        return reference.lowrank_apply(t["Q"], t["S"], t["B"], t["Y"], t["c"], lr, q_lr=Q_RATE * lr)
 
     def full(t: Inputs, lr: float, narrow: Narrow) -> Outputs:
         return (reference.apply(t["R"], t["M"], lr),)
 
     def ours(t: Inputs, lr: float, backend: str | None) -> Outputs:
-        return ops.lowrank_apply_(t["Q"], t["S"], t["B"], t["Y"], t["c"], lr, backend=backend)
+        return _lowrank_apply(t["Q"], t["S"], (t["B"], t["Y"], t["c"]), lr, backend)
 
     arms = _arms(
         "fp32",
@@ -870,7 +924,7 @@ def model_update(stacks: Sequence[tuple[int, int]], n: int, dtype: str, rank: in
         found = []
         for i in places:
             statistics = exact_statistics(t[f"x{i}"], t[f"Q{i}"])
-            found += reference.lowrank_apply(t[f"Q{i}"], t[f"S{i}"], *statistics, lr)
+            found += reference.lowrank_apply(t[f"Q{i}"], t[f"S{i}"], *statistics, lr, q_lr=Q_RATE * lr)
         return found
 
     def ours(t: Inputs, lr: float, backend: str | None) -> Outputs:
@@ -885,7 +939,7 @@ def model_update(stacks: Sequence[tuple[int, int]], n: int, dtype: str, rank: in
         found = []
         for i in places:
             Q, S = t[f"Q{i}"], t[f"S{i}"]
-            found += ops.lowrank_apply_(Q, S, *ops.lowrank_statistics(t[f"x{i}"], Q, backend=backend), lr)
+            found += _lowrank_apply(Q, S, ops.lowrank_statistics(t[f"x{i}"], Q, backend=backend), lr)
         return found
 
     def algebra(t: Inputs, lr: float, halves: bool) -> Outputs:
@@ -893,14 +947,14 @@ def model_update(stacks: Sequence[tuple[int, int]], n: int, dtype: str, rank: in
         for i in places:
             x, R = t[f"x{i}"], t[f"R{i}"]
             z = product(x, R.mT, x.dtype if halves else torch.float32, halves)
-            found.append(_update(R, z, lr, halves))
+            found.append(_update(R, z, lr, halves)[0])
         return found
 
     def algebra_low(t: Inputs, lr: float, halves: bool) -> Outputs:
         found = []
         for i in places:
             Q, S = t[f"Q{i}"], t[f"S{i}"]
-            found += ops.lowrank_apply_(Q, S, *_lowrank_statistics(t[f"x{i}"], Q, halves), lr)
+            found += _lowrank_apply(Q, S, _lowrank_statistics(t[f"x{i}"], Q, halves), lr)
         return found
 
     def way(function: Callable, argument: object) -> Prepare:

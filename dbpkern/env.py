@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 import dbpkern
+from dbpkern import extension
 
 PACKAGES = ("torch", "triton", "torchvision", "timm", "numpy")
 
@@ -75,7 +76,10 @@ def _driver() -> str | None:
 
 
 def collect() -> dict[str, object]:
-    """Versions, processor, GPUs and the environment variables that change what dbpkern does."""
+    """Versions, processor, GPUs and the environment variables that change what dbpkern does.
+
+    Of the CUDA extension it says what there is; it neither builds nor loads it.
+    """
     prefixes = ("DBPKERN_", "TRITON_", "TORCH_", "OMP_NUM", "MKL_NUM", "CUDA_VISIBLE")
     return {
         "dbpkern": dbpkern.__version__,
@@ -89,6 +93,8 @@ def collect() -> dict[str, object]:
         "gpus": _gpus(),
         "driver": _driver(),
         "cuda": torch.version.cuda,
+        "nvcc": extension.nvcc_release(),
+        "extension": extension.state(),
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(prefixes)},
     }
 

@@ -1,13 +1,13 @@
 """The CUDA extension: found, built and loaded without ever being required.
 
 `python -m dbpkern.extension` builds it ahead of time. Otherwise the first call that could use it builds it
-with ninja, where there is a CUDA compiler and a GPU. Where neither is the case PyTorch computes the same.
+with ninja, where there is a CUDA compiler and a GPU. Where neither is the case PyTorch serves.
 
 Environment:
     DBPKERN_EXTENSION: "0" leaves the extension out; a folder names the build to use (`--out` made it).
     TORCH_CUDA_ARCH_LIST: architectures to build for, as PyTorch's own extensions read it.
     TORCH_EXTENSIONS_DIR: where builds are kept, in a folder `dbpkern`; `~/.cache` otherwise.
-    CUDA_HOME: the CUDA toolkit whose nvcc compiles. CXX: the host compiler.
+    CUDA_HOME: the CUDA toolkit whose nvcc compiles. CXX: the host compiler; ccache before it is left out.
 """
 
 import argparse
@@ -36,15 +36,22 @@ import torch
 
 LIBRARY = "dbpkern_cuda.so"
 MANIFEST = "build.json"
+LOG = "build.log"
 PLANNER = "dbpkern_planner"
 MIN_CAPABILITY = (8, 0)
-# Families by the names that TORCH_CUDA_ARCH_LIST allows.
+# Families by the names that TORCH_CUDA_ARCH_LIST allows; the old ones are known to be left out.
 FAMILIES = {
+    "Maxwell": ("5.0", "5.2"),
+    "Pascal": ("6.0", "6.1"),
+    "Volta": ("7.0",),
+    "Turing": ("7.5",),
     "Ampere": ("8.0", "8.6"),
     "Ada": ("8.9",),
     "Hopper": ("9.0",),
     "Blackwell": ("10.0", "12.0"),
 }
+# What may stand before the compiler in CXX.
+LAUNCHERS = ("ccache", "sccache", "distcc")
 
 _log = logging.getLogger("dbpkern")
 
@@ -144,11 +151,16 @@ def source_folder() -> Path:
 
 
 def cache_folder() -> Path:
-    """Where builds are kept unless `--out` says otherwise."""
-    root = (
-        os.environ.get("TORCH_EXTENSIONS_DIR") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    )
-    return Path(root) / "dbpkern"
+    """Where builds are kept unless `--out` says otherwise.
+
+    Raises:
+        BuildError: no variable names a folder, and there is no home directory.
+    """
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(root or Path.home() / ".cache") / "dbpkern"
+    except RuntimeError as error:
+        raise BuildError("there is no home directory to keep builds in: set TORCH_EXTENSIONS_DIR") from error
 
 
 def _digest(*parts: object) -> str:
@@ -205,16 +217,24 @@ def _find_ninja() -> str:
     if ninja is None and importlib.util.find_spec("ninja"):
         import ninja as package
 
-        ninja = shutil.which("ninja", path=package.BIN_DIR)
+        # A folder of that name in the working directory passes for a package.
+        ninja = shutil.which("ninja", path=getattr(package, "BIN_DIR", None))
     if ninja is None:
         raise ToolMissing("ninja is missing: pip install ninja")
     return ninja
 
 
 def _find_compiler() -> str:
-    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
-        if name and shutil.which(name):
+    words = shlex.split(os.environ.get("CXX", ""))
+    if words and Path(words[0]).name in LAUNCHERS:
+        words = words[1:]  # nvcc takes a program alone, and one build needs no cache
+    if len(words) > 1:
+        raise BuildError(f"CXX: expected a compiler without options, got {os.environ['CXX']!r}")
+    for name in words or ("c++", "g++", "clang++"):
+        if shutil.which(name):
             return name
+    if words:
+        raise ToolMissing(f"a C++ compiler is missing: CXX names {words[0]}, which is not found")
     raise ToolMissing("a C++ compiler is missing: install g++, or set CXX")
 
 
@@ -225,7 +245,7 @@ def _run(command: list[str], what: str, scratch: str | None = None) -> str:
     """
     # nvcc names temporary files by process id, which containers that share their folder can share too.
     environment = {**os.environ, **({"TMPDIR": scratch} if scratch else {})}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
     try:
         done = subprocess.run(command, env=environment, check=False, **pipes)
     except OSError as error:
@@ -236,25 +256,34 @@ def _run(command: list[str], what: str, scratch: str | None = None) -> str:
     first = next(
         (line for line in lines if re.search(r"\berror\b|fatal|not found", line, re.I)), "".join(lines[-1:])
     )
-    log = cache_folder() / "failed.log"
-    with contextlib.suppress(OSError):
+    whole = ""
+    with contextlib.suppress(OSError, BuildError):
+        log = cache_folder() / "failed.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        log.write_text(" ".join(command) + "\n" + done.stdout)
-    raise BuildError(f"{what} failed with status {done.returncode}: {first} (all of it: {log})")
+        log.write_text(" ".join(command) + "\n" + done.stdout, errors="replace")
+        whole = f" (all of it: {log})"
+    raise BuildError(f"{what} failed with status {done.returncode}: {first}{whole}")
 
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """One process at a time builds in `folder`; the others wait and then find what it built."""
-    import fcntl  # not on every platform that the rest of the package runs on
-
+    try:
+        import fcntl  # not on every platform that the rest of the package runs on
+    except ImportError as error:
+        raise BuildError(f"builds need file locks, which {platform.system()} lacks: {error}") from error
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("w")
     except OSError as error:
         raise BuildError(f"cannot write to {folder}: {error}") from error
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:  # some network file systems have no locks
+            raise BuildError(
+                f"cannot lock {folder}: {error}; set TORCH_EXTENSIONS_DIR to another file system"
+            ) from error
         yield
 
 
@@ -279,6 +308,9 @@ def parse_resources(output: str) -> list[dict[str, object]]:
     Returns:
         A row a kernel and architecture, with the template arguments by name: `element` ("bf16" or "fp32"),
         `rank` (padded) and `tile`.
+
+    Raises:
+        BuildError: there is no kernel in it, or it is worded in another way.
     """
     rows = []
     for part in output.split("Compiling entry function '")[1:]:
@@ -303,20 +335,34 @@ def parse_resources(output: str) -> list[dict[str, object]]:
                 "spill_loads": int(spills[3]),
             }
         )
+    if not rows:
+        raise BuildError("ptxas named no kernel")
     return sorted(rows, key=lambda row: tuple(str(row[key]).rjust(8) for key in list(row)[:4]))
+
+
+def _release(nvcc: str) -> str:
+    release = re.search(r"release (\d+\.\d+)", _run([nvcc, "--version"], "nvcc --version"))
+    if release is None:
+        raise BuildError(f"{nvcc} --version names no release")
+    return release[1]
+
+
+def nvcc_release() -> str | None:
+    """CUDA version of the nvcc that a build would use, such as "13.0"; None where there is none that runs."""
+    try:
+        return _release(_find_nvcc())
+    except BuildError:
+        return None
 
 
 def _check_toolkit(nvcc: str) -> str:
     """Version of nvcc, which must be of the CUDA that torch is built for, to the major version."""
     if torch.version.cuda is None:
         raise BuildError("this torch is built without CUDA")
-    output = _run([nvcc, "--version"], "nvcc --version")
-    release = re.search(r"release (\d+)\.(\d+)", output)
-    if release is None:
-        raise BuildError(f"{nvcc} --version names no release")
-    if release[1] != torch.version.cuda.split(".")[0]:
-        raise BuildError(f"nvcc is of CUDA {release[1]}.{release[2]}, torch of CUDA {torch.version.cuda}")
-    return f"{release[1]}.{release[2]}"
+    release = _release(nvcc)
+    if release.split(".")[0] != torch.version.cuda.split(".")[0]:
+        raise BuildError(f"nvcc is of CUDA {release}, torch of CUDA {torch.version.cuda}")
+    return release
 
 
 def _torch_headers() -> list[Path]:
@@ -332,7 +378,7 @@ def _ninja_file(nvcc: str, targets: list[Architecture]) -> str:
     def command(parts: list[str]) -> str:
         return shlex.join(parts).replace("$", "$$")
 
-    host = [f"-ccbin={os.environ['CXX']}"] if os.environ.get("CXX") else []
+    host = [f"-ccbin={_find_compiler()}"] if os.environ.get("CXX") else []
     shared = [*host, "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
     gencode = [flag for target in targets for flag in target.flags()]
     cuda = [*shared, "-std=c++17", "-Xptxas=-v", f"--threads={len(gencode)}", *gencode]
@@ -359,13 +405,21 @@ def _ninja_file(nvcc: str, targets: list[Architecture]) -> str:
 def build(targets: list[Architecture], folder: Path) -> None:
     """Build the library for these architectures into `folder`, which is replaced in one step.
 
+    What the compilers said is kept beside it.
+
     Raises:
         BuildError: a tool is missing or failed, or `folder` holds something else.
     """
     nvcc, ninja = _find_nvcc(), _find_ninja()
     release = _check_toolkit(nvcc)
-    if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).exists():
+    try:
+        foreign = folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).exists()
+    except OSError as error:
+        raise BuildError(f"cannot build in {folder}: {error}") from error
+    if foreign:
         raise BuildError(f"{folder} holds something else: name another folder")
+    # A warning, which Python shows unless told otherwise: the first training step may be waiting.
+    _log.warning("building the CUDA extension for %s, about half a minute", ", ".join(map(str, targets)))
 
     def make(new: Path) -> None:
         with tempfile.TemporaryDirectory() as objects:
@@ -376,8 +430,8 @@ def build(targets: list[Architecture], folder: Path) -> None:
             **fingerprint(),
             "architectures": [str(target) for target in targets],
             "nvcc": release,
-            "kernels": parse_resources(output),
         }
+        (new / LOG).write_text(output, errors="replace")
         (new / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
     _install(folder, make)
@@ -402,10 +456,10 @@ class _Decision:
 
 def _open(folder: Path) -> _Decision:
     try:
+        built_for = json.loads((folder / MANIFEST).read_text())["architectures"]
         torch.ops.load_library(folder / LIBRARY)
     except (OSError, RuntimeError) as error:
         return _Decision(None, f"the library in {folder} did not load: {error}", logging.WARNING)
-    built_for = json.loads((folder / MANIFEST).read_text())["architectures"]
     return _Decision(torch.ops.dbpkern_cuda, f"{folder} serves, built for {', '.join(built_for)}")
 
 
@@ -415,36 +469,45 @@ def _find(capabilities: list[tuple[int, int]]) -> Path | None:
     return next((folder for folder in folders if mismatch(folder, capabilities) is None), None)
 
 
-def _decide() -> _Decision:
+def _choose() -> _Decision:
     setting = os.environ.get("DBPKERN_EXTENSION", "")
     if setting == "0":
         return _Decision(None, "DBPKERN_EXTENSION=0")
     if torch.version.cuda is None:
         return _Decision(None, "this torch is built without CUDA")
-    capabilities = _capabilities()
-    if capabilities and capabilities[0] < MIN_CAPABILITY:
-        return _Decision(
-            None, "a GPU here has compute capability {}.{}, 8.0 is needed".format(*capabilities[0])
-        )
+    found = _capabilities()
+    # An older GPU, for the display perhaps, keeps no other from being served.
+    capabilities = [capability for capability in found if capability >= MIN_CAPABILITY]
+    if found and not capabilities:
+        best = "{}.{}".format(*found[-1])
+        return _Decision(None, f"the GPUs here have at most compute capability {best}, 8.0 is needed")
+    if setting:
+        unfit = mismatch(Path(setting), capabilities)
+        return _Decision(None, unfit, logging.WARNING) if unfit else _open(Path(setting))
+    folder = _find(capabilities)
+    if folder is None and not capabilities:
+        return _Decision(None, "there is no GPU, and no build for this version of torch")
+    if folder is None:
+        targets = architectures()
+        for capability in capabilities:
+            if not any(target.runs_on(capability) for target in targets):
+                reason = "TORCH_CUDA_ARCH_LIST leaves out compute capability {}.{}".format(*capability)
+                return _Decision(None, reason, logging.WARNING)
+        folder = _build_in_cache(targets)
+    return _open(folder)
+
+
+def _decide() -> _Decision:
     try:
-        if setting:
-            unfit = mismatch(Path(setting), capabilities)
-            return _Decision(None, unfit, logging.WARNING) if unfit else _open(Path(setting))
-        folder = _find(capabilities)
-        if folder is None and not capabilities:
-            return _Decision(None, "there is no GPU, and no build for this version of torch")
-        if folder is None:
-            targets = architectures()
-            for capability in capabilities:
-                if not any(target.runs_on(capability) for target in targets):
-                    reason = "TORCH_CUDA_ARCH_LIST leaves out compute capability {}.{}".format(*capability)
-                    return _Decision(None, reason, logging.WARNING)
-            folder = _build_in_cache(targets)
-        return _open(folder)
+        return _choose()
     except ToolMissing as error:
         return _Decision(None, str(error))
     except (BuildError, ValueError) as error:
         return _Decision(None, str(error), logging.WARNING)
+    # Whatever a file system, a driver or an import comes up with: PyTorch can serve, so training goes on.
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        return _Decision(None, reason, logging.WARNING)
 
 
 _guard = threading.Lock()
@@ -466,18 +529,54 @@ def _decided() -> _Decision:
 def load() -> object | None:
     """The extension's operators, or None where it cannot serve; decided once a process, with one log line.
 
-    A build that fits the sources, torch, CUDA and the GPUs is loaded; else one is made, where there is nvcc
-    and a GPU. Any failure gives None and its reason in `why()`.
+    A build that fits the sources, torch, CUDA and the GPUs of compute capability 8.0 and newer is loaded;
+    else one is made, where there is nvcc and such a GPU, which a log line of its own says first. Any failure
+    gives None and its reason in `why()`.
 
     Returns:
-        The namespace with `lowrank_statistics(x [L, n, d], Q [L, d, r]) -> (B, Y, c)`.
+        The namespace with `lowrank_statistics(x [L, n, d], Q [L, d, r]) -> (B, Y, c)`. It raises ValueError
+        for tensors on an older GPU.
     """
     return _decided().ops
 
 
+def _outlook() -> tuple[str, str]:
+    if _decision is not None:
+        return ("not available" if _decision.ops is None else "loaded"), _decision.reason
+    setting = os.environ.get("DBPKERN_EXTENSION", "")
+    if setting == "0":
+        return "not available", "DBPKERN_EXTENSION=0"
+    if torch.version.cuda is None:
+        return "not available", "this torch is built without CUDA"
+    try:
+        if setting:
+            unfit = mismatch(Path(setting), [])
+            if unfit:
+                return "not available", unfit
+        folder = Path(setting) if setting else _find([])
+        if folder is not None:
+            return "built", f"not used yet: the build in {folder} fits"
+        nvcc, _ = _find_nvcc(), _find_ninja()
+    except Exception as error:  # as in `_decide`
+        return "not available", str(error) or type(error).__name__
+    return "not built", f"not used yet: the first use on a GPU builds it with {nvcc}"
+
+
+def state() -> str:
+    """In a word: "loaded", "built", "not built" (the first use would) or "not available".
+
+    It neither builds nor loads anything, nor looks for GPUs: before the first use it says what that would
+    find.
+    """
+    return _outlook()[0]
+
+
 def why() -> str:
-    """What serves and why: where the library was loaded from, or why there is none."""
-    return _decided().reason
+    """What serves and why: where the library was loaded from, or why there is none.
+
+    Before the first use, what that would find; like `state` it does not build or load.
+    """
+    return _outlook()[1]
 
 
 @functools.cache
@@ -513,7 +612,7 @@ def load_planner() -> ModuleType:
 
 def _report(folder: Path) -> bool:
     """Print the kernels of a build; whether none spills registers."""
-    rows = json.loads((folder / MANIFEST).read_text())["kernels"]
+    rows = parse_resources((folder / LOG).read_text())
     shared = torch.ops.dbpkern_cuda.shared_memory
     heads = [*rows[0], "shared"]
     print("  ".join(heads))
@@ -527,7 +626,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Build ahead of time and report registers, shared memory and spills of each kernel.
 
     Returns:
-        0, or 1 where the build or its loading failed or a kernel spills registers.
+        0, or 1 where the build or its loading failed or a kernel spills registers; with `--check` also where
+        that cannot be read from what ptxas says.
     """
     parser = argparse.ArgumentParser(
         prog="python -m dbpkern.extension", description="Build the CUDA extension."
@@ -554,18 +654,22 @@ def main(arguments: list[str] | None = None) -> int:
                 build(targets, folder)
             else:
                 folder = _build_in_cache(targets)
-        except (BuildError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             print(error, file=sys.stderr)
             return 1
         opened = _open(folder)
         if opened.ops is None:
             print(opened.reason, file=sys.stderr)
             return 1
-        sound = _report(folder)
+        try:
+            sound = _report(folder)
+            if not sound:
+                print("registers are spilled to memory", file=sys.stderr)
+        except (BuildError, OSError) as error:
+            print(f"registers and spills are not known: {error}", file=sys.stderr)
+            sound = not options.check
         if not options.check:
             print(opened.reason)
-        if not sound:
-            print("registers are spilled to memory", file=sys.stderr)
         return 0 if sound else 1
 
 

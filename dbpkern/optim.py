@@ -16,6 +16,11 @@ from dbpkern.ops._common import check_kappa, check_lr
 from dbpkern.sampling import Rule, Sampler, Slot
 
 
+def _for_tensor_cores(rows: Tensor) -> bool:
+    """Whether rows stay as they are: 16 bits on a GPU. Elsewhere they are widened to R's dtype."""
+    return rows.is_cuda and rows.itemsize < 4
+
+
 class _Site:
     """One R: the layers that hold it (several where projections share an input) and their samples."""
 
@@ -42,6 +47,9 @@ class _Site:
 class _Stack:
     """Sites whose R are of one kind; the factors of all lie in one tensor each, with the layer in front."""
 
+    halves = False
+    """Whether all processes sample rows of 16 bits on GPUs; known where there are several processes."""
+
     def __init__(self, sites: list[_Site]) -> None:
         self.sites = sites
         with torch.no_grad():
@@ -66,7 +74,7 @@ class _Stack:
         raise NotImplementedError
 
     def decorrelated(self, where: slice, rows: Tensor) -> Tensor:
-        """z of the rows `[L', n, d]` of the sites `where`, in the dtype of R."""
+        """z of the rows `[L', n, d]` of the sites `where`."""
         raise NotImplementedError
 
     def losses(self, kappa: float, stale: bool) -> tuple[Tensor, Tensor]:
@@ -135,16 +143,14 @@ class _FullStack(_Stack):
         (R,) = self.factors
         if distributed.world_size() > 1:
             M, *_ = self.correlations(kappa)
-            ops.apply_(R, M, lr)
+            # In 16 bits, M and R are the operands that they are with one process.
+            ops.apply_(R, M.bfloat16() if self.halves else M, lr)
             return
         runs = self.runs()
         proposals = [self._proposed(where, Rule.of(lr, kappa)) for where, _ in runs]  # before any R changes
         for (where, rows), proposed in zip(runs, proposals, strict=True):
             if proposed is None:
-                # On a GPU 16-bit rows stay so, for its tensor cores.
-                kept = rows.is_cuda and rows.itemsize < 4
-                z = ops.transform(rows if kept else rows.to(R.dtype), R[where])
-                ops.update_(R[where], z, lr, kappa)
+                ops.update_(R[where], self.decorrelated(where, rows), lr, kappa)
             else:
                 torch._foreach_copy_(list(R[where]), proposed)
 
@@ -164,7 +170,7 @@ class _FullStack(_Stack):
 
     def decorrelated(self, where: slice, rows: Tensor) -> Tensor:
         (R,) = self.factors
-        return ops.transform(rows.to(R.dtype), R[where])
+        return ops.transform(rows if _for_tensor_cores(rows) else rows.to(R.dtype), R[where])
 
 
 class _LowRankStack(_Stack):
@@ -280,6 +286,7 @@ class DecorSGD(torch.optim.Optimizer):
             )
         self._stacks: list[_Stack] = []
         self._checked = False
+        self._halves: bool | None = None
         super().__init__(self._factors(), {"lr": lr, "kappa": kappa})
         self._refresh()  # now rather than at the first step: from here on R keep their addresses
 
@@ -350,7 +357,14 @@ class DecorSGD(torch.optim.Optimizer):
         lr, kappa = group["lr"], group["kappa"]
         if not isinstance(lr, Tensor):
             check_lr(lr)
+        if self._halves is None and distributed.world_size() > 1:
+            # Once: a process without rows cannot tell for itself, and all must compute alike.
+            samples = [rows for stack in stacks for _, rows in stack.runs()]
+            wide = not all(_for_tensor_cores(rows) for rows in samples)
+            device = stacks[0].factors[0].device
+            self._halves = device.type == "cuda" and not distributed.any_process(wide, device)
         for stack in stacks:
+            stack.halves = bool(self._halves)
             stack.step(lr, kappa)
         for site in self._sites:
             site.slot.settle()
@@ -426,3 +440,4 @@ class DecorSGD(torch.optim.Optimizer):
         self._sites = self._make_sites(layers)
         self._stacks = []
         self._checked = True
+        self._halves = None

@@ -12,6 +12,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when dbpkern defines its kernels, so before it is imported
 
+# Older PyTorch refuses cuBLAS under deterministic algorithms without it; read when CUDA starts.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 torch.set_num_threads(1)
 
 

@@ -10,10 +10,12 @@ from vits import decorrelated, mlp
 
 import dbpkern
 from dbpkern import DecorSGD, ops
+from dbpkern.ops import _triton
 from models.mae import MaskedAutoencoder
 
 pytestmark = pytest.mark.filterwarnings("error")
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DOUBLE = {"rtol": 1e-12, "atol": 1e-12}
 
 
@@ -23,7 +25,7 @@ def autoencoder(form, dtype):
         img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, decoder_embed_dim=16, decoder_depth=1,
         decoder_num_heads=2,
     )  # fmt: skip
-    return dbpkern.decorrelate(model.to(dtype), "all", form=form)
+    return dbpkern.decorrelate(model.to(DEVICE, dtype), "all", form=form)
 
 
 def train(form, dtype, steps):
@@ -34,8 +36,8 @@ def train(form, dtype, steps):
     losses = []
     for step in range(steps):
         generator = torch.Generator().manual_seed(step)
-        images = torch.randn(6, 3, 32, 32, generator=generator, dtype=dtype)
-        loss = model(images, 0.5, torch.rand(6, 16, generator=generator))[0]
+        images = torch.randn(6, 3, 32, 32, generator=generator, dtype=dtype).to(DEVICE)
+        loss = model(images, 0.5, torch.rand(6, 16, generator=generator).to(DEVICE))[0]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -51,7 +53,7 @@ def compare(applied, folded, tolerance):
     )
     for name, R in applied[1].items():
         torch.testing.assert_close(R, folded[1][name], rtol=tolerance, atol=tolerance)
-        assert (R - torch.eye(len(R))).abs().max() > 1e-3
+        assert (R - torch.eye(len(R), device=DEVICE)).abs().max() > 1e-3
 
 
 def never(*_, **__):
@@ -69,7 +71,14 @@ def test_an_autoencoder_trains_alike_by_the_kernels(monkeypatch):
     folded = train("fold", torch.float32, 2)
     monkeypatch.setenv("DBPKERN_BACKEND", "triton")
     monkeypatch.setattr(ops, "update_", never)
+    launched = set()
+    launch = _triton.launch
+    # Where they were imported from: every op calls it through its module.
+    monkeypatch.setattr(
+        _triton, "launch", lambda kernel, *args: (launched.add(kernel.__name__), launch(kernel, *args))
+    )
     compare(train("apply", torch.float32, 2), folded, 1e-4)
+    assert {"pipeline_kernel", "matmul_kernel"} <= launched
 
 
 def pair(*widths, sample=0.5, **kwargs):

@@ -1,10 +1,13 @@
 """`bench kernels` and `bench report`: costs, the gate, what is written, and what is told of it."""
 
+import dataclasses
+import gc
 import json
 import math
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -42,12 +45,21 @@ def arguments(*argv: str):
     return parser.parse_args(["--device", "cpu", *argv])
 
 
-def judged(workload: workloads.Workload) -> dict[str, kernels.Candidate]:
-    """Every arm that needs no compiler, checked."""
+def judged(workload: workloads.Workload, *names: str) -> dict[str, kernels.Candidate]:
+    """Every arm that needs no compiler, or those of these names, checked."""
     inputs = workload.make(CPU, 0)
     found = kernels.candidates(workload, arguments("--no-compile"))
+    found = [candidate for candidate in found if not names or candidate.arm.name in names]
     kernels.check(kernels.Gate(workload, inputs), workloads.widen(inputs), found)
     return {candidate.arm.name: candidate for candidate in found}
+
+
+def flops_of(arm: workloads.Arm, workload: workloads.Workload) -> int:
+    """What PyTorch counts in one call."""
+    step = arm.prepare(workloads.widen(workload.make(CPU, 0)), 1e-6)
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
 
 
 class TestCosts:
@@ -122,14 +134,44 @@ class TestCosts:
         factors = 8 * (37 * (768 * 64 + 64**2) + 12 * (3072 * 64 + 64**2))
         assert low.bytes == 4 * 1280 * (37 * 768 + 12 * 3072) + factors
 
+    @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
     @pytest.mark.parametrize("op", workloads.OPS)
-    def test_published_arms_spend_what_is_stated(self, op: str):
+    def test_published_arms_spend_what_is_stated(self, op: str, dtype: str):
+        for workload in tiny(op, dtype):
+            for arm in workload.arms:
+                if arm.name in ("published", "published bf16"):
+                    assert flops_of(arm, workload) == workload.published_flops
+
+    @pytest.mark.parametrize("op", workloads.OPS)
+    def test_the_best_algebra_takes_the_cheaper_association(self, op: str):
+        """With all of a symmetric product, which no product of PyTorch halves."""
+
+        def update(n: int, d: int) -> int:
+            return min(2 * n * d**2 + 2 * d**3, 4 * n * d**2)
+
+        def expected(workload: workloads.Workload, arm: workloads.Arm) -> int:
+            sizes = workload.sizes
+            L, n, d, r = (sizes.get(name, 0) for name in ("L", "n", "d", "r"))
+            if op == "correlation":
+                return L * 2 * n * d**2
+            if op == "update_":
+                return L * update(n, d)
+            if op == "fused_step":
+                return 2 * n * d**2 + update(sizes["n_s"], d)
+            if op == "lowrank_statistics":
+                return L * (4 * n * d * r + 2 * n * r**2)
+            if op == "model_update" and arm.group:
+                statistics = sum(L * (4 * n * d * RANK + 2 * n * RANK**2) for d, L in TINY.stacks)
+                return statistics + sum(L * (16 * d * RANK**2 + 35 * RANK**3) for d, L in TINY.stacks)
+            if op == "model_update":
+                return sum(L * (2 * n * d**2 + update(n, d)) for d, L in TINY.stacks)
+            return workload.cost.flops
+
         for workload in tiny(op):
-            arm = next(arm for arm in workload.arms if arm.name == "published")
-            step = arm.prepare(workload.make(CPU, 0), 1e-6)
-            with FlopCounterMode(display=False) as counter:
-                step()
-            assert counter.get_total_flops() == workload.published_flops
+            arms = [arm for arm in workload.arms if arm.family == "baddbmm"]
+            assert bool(arms) == (op != "lowrank_apply_")
+            for arm in arms:
+                assert flops_of(arm, workload) == expected(workload, arm), workload.describe()
 
     def test_every_shape_once(self):
         chosen = workloads.workloads(["apply_", "update_"], ["S"], [64, 256], [50, 197], ["fp32"], 64)
@@ -204,6 +246,8 @@ def test_all_arms_are_right(op: str, dtype: str):
         measured = {name for name, candidate in found.items() if candidate.valid}
         assert {"ours", "ours eager", "published"} <= measured
         assert ("baddbmm" in measured) == (op != "lowrank_apply_")
+        layers = workload.dtype == "bf16" and workload.mode != "step"  # where autocast has a say
+        assert ("published bf16" in measured) == layers
         for candidate in found.values():
             if candidate.valid:
                 assert candidate.found["error"] <= candidate.found["limit"] < 0.1
@@ -260,6 +304,94 @@ def test_a_wrong_result_of_bf16_rows_is_found(monkeypatch):
     monkeypatch.setattr(ops, "update_", wrong_rate("update_", 2, 1.1))
     for workload in [*tiny("update_", "bf16"), *tiny("model_update", "bf16")]:
         assert "failed" in judged(workload)["ours"].found
+
+
+def its_input(name: str):
+    """The low-rank op as if S were zero and the step nothing."""
+
+    def wrong(A, *args, **kwargs):
+        if name == "lowrank_fold":
+            return A.to(args[2])
+        if name == "lowrank_statistics":
+            (Q,) = args
+            c = A.float().square().mean(1)
+            return Q.mT @ (c[:, :, None] * Q), c[:, :, None] * Q, c  # as of uncorrelated features
+        return (A, args[0]) if name == "lowrank_apply_" else A
+
+    return wrong
+
+
+def transposed(name: str):
+    """The low-rank op with S transposed."""
+    right = getattr(ops, name)
+
+    def wrong(*args, **kwargs):
+        args = list(args)
+        place = 1 if name == "lowrank_apply_" else 2
+        S = args[place]
+        args[place] = S.mT.contiguous()
+        found = right(*args, **kwargs)
+        if name != "lowrank_apply_":
+            return found
+        S.copy_(args[place])
+        return found[0], S
+
+    return wrong
+
+
+@pytest.fixture
+def _not_interpreted(monkeypatch):
+    """Triton's interpreter is slow, and a run on the CPU does not have it."""
+    monkeypatch.setattr(_triton, "INTERPRETED", False)
+
+
+@pytest.mark.usefixtures("_not_interpreted")
+class TestLowRankOfWidths:
+    """The correction of a low-rank R is so large that bf16 does not hide it, whatever the width."""
+
+    @staticmethod
+    def bf16(op: str, d: int) -> list[workloads.Workload]:
+        r = 64
+        if op == "lowrank_apply_":
+            return [workloads.lowrank_apply_(1, d, r)]  # fp32 always
+        if op == "lowrank_statistics":
+            return [workloads.lowrank_statistics(1, 96, d, r, "bf16")]
+        if op == "model_update":
+            return [workloads.model_update([(d, 1)], 96, "bf16", r)]
+        make = workloads.lowrank_fold if op == "lowrank_fold" else workloads.lowrank_transform
+        lead = (5,) if op == "lowrank_fold" else (2, 5)
+        return [make(*lead, d, r, "bf16", mode) for mode in ("forward", "backward")]
+
+    @pytest.mark.parametrize("d", [768, 3072])
+    @pytest.mark.parametrize(
+        ("op", "changed", "wrong"),
+        [
+            ("lowrank_transform", "lowrank_transform", its_input),
+            ("lowrank_transform", "lowrank_transform", transposed),
+            ("lowrank_fold", "lowrank_fold", its_input),
+            ("lowrank_fold", "lowrank_fold", transposed),
+            ("lowrank_statistics", "lowrank_statistics", its_input),
+            ("lowrank_apply_", "lowrank_apply_", its_input),
+            ("lowrank_apply_", "lowrank_apply_", transposed),
+            ("model_update", "lowrank_statistics", its_input),
+            ("model_update", "lowrank_apply_", its_input),
+            ("model_update", "lowrank_apply_", transposed),
+        ],
+    )
+    def test_wrong_ones_are_found(self, op: str, changed: str, wrong, d: int, monkeypatch):
+        name = "ours rank 64" if op == "model_update" else "ours"
+        chosen = self.bf16(op, d)
+        right = [judged(workload, name)[name].found for workload in chosen]
+        assert all("failed" not in found for found in right), right
+        if op == "model_update" and changed == "lowrank_apply_":
+            name = "baddbmm rank 64"  # which calls the op, too
+            assert "failed" not in judged(chosen[0], name)[name].found
+        replacement = wrong(changed)
+        monkeypatch.setattr(ops, changed, lambda *args, backend=None, **kwargs: replacement(*args, **kwargs))
+        for workload in chosen:
+            found = judged(workload, name)[name].found
+            assert "of the largest value" in found["failed"], workload.describe()
+            assert found["error"] > 4 * found["limit"]
 
 
 def test_a_wrong_last_layer_is_found(monkeypatch):
@@ -382,15 +514,239 @@ def test_what_is_measured_by_default():
     assert chosen.where == {"model": "L", "batch": 256, "tokens": 50}
 
 
-@pytest.fixture
-def _not_interpreted(monkeypatch):
-    """Triton's interpreter is slow, and a run on the CPU does not have it."""
-    monkeypatch.setattr(_triton, "INTERPRETED", False)
+@pytest.mark.parametrize("op", ["apply_", "update_", "lowrank_apply_", "model_update"])
+def test_timed_steps_leave_the_inputs_where_they_are(op: str):
+    for workload in tiny(op):
+        inputs = workload.make(CPU, 0)
+        before = {name: inputs[name].clone() for name in workload.mutates}
+        for arm in workload.arms:
+            if arm.backend is None and not arm.compiled:
+                step = arm.prepare(inputs, kernels.TIMED_RATE)
+                for _ in range(5):
+                    step()
+        for name, x in before.items():
+            torch.testing.assert_close(inputs[name], x, rtol=0, atol=1e-4 * float(x.abs().max()))
+
+
+class Caused(RuntimeError):
+    """An error as a compiler passes it on."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__("backend='inductor' raised")
+        self.__cause__ = RuntimeError(text)
+
+
+class TestExcuses:
+    @pytest.mark.parametrize(
+        ("fields", "error", "fate"),
+        [
+            ({}, torch.OutOfMemoryError("full"), "refused"),
+            ({}, NotImplementedError("aten::bmm"), "failed"),
+            ({"halves": True}, NotImplementedError("aten::bmm.dtype"), "refused"),
+            ({"halves": True}, RuntimeError("shapes do not fit"), "failed"),
+            ({"halves": True}, TypeError("no argument out_dtype"), "failed"),
+            ({"halves": True}, ValueError("wrong"), "failed"),
+            ({"compiled": True}, Caused("No working C++ compiler found in config"), "refused"),
+            ({"compiled": True}, RuntimeError("Failed to find C compiler. Please"), "refused"),
+            ({"compiled": True}, Caused("shapes do not fit"), "failed"),
+            ({"compiled": True}, ValueError("wrong"), "failed"),
+            ({"compiled": True}, NotImplementedError("wrong"), "failed"),
+            ({}, RuntimeError("No working C++ compiler found"), "failed"),
+            ({"backend": "cuda"}, ValueError("no such device"), "refused"),
+            ({"backend": "cuda"}, RuntimeError("launch failed"), "failed"),
+            ({}, ValueError("no backend"), "failed"),
+        ],
+    )
+    def test_only_what_is_expected(self, fields: dict, error: Exception, fate: str):
+        def prepare(inputs, lr):
+            raise error
+
+        (workload, _) = tiny("apply_")
+        arm = workloads.Arm("baddbmm", prepare, **fields)
+        candidate = kernels.Candidate(arm, "ieee", {})
+        inputs = workload.make(CPU, 0)
+        kernels.check(kernels.Gate(workload, inputs), inputs, [candidate])
+        assert candidate.found.keys() == {fate}
+
+    def test_a_missing_compiler_says_so(self, tmp_path):
+        """In the words that are looked for."""
+        code = """
+import torch
+from bench import kernels, workloads
+arm = workloads.Arm("published", None, compiled=True)
+try:
+    torch.compile(lambda x: x.sin() + 1)(torch.ones(9))
+except Exception as error:
+    print(kernels.excused(arm, error))
+"""
+        environment = os.environ | {"CXX": "/no/compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT
+        )
+        assert done.stdout == "True\n", done.stderr
+
+    @pytest.mark.usefixtures("_not_interpreted")
+    def test_a_broken_baseline_fails_the_run(self, capsys, monkeypatch):
+        right = workloads.product
+
+        def product(a, b, out, halves):
+            if halves:
+                raise RuntimeError("broken")
+            return right(a, b, out, halves)
+
+        monkeypatch.setattr(workloads, "product", product)
+        assert main(["kernels", "--device", "cpu", *RUN, "--op", "transform", "--dtype", "bf16"]) == 1
+        assert "FAILED: baddbmm bf16 (bf16): RuntimeError: broken" in capsys.readouterr().out
+
+    def test_long_reasons_are_cut(self):
+        assert len(kernels._reason(RuntimeError("word " * 999))) < 250
+
+
+def out_of_memory(*args, **kwargs):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+
+@pytest.mark.usefixtures("_not_interpreted")
+@pytest.mark.parametrize("place", ["make", "widen", "judge"])
+def test_a_workload_too_large_for_memory_is_left_out(place: str, tmp_path, capsys, monkeypatch):
+    first, second = tiny("apply_")
+    chosen = [first, second]
+    if place == "make":
+        chosen[0] = dataclasses.replace(first, make=out_of_memory)
+    else:
+        owner, right = (
+            (workloads, workloads.widen) if place == "widen" else (kernels.Gate, kernels.Gate.judge)
+        )
+        calls = []
+
+        def once(*args):
+            calls.append(place)
+            return out_of_memory() if len(calls) == 1 else right(*args)
+
+        monkeypatch.setattr(owner, place, once)
+    monkeypatch.setattr(kernels, "selected", lambda args: chosen)
+    path = tmp_path / "kernels.json"
+    assert main(["kernels", "--device", "cpu", *RUN, "--out", str(path)]) == 0
+    reason = "OutOfMemoryError: CUDA out of memory. Tried to allocate"
+    assert f"Not measured: {reason}" in capsys.readouterr().out
+    lost, found = json.loads(path.read_text())["results"]
+    assert (lost["refused"], lost["arms"], lost["sizes"]) == (reason, [], first.sizes)
+    assert all("seconds" in arm for arm in found["arms"] if arm["arm"] == "published")
+    assert main(["report", str(path)]) == 0
+    section = capsys.readouterr().out.partition("### Not measured")[2].partition("###")[0]
+    assert section.count(reason) == 1
+
+
+class TestReplays:
+    @staticmethod
+    def replayed(monkeypatch, play, op: str = "update_") -> kernels.Candidate:
+        """Ours as if captured, with `play(step, outputs, turn)` for a replay."""
+
+        def graph_replay(prepare):
+            step = prepare()
+            outputs, turns = [x.clone() if isinstance(x, torch.Tensor) else x for x in step()], []
+
+            def replay():
+                turns.append(None)
+                play(step, outputs, len(turns))
+
+            replay.outputs = outputs
+            return replay
+
+        monkeypatch.setattr(measure, "graph_replay", graph_replay)
+        (workload, *_) = tiny(op)
+        candidate = next(c for c in kernels.candidates(workload, arguments()) if c.arm.name == "ours eager")
+        inputs = workload.make(CPU, 0)
+        before = {name: x.clone() for name, x in inputs.items()}
+        kernels.check_replay(kernels.Gate(workload, inputs), inputs, candidate)
+        assert all(torch.equal(inputs[name], x) for name, x in before.items())
+        return candidate
+
+    @staticmethod
+    def right(step, outputs, turn):
+        for output, found in zip(outputs, step(), strict=True):
+            output.copy_(found)
+
+    @pytest.mark.parametrize("op", ["transform", "update_", "lowrank_apply_"])
+    def test_right_ones_pass(self, op: str, monkeypatch):
+        candidate = self.replayed(monkeypatch, self.right, op)
+        assert candidate.valid
+        assert candidate.found["error"] <= candidate.found["limit"]
+
+    def test_one_that_does_nothing_fails(self, monkeypatch):
+        candidate = self.replayed(monkeypatch, lambda step, outputs, turn: None)
+        assert candidate.found["failed"].startswith("replayed as a CUDA graph: expected finite values")
+
+    def test_one_that_is_right_once_fails(self, monkeypatch):
+        def play(step, outputs, turn):
+            self.right(step, outputs, turn)
+            if turn > 1:
+                outputs[0].mul_(1.01)
+
+        candidate = self.replayed(monkeypatch, play)
+        assert candidate.found["failed"].startswith("replayed as a CUDA graph: its error is")
+
+    def test_a_replay_keeps_what_it_reads(self, monkeypatch):
+        class Stream:
+            def wait_stream(self, other):
+                pass
+
+        class Graph:
+            def replay(self):
+                return "nothing"
+
+        class Within:
+            def __init__(self, *args, **kwargs):
+                pass
+
+            def __enter__(self):
+                pass
+
+            def __exit__(self, *exception):
+                pass
+
+        monkeypatch.setattr(torch.cuda, "Stream", Stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+        monkeypatch.setattr(torch.cuda, "stream", Within)
+        monkeypatch.setattr(torch.cuda, "graph", Within)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        seen = []
+
+        def prepare():
+            x = torch.ones(3)
+            seen.append(weakref.ref(x))
+            return lambda: [x + 1]
+
+        replay = measure.graph_replay(prepare)
+        gc.collect()
+        assert seen[0]() is not None
+        assert replay() is None
+        assert torch.equal(replay.outputs[0], torch.full((3,), 2.0))
+
+
+def test_speedups_of_bf16_layers_are_over_bf16_layers():
+    for op, base in (("transform", "published bf16"), ("linear", "published bf16"), ("update_", "published")):
+        (workload, *_) = tiny(op, "bf16")
+        found = kernels.candidates(workload, arguments("--no-compile"))
+        by_name = {candidate.arm.name: candidate.found for candidate in found}
+        by_name["ours"]["seconds"] = [1.0]
+        by_name["published"]["seconds"] = [8.0]
+        if "published bf16" in by_name:
+            by_name["published bf16"]["seconds"] = [2.0]
+        kernels._evaluate(workload, found, {"ieee": 1.0, "copy": 1.0})
+        assert by_name["ours"]["speedup"]["median"] == (2.0 if base == "published bf16" else 8.0)
+        about = {"base": kernels._base(workload)}
+        bases = [name for name, item in by_name.items() if report._is_base(about, item)]
+        assert bases == [base]
+    (workload, *_) = tiny("transform")
+    assert kernels._base(workload) == "published"
 
 
 @pytest.mark.usefixtures("_not_interpreted")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
 def test_run_and_report(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="the report's plots need matplotlib")
     path = tmp_path / "kernels.json"
     chosen = ["--op", "transform", "update_", "model_update", "--out", str(path)]
     assert main(["kernels", *RUN, *chosen]) == 0
@@ -595,6 +951,32 @@ class TestReport:
         assert len([line for line in lines if line.startswith("|")]) == 3
         assert "Not measured: ours cuda (ieee), ours cuda (tf32): no kernel" in lines
         assert "FAILED: baddbmm (ieee): wrong" in lines
+
+    def test_missing_graphs_stand_below_the_table(self):
+        arms = [arm("ours", [1.0]), arm("published", [2.0], graph_refused="RuntimeError: not permitted")]
+        lines = report.arms_table(result(arms)).splitlines()
+        assert len([line for line in lines if line.startswith("|")]) == 4
+        assert "No CUDA graph: published (ieee): RuntimeError: not permitted" in lines
+
+    def test_missing_baselines_of_bf16_operands_count(self):
+        low = {"group": "rank 4"}
+        full = [arm("ours", [1.0]), arm("baddbmm", [2.0])]
+        ranks = [arm("ours rank 4", [1.0], **low), arm("baddbmm rank 4", [2.0], **low)]
+        halves = arm("baddbmm bf16", [2.0], matmul="bf16")
+        lost = {"arm": "baddbmm rank 4 bf16", "family": "baddbmm", "matmul": "bf16", "refused": "none"} | low
+        lead = "Ours is faster in 2 of 2 rows."
+
+        def text(arms: list[dict], **fields) -> str:
+            data = {"ceilings": {"ieee": 1e12, "copy": 1e9}, "results": [result(arms, **fields)]}
+            return report.kernels_section(data)
+
+        missing = "of them the baseline with bf16 operands is missing."
+        assert f"{lead} In 2 {missing}" in text(full + ranks)
+        assert f"{lead} In 1 {missing}" in text([*full, *ranks, halves, lost])
+        found = text([*full, *ranks, halves, arm("baddbmm rank 4 bf16", [2.0], matmul="bf16", **low)])
+        assert lead in found
+        assert missing not in found
+        assert missing not in text(full + ranks, dtype="fp32")
 
     @pytest.mark.parametrize("name", ["step", "memory"])
     def test_other_measurements(self, name: str, capsys):

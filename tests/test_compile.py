@@ -123,11 +123,30 @@ def test_arguments_are_specialized_as_at_a_launch():
 
 @pytest.mark.parametrize("arch", sorted(ahead.SHARED_LIMIT))
 def test_every_row_of_the_tables_is_compiled(arch):
-    compiled = {
-        (c.op, c.kind, c.launch.constants.get("BLOCK_M", c.launch.constants.get("BLOCK")), c.launch.warps)
-        for c in ahead.configurations(arch)
-    }
+    constants = {"m": "BLOCK_M", "n": "BLOCK_N", "k": "BLOCK_K"}
+
+    def blocks(launch, field):
+        # Square tiles have one name; the kernel on chip has its width for n, and no k.
+        return launch.constants.get(constants[field], launch.constants.get("BLOCK"))
+
+    found = ahead.configurations(arch)
     for op, (table, _) in ahead.WORKLOADS.items():
         for kind in ahead.KINDS:
+            launches = [c.launch for c in found if (c.op, c.kind) == (op, kind)]
             for row in _dispatch.rows(f"sm_{arch}", table, kind) or ():
-                assert (op, kind, row["m"], row["warps"]) in compiled
+                fields = ["m"] if table == "fused_on_chip" else ["m", "n", "k"]
+                assert any(
+                    all(blocks(launch, field) == row[field] for field in fields)
+                    and (launch.warps, launch.stages) == (row["warps"], row["stages"])
+                    for launch in launches
+                ), (op, kind, row)
+
+
+@pytest.mark.parametrize("arch", sorted(ahead.SHARED_LIMIT))
+def test_rates_are_compiled_as_numbers_and_as_tensors(arch):
+    rates = {}
+    for c in ahead.configurations(arch):
+        if "LR_TENSOR" in c.launch.constants:
+            rates.setdefault(c.op, set()).add(c.launch.constants["LR_TENSOR"])
+    assert len(rates) == 5
+    assert all(kinds == {False, True} for kinds in rates.values())

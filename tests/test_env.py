@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import dbpkern
-from dbpkern import env
+from dbpkern import env, extension
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -54,6 +54,18 @@ def test_gpus_are_listed(monkeypatch, capsys):
         "gpus:        name Accelerator, capability 9.0, memory_gib 139.8, processors 132"
         in capsys.readouterr().out
     )
+
+
+@pytest.mark.parametrize("nvcc", ["13.0", None])
+def test_the_extension_is_not_asked_for(monkeypatch, capsys, nvcc):
+    monkeypatch.setattr(extension, "_decision", None)
+    monkeypatch.setattr(extension, "_decide", lambda: pytest.fail("asked for the extension"))
+    monkeypatch.setattr(extension, "nvcc_release", lambda: nvcc)
+    monkeypatch.setenv("DBPKERN_EXTENSION", "0")
+    env.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert f"nvcc:        {nvcc or 'none'}" in lines
+    assert "extension:   not available" in lines
 
 
 def test_variables_that_change_what_dbpkern_does(monkeypatch):

@@ -1,9 +1,13 @@
 """Low-rank R: the ops against their specification and the full rule, the Triton kernel, layers, optimizer."""
 
+import contextlib
 import copy
 import itertools
 import math
+import os
 import pickle
+import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -24,13 +28,22 @@ from dbpkern import (
     DecorSGD,
     diagnostics,
     extension,
+    ops,
     reference,
 )
-from dbpkern.ops import _triton
+from dbpkern.ops import _dispatch, _triton
 from dbpkern.ops.lowrank_apply import _moved, _rotation, _stepped, lowrank_apply_
-from dbpkern.ops.lowrank_fold import lowrank_fold
-from dbpkern.ops.lowrank_statistics import _cuda_refusal, lowrank_statistics
+from dbpkern.ops.lowrank_fold import ieee_products, lowrank_fold
+from dbpkern.ops.lowrank_statistics import (
+    _cuda_refusal,
+    _half_bmm,
+    _multiplies_bfloat16,
+    lowrank_statistics,
+)
 from dbpkern.ops.lowrank_transform import lowrank_transform
+
+# `poisoned` asks for determinism, which cuBLAS has with such a workspace alone; read at its first use.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 pytestmark = [
     # The exception is opcheck's own.
@@ -339,6 +352,117 @@ def test_the_wider_dtype_of_rows_and_Q_is_that_of_the_statistics():
     assert all(part.dtype == torch.float32 for part in lowrank_statistics(x.half(), Q.float()))
 
 
+# fp32 products keep their digits where PyTorch may use TF32 or bf16 for its own.
+
+MATMUL = {"cuda": torch.backends.cuda.matmul, "cpu": torch.backends.mkldnn.matmul}
+PERMISSIONS = {
+    "none": lambda: None,
+    "highest": lambda: torch.set_float32_matmul_precision("highest"),
+    "high": lambda: torch.set_float32_matmul_precision("high"),
+    "medium": lambda: torch.set_float32_matmul_precision("medium"),
+    "allow_tf32": lambda: setattr(MATMUL["cuda"], "allow_tf32", True),
+    "these products": lambda: [setattr(setting, "fp32_precision", "tf32") for setting in MATMUL.values()],
+    "everything": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+}
+
+
+@pytest.fixture
+def permit():
+    """Lets a test give a permission, and takes it back."""
+    settings = (torch.backends, *MATMUL.values())
+    before = [setting.fp32_precision for setting in settings]
+    yield lambda name: PERMISSIONS[name]()
+    torch.set_float32_matmul_precision("highest")  # the older interface remembers its own word
+    for setting, precision in zip(settings, before, strict=True):
+        setting.fp32_precision = precision
+
+
+@pytest.mark.parametrize("device", MATMUL)
+@pytest.mark.parametrize("permission", PERMISSIONS)
+def test_a_permission_is_suspended_and_comes_back(permission, device, permit):
+    permit(permission)
+    setting, other = MATMUL[device], MATMUL["cuda" if device == "cpu" else "cpu"]
+    before = setting.fp32_precision, other.fp32_precision
+    for error in (None, KeyError):
+        with contextlib.suppress(KeyError), ieee_products(torch.device(device)):
+            assert setting.fp32_precision in ("ieee", "none")
+            assert other.fp32_precision == before[1]
+            if error:
+                raise error
+        assert (setting.fp32_precision, other.fp32_precision) == before
+    if permission not in ("these products", "everything"):
+        # These raise where the two interfaces contradict each other.
+        torch.get_float32_matmul_precision()
+        assert MATMUL["cuda"].allow_tf32 == (permission in ("high", "medium", "allow_tf32"))
+
+
+@pytest.mark.parametrize("device", MATMUL)
+def test_a_permission_for_everything_can_still_be_taken_back(device, permit):
+    permit("everything")
+    with ieee_products(torch.device(device)):
+        pass
+    assert MATMUL[device].fp32_precision == "tf32"
+    torch.backends.fp32_precision = "ieee"
+    assert MATMUL[device].fp32_precision == "ieee"
+
+
+def test_threads_do_not_take_the_suspended_permission_for_the_users(permit):
+    permit("high")
+    setting, entered = MATMUL["cuda"], threading.Event()
+
+    def backward():
+        with ieee_products(torch.device("cuda")):
+            entered.set()
+
+    thread = threading.Thread(target=backward)
+    with ieee_products(torch.device("cuda")):
+        thread.start()
+        assert not entered.wait(0.05)
+    thread.join()
+    assert entered.is_set()
+    assert setting.fp32_precision == "tf32"
+
+
+def watched(monkeypatch, *names):
+    """The precision in force at each call of these functions of torch."""
+    seen = []
+
+    def watch(function):
+        def call(*args, **kwargs):
+            seen.append(MATMUL[DEVICE].fp32_precision)
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in names:
+        monkeypatch.setattr(torch, name, watch(getattr(torch, name)))
+    return seen
+
+
+def test_no_product_of_the_step_is_shortened(permit, monkeypatch):
+    permit("medium")
+    Q, S, B, Y, c = (t.to(DEVICE) for t in statistics_of(2, 6, 3, torch.float32))
+    lr = torch.tensor(0.1)
+    seen = watched(monkeypatch, "bmm", "baddbmm")
+    lowrank_apply_(Q, S, B, Y, c, lr, 0.3)
+    assert len(seen) > 10
+    assert set(seen) == {"ieee"}
+    with pytest.raises(RuntimeError, match="size"):  # from inside of the op: the checks are not asked
+        torch.ops.dbpkern.lowrank_apply_(Q, S, B, Y[:, :2], c, lr, 0.0, 0.2)
+    assert MATMUL[DEVICE].fp32_precision == ("tf32" if DEVICE == "cuda" else "bf16")
+
+
+@pytest.mark.gpu
+def test_S_keeps_its_size_where_TF32_is_allowed(permit):
+    permit("high")
+    Q, S = (t.cuda() for t in rand_factors(2, d=64, r=16, dtype=torch.float32))
+    before = torch.linalg.svdvals(S)
+    for _ in range(300):
+        x = torch.randn(2, 100, 64, device="cuda")
+        lowrank_apply_(Q, S, *lowrank_statistics(x, Q), 0.0)
+    torch.testing.assert_close(torch.linalg.svdvals(S), before, rtol=1e-3, atol=1e-4)
+
+
 # Layouts. The storage around a view is NaN: reading it poisons the result, writing it is noticed.
 
 
@@ -584,14 +708,62 @@ def test_without_the_extension_its_reason_is_given(monkeypatch):
     assert _cuda_refusal(*on_a_gpu(torch.empty(1, 3, 64), torch.empty(1, 64, 8))) == "nvcc is missing"
 
 
+def rounded_statistics(x, Q):
+    """B, Y, c with the roundings of bf16 rows, and no other: those of Q and of P."""
+    x = x.double()
+    P = (x @ Q.bfloat16().double()).bfloat16().double()
+    n = x.shape[1]
+    return P.mT @ P / n, x.mT @ P / n, x.square().mean(1)
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["eager", "cuda"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_extension_and_eager_agree(dtype):
-    x, Q = torch.randn(3, 100, 65, device="cuda").to(dtype), torch.randn(3, 65, 17, device="cuda")
-    found = lowrank_statistics(x, Q, backend="cuda")
-    tolerance = {"rtol": 2e-2, "atol": 0.5} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-3}
-    for actual, expected in zip(found, lowrank_statistics(x, Q, backend="eager"), strict=True):
-        torch.testing.assert_close(actual, expected, **tolerance)
+def test_precision_of_statistics_on_a_gpu(dtype, backend):
+    x, (Q, _) = correlated(3, 300, 65).to(dtype), rand_factors(3, d=65, r=17, dtype=torch.float32)
+    found = lowrank_statistics(x.cuda(), Q.cuda(), backend=backend)
+    expected = reference.lowrank_statistics(x.double(), Q.double())
+    rounds = dtype == torch.bfloat16
+    plain = rounded_statistics(x, Q) if rounds else reference.lowrank_statistics(x, Q)
+    for actual, *others in zip(found, expected, plain, strict=True):
+        holds_precision(actual.cpu(), others[0], others[1].float())
+
+
+@pytest.mark.parametrize(("L", "n", "d", "r"), SHAPES)
+def test_bfloat16_rows_multiplied_as_they_are(L, n, d, r, monkeypatch):
+    def bmm(a, b):
+        assert {a.dtype, b.dtype} == {torch.bfloat16}
+        return torch.bmm(a.float(), b.float())
+
+    module = sys.modules["dbpkern.ops.lowrank_statistics"]
+    x, (Q, _) = correlated(L, n, d).bfloat16(), rand_factors(L, d=d, r=r, dtype=torch.float32)
+    wide = lowrank_statistics(x, Q)
+    monkeypatch.setattr(module, "_multiplies_bfloat16", lambda *_: True)
+    monkeypatch.setattr(module, "_half_bmm", bmm)
+    found = lowrank_statistics(x, Q)
+    for actual, other, expected in zip(found, wide, rounded_statistics(x, Q), strict=True):
+        assert actual.dtype == torch.float32
+        if L and n:
+            torch.testing.assert_close(actual.double(), expected, rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(actual, other, rtol=3e-2, atol=3e-2)
+    if L and n and d > 1:
+        assert not torch.equal(found[0], wide[0])
+    identical(found[2], wide[2])
+
+
+def test_which_rows_are_multiplied_as_they_are(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    x, Q = torch.empty(1, 3, 5, dtype=torch.bfloat16), torch.empty(1, 5, 2)
+    assert _multiplies_bfloat16(*on_a_gpu(x, Q))
+    assert not _multiplies_bfloat16(x, Q)
+    assert not _multiplies_bfloat16(*on_a_gpu(x.half(), Q))
+    assert not _multiplies_bfloat16(*on_a_gpu(x.float(), Q))
+    assert not _multiplies_bfloat16(*on_a_gpu(x, Q.double()))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    assert not _multiplies_bfloat16(*on_a_gpu(x, Q))
+    product = _half_bmm(x.to("meta"), Q.bfloat16().to("meta"))
+    assert (product.dtype, product.shape) == (torch.float32, (1, 3, 2))
 
 
 # Refusals of the ops.
@@ -706,13 +878,9 @@ def as_operand(x, dtype):
 
 def plain_lowrank(a, Q, S, out):
     """The same products in PyTorch, with the kernel's operands, fp32 sums and one rounding."""
-    first = a.dtype if a.dtype in HALVES else torch.float32
-    second = first
-    if DEVICE == "cuda":  # the interpreter does not round to TF32
-        first = "tf32" if first == torch.float32 and out != torch.float32 else first
-        second = "tf32" if first in ("tf32", torch.float16) else first
-    elif first == torch.float16:
-        second = torch.float32
+    kinds = sys.modules["dbpkern.ops.lowrank_fold"]._operands(a, Q, out)
+    # The interpreter does not round to TF32.
+    first, second = ("tf32" if k.kind == "tf32" and DEVICE == "cuda" else k.dtype for k in kinds)
     T = as_operand(a, first) @ as_operand(Q, first)
     V = Q @ S.mT
     return (a.float() + as_operand(T, second) @ as_operand(V, second).mT).to(out)
@@ -755,6 +923,87 @@ def test_triton_with_any_strides(layout):
     x = W_[0].unflatten(0, (37, 1))
     found = lowrank_transform(x, Q_[0], S_[0], backend="triton").cpu()
     torch.testing.assert_close(found, reference.lowrank_transform(W[0], Q[0], S[0])[:, None])
+
+
+def far_apart(values, *strides):
+    """A tensor of these values in a storage so wide that most of it is never touched, and takes no memory."""
+    torch.use_deterministic_algorithms(False)  # or all of it would be filled
+    size = 1 + sum((n - 1) * stride for n, stride in zip(values.shape, strides, strict=True))
+    room = torch.empty(size, dtype=values.dtype, device=DEVICE)
+    return room.as_strided(values.shape, strides).copy_(values)
+
+
+@needs_triton
+def test_triton_with_strides_beyond_the_reach_of_a_tile():
+    """The last of 64 rows, or of 256 ranks, lies more than 2^31 elements from the first."""
+    Q, S = (t.to(DEVICE) for t in rand_factors(d=16, r=16, dtype=torch.float32))
+    W = far_apart(torch.randn(64, 16).bfloat16(), 34_200_016, 1)
+    expected = reference.lowrank_fold(W.double(), Q.double(), S.double())
+    plain = plain_lowrank(W[None], Q[None], S[None].mT, W.dtype)[0]
+    holds_precision(lowrank_fold(W, Q, S, backend="triton"), expected, plain)
+    del W
+    S = (0.01 * torch.randn(256, 256)).to(DEVICE)
+    W, Q = torch.randn(3, 16, device=DEVICE), far_apart(torch.randn(16, 256) / 16, 1, 8_500_016)
+    expected = reference.lowrank_fold(W.double(), Q.double(), S.double())
+    plain = plain_lowrank(W[None], Q[None], S[None].mT, W.dtype)[0]
+    holds_precision(lowrank_fold(W, Q, S, backend="triton"), expected, plain)
+
+
+@needs_triton
+def test_triton_with_offsets_beyond_32_bits():
+    x = far_apart(torch.randn(2, 20, 24).bfloat16(), 2**31 + 16, 24, 1)
+    Q, S = (t.to(DEVICE) for t in rand_factors(2, d=24, r=5, dtype=torch.float32))
+    expected = reference.lowrank_transform(x.double(), Q.double(), S.double())
+    found = lowrank_transform(x, Q, S, backend="triton")
+    holds_precision(found, expected, plain_lowrank(x, Q, S, x.dtype))
+
+
+@needs_triton
+def test_the_right_factor_is_not_shortened(permit, monkeypatch):
+    permit("medium")
+    Q, S = (t.to(DEVICE) for t in rand_factors(d=19, r=5, dtype=torch.float32))
+    seen = watched(monkeypatch, "bmm")
+    lowrank_fold(torch.randn(7, 19, device=DEVICE), Q, S, backend="triton")
+    assert seen == ["ieee"]
+
+
+BACKENDS = {
+    "transform": lambda m, x: lambda **k: ops.transform(x, m, **k),
+    "fold": lambda m, x: lambda **k: ops.fold(x, m, **k),
+    "correlation": lambda m, x: lambda **k: ops.correlation(x[None], **k),
+    "apply_": lambda m, x: lambda **k: ops.apply_(m[None], m[None], 0.1, **k),
+    "update_": lambda m, x: lambda **k: ops.update_(m[None], x[None], 0.1, **k),
+    "fused_step": lambda m, x: lambda **k: ops.fused_step(x, m, torch.arange(2, device=DEVICE), 0.1, **k),
+    "lowrank_transform": lambda m, x: lambda **k: lowrank_transform(x, m, m, **k),
+    "lowrank_fold": lambda m, x: lambda **k: lowrank_fold(x, m, m, **k),
+    "lowrank_statistics": lambda m, x: lambda **k: lowrank_statistics(x[None], m[None], **k),
+    "lowrank_apply_": lambda m, x: lambda **k: step(m[None], m[None], x[None], c=m[:1], **k),
+}
+
+
+@needs_triton
+@pytest.mark.parametrize("op", ops.__all__)
+def test_every_op_with_a_triton_kernel_is_in_the_table_of_thresholds(op, monkeypatch):
+    """And with sizes that the op tells."""
+    call = BACKENDS[op](torch.eye(4, device=DEVICE), torch.randn(6, 4, device=DEVICE))
+    table, asked = _dispatch.table("default")["triton"], []
+    monkeypatch.setattr(_dispatch, "pays", lambda op, *_, **sizes: asked.append((op, sizes)))
+    call()
+    assert bool(asked) == (op not in ("lowrank_statistics", "lowrank_apply_"))
+    for name, sizes in asked:
+        assert name == op
+        assert table[op]
+        for limits in table[op].values():
+            assert {limit.removeprefix("min_") for limit in limits} <= sizes.keys()
+
+
+@pytest.mark.parametrize("kind", ["16bit", "tf32"])
+@pytest.mark.parametrize("op", ["lowrank_transform", "lowrank_fold"])
+def test_triton_serves_low_rank_once_its_rows_fill_the_device(op, kind, monkeypatch):
+    monkeypatch.setattr(_dispatch, "architecture", lambda _: "default")
+    full = 64 * 132  # rows of a program, multiprocessors of an H100
+    for rows, width, pays in ((full, 128, True), (full - 1, 128, False), (full, 127, False)):
+        assert _dispatch.pays(op, kind, torch.device("cuda"), d=16, rows=rows, width=width) == pays
 
 
 @needs_triton
@@ -1290,6 +1539,43 @@ def test_a_step_never_reads_a_value_and_its_work_does_not_grow_with_the_layers(r
     assert counts[0] == counts[1]
     assert counts[0].count("dbpkern::lowrank_statistics") == 1
     assert counts[0].count("dbpkern::lowrank_apply_") == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_waits_for_nothing_and_runs_in_a_cuda_graph(dtype, permit):
+    permit("high")  # so that the step has a precision to suspend
+    model = shake(mlp(64, 64, 64, 96, 32, rank=16)).cuda()
+    decor = DecorSGD(model, lr=torch.tensor(0.01, device="cuda"), sample=0.5)
+
+    def backward():
+        with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = model(torch.randn(600, 64, device="cuda")).square().mean()
+        loss.backward()
+
+    backward()
+    decor.step()  # makes the handles of the libraries, and finds the samples their place
+    backward()
+    factors = [factor for layer in decorrelated(model).values() for factor in layer.factors]
+    start = [factor.clone() for factor in factors]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        decor.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected = [factor.clone() for factor in factors]
+    for factor, before in zip(factors, start, strict=True):
+        factor.copy_(before)
+    for site in decor._sites:
+        site.slot.pending = True
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        decor.step()
+    graph.replay()
+    for factor, wanted, before in zip(factors, expected, start, strict=True):
+        torch.testing.assert_close(factor, wanted, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(wanted, before, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])

@@ -596,9 +596,13 @@ FLOPS = {
         lambda: ops.update_(randR(2, 5, 5), randn(2, 9, 5), 0.1),
         2 * (2 * 9 * 25 + 2 * 125),
     ),
-    "fused_step": (
+    "fused_step few rows": (
         lambda: ops.fused_step(randn(7, 5), randR(5, 5), torch.arange(3), 0.1),
-        2 * 7 * 25 + 2 * 3 * 25 + 2 * 125,
+        2 * 7 * 25 + 4 * 3 * 25,
+    ),
+    "fused_step many rows": (
+        lambda: ops.fused_step(randn(7, 5), randR(5, 5), torch.arange(6), 0.1),
+        2 * 7 * 25 + 2 * 6 * 25 + 2 * 125,
     ),
 }
 
@@ -677,7 +681,16 @@ REFUSALS = [
     (lambda R: ops.apply_(R, R.clone(), torch.ones(3)), ValueError, r"lr: .* L = 2, got \[3\]"),
     (lambda R: ops.apply_(R, R.clone(), torch.ones(2, 1)), ValueError, r"lr: .* got \[2, 1\]"),
     (lambda R: ops.apply_(R, R.clone(), torch.tensor(1)), TypeError, "lr: .* got torch.int64"),
-    (lambda R: ops.apply_(R, R.clone(), torch.ones(2, device="meta")), ValueError, "lr: .* on cpu, got meta"),
+    (
+        lambda R: ops.apply_(R, R.clone(), torch.ones(2, device="meta")),
+        ValueError,
+        "lr: .* on cpu, .* got meta",
+    ),
+    (
+        lambda R: ops.apply_(R, R.clone(), torch.ones((), device="meta")),
+        ValueError,
+        "0-d one on the CPU, got meta",
+    ),
     (lambda R: ops.update_(R, R[:, :, :3], 0.1), ValueError, "R: expected shape .* with d = 3"),
     (lambda R: ops.update_(R, R[:1], 0.1), ValueError, "equal numbers of layers, got 2 and 1"),
     (lambda R: ops.update_(R, R[0], 0.1), ValueError, r"z: expected shape .* got \[4, 4\]"),

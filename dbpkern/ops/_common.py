@@ -73,8 +73,8 @@ def rate_tensor(lr: float | Tensor, layers: int, device: torch.device) -> Tensor
         raise ValueError(
             f"lr: expected a number, a 0-d tensor or [L] with L = {layers}, got {list(lr.shape)}"
         )
-    if lr.dim() and lr.device != device:
-        raise ValueError(f"lr: expected a tensor on {device}, got {lr.device}")
+    if lr.device != device and (lr.dim() or lr.device.type != "cpu"):
+        raise ValueError(f"lr: expected a tensor on {device}, or a 0-d one on the CPU, got {lr.device}")
     return lr
 
 

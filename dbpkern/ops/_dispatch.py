@@ -40,15 +40,15 @@ class Operands:
 def operands(*inputs: torch.dtype, out: torch.dtype | None = None) -> Operands:
     """The operands of a product of such inputs.
 
-    A 16-bit input makes the product a 16-bit one: its partner cannot add precision that it lacks. fp32 inputs
-    use TF32 where the result is rounded to 16 bits anyway, or where PyTorch may use it for its own products
+    A 16-bit input makes the product a 16-bit one, since its partner cannot add precision that it lacks, and
+    so does a 16-bit result. fp32 inputs use TF32 where PyTorch may use it for its own products
     (`torch.set_float32_matmul_precision`); otherwise they stay fp32.
     """
-    halves = [dtype for dtype in inputs if dtype in _HALVES]
+    halves = [dtype for dtype in (*inputs, out) if dtype in _HALVES]
     if halves:
         return Operands(halves[0], "ieee")
     allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return Operands(torch.float32, "tf32" if allowed or out in _HALVES else "ieee")
+    return Operands(torch.float32, "tf32" if allowed else "ieee")
 
 
 def check_backend(backend: str | None) -> None:

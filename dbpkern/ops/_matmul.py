@@ -18,7 +18,7 @@ def cdiv(a: int, b: int) -> int:
 
 def within_reach(t: Tensor) -> Tensor:
     """t, or a copy where the rows of a tile lie so far apart that 32 bits do not hold their distance."""
-    return t if max(t.stride()[-2:]) < 2**24 else t.contiguous()
+    return t if max(t.stride()[-2:]) < 2**23 else t.contiguous()
 
 
 def dtype_name(dtype: torch.dtype) -> object:
@@ -57,14 +57,25 @@ def dot(a, b, acc, OPERAND: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.c
 
 
 @jit
+def less_identity(R, rows, columns):
+    """R - I, for the part of R with these rows and columns.
+
+    What R is multiplied with is added as it is: `x R = x + x (R - I)` is exact for R = I, and the operands'
+    rounding counts only in what R differs from it.
+    """
+    return R.to(tl.float32) - tl.where(rows[:, None] == columns[None, :], 1.0, 0.0)
+
+
+@jit
 def product_loop(
-    a, b, m_in, n_in, K, a_k, b_k,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr,
+    a, b, m_in, n_in, K, a_k, b_k, columns,
+    LESS_IDENTITY: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr,
     EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The fp32 product [BLOCK_M, BLOCK_N] over K terms from a [BLOCK_M, BLOCK_K] and b [BLOCK_K, BLOCK_N] on.
 
-    `m_in [BLOCK_M, 1]` and `n_in [1, BLOCK_N]` say which rows and columns exist.
+    `m_in [BLOCK_M, 1]` and `n_in [1, BLOCK_N]` say which rows and columns exist. With LESS_IDENTITY the
+    identity is taken from b, whose columns have the numbers `columns [BLOCK_N]`.
     """
     k = tl.arange(0, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -76,6 +87,8 @@ def product_loop(
             k_in = k < K - start
             a_tile = tl.load(a, mask=m_in & k_in[None, :], other=0.0)
             b_tile = tl.load(b, mask=n_in & k_in[:, None], other=0.0)
+        if LESS_IDENTITY:
+            b_tile = less_identity(b_tile, start + k, columns)
         acc = dot(a_tile, b_tile, acc, OPERAND, PRECISION, EMULATE)
         a += BLOCK_K * a_k
         b += BLOCK_K * b_k
@@ -85,20 +98,29 @@ def product_loop(
 @jit
 def product_tile(
     a, b, row, column, M, N, K, a_m, a_k, b_k, b_n,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr,
+    LESS_IDENTITY: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr,
     EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The fp32 tile [BLOCK_M, BLOCK_N] of `a [M, K] @ b [K, N]` whose corner is (row, column)."""
+    """The fp32 tile [BLOCK_M, BLOCK_N] of `a [M, K] @ b [K, N]` whose corner is (row, column).
+
+    With LESS_IDENTITY b is square, and the tile that of `a + a (b - I)`.
+    """
     m = tl.arange(0, BLOCK_M)
     n = tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
+    m_in = (row + m < M)[:, None]
+    n_in = (column + n < N)[None, :]
     # The corner in 64 bits, the rest relative to it in 32.
-    a += row.to(tl.int64) * a_m + (m[:, None] * a_m + k[None, :] * a_k)
+    a += row.to(tl.int64) * a_m
     b += column.to(tl.int64) * b_n + (k[:, None] * b_k + n[None, :] * b_n)
-    return product_loop(
-        a, b, (row + m < M)[:, None], (column + n < N)[None, :], K, a_k, b_k,
-        OPERAND, PRECISION, EMULATE, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
+    acc = product_loop(
+        a + (m[:, None] * a_m + k[None, :] * a_k), b, m_in, n_in, K, a_k, b_k, column + n,
+        LESS_IDENTITY, OPERAND, PRECISION, EMULATE, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
+    if LESS_IDENTITY:
+        a += column.to(tl.int64) * a_k + (m[:, None] * a_m + n[None, :] * a_k)
+        acc += tl.load(a, mask=m_in & n_in, other=0.0).to(tl.float32)
+    return acc
 
 
 @jit
@@ -113,16 +135,16 @@ def tile_position(tile, rows, columns, GROUP: tl.constexpr):
 
 @jit
 def matmul_kernel(
-    a, b, c, M, N, K, a_l, a_m, a_k, b_l, b_k, b_n, c_l, c_m,
+    a, b, c, M, N, a_l, a_m, a_k, b_l, b_k, b_n, c_l, c_m,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """`c [L, M, N] = a [L, M, K] @ b [L, K, N]`; a tile on grid axis 0, a layer on axis 1."""
+    """`c [L, M, N] = a [L, M, N] @ b [L, N, N]`, b near I; a tile on grid axis 0, a layer on axis 1."""
     tile_m, tile_n = tile_position(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
     row, column = tile_m * BLOCK_M, tile_n * BLOCK_N
     layer = tl.program_id(1).to(tl.int64)
     acc = product_tile(
-        a + layer * a_l, b + layer * b_l, row, column, M, N, K, a_m, a_k, b_k, b_n,
+        a + layer * a_l, b + layer * b_l, row, column, M, N, N, a_m, a_k, b_k, b_n, True,
         OPERAND, PRECISION, EMULATE, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     m = tl.arange(0, BLOCK_M)
@@ -133,23 +155,22 @@ def matmul_kernel(
 
 
 def matmul(a: Tensor, b: Tensor, out_dtype: torch.dtype, operands: Operands, tiles: Tiles) -> Tensor:
-    """`a [L, M, K] @ b [L, K, N] -> [L, M, N]`, any strides, rounded once to `out_dtype`."""
-    L, M, K = a.shape
-    N = b.shape[2]
+    """`a [L, M, N] @ b [L, N, N] -> [L, M, N]`, rounded once to `out_dtype`; best for b near I."""
+    L, M, N = a.shape
     a, b = within_reach(a), within_reach(b)
     c = torch.empty(L, M, N, dtype=out_dtype, device=a.device)
     _triton.launch(
         matmul_kernel,
         (cdiv(M, tiles.m) * cdiv(N, tiles.n), L),
         {
-            "a": a, "b": b, "c": c, "M": M, "N": N, "K": K,
+            "a": a, "b": b, "c": c, "M": M, "N": N,
             "a_l": a.stride(0), "a_m": a.stride(1), "a_k": a.stride(2),
             "b_l": b.stride(0), "b_k": b.stride(1), "b_n": b.stride(2),
             "c_l": c.stride(0), "c_m": c.stride(1),
         },
         {
             **operand_constants(operands),
-            "EVEN_K": K % tiles.k == 0,
+            "EVEN_K": N % tiles.k == 0,
             "BLOCK_M": tiles.m, "BLOCK_N": tiles.n, "BLOCK_K": tiles.k, "GROUP": GROUP,
         },
         tiles.warps,

@@ -51,7 +51,10 @@ class Schedule:
 
     def tables(self, device: torch.device) -> tuple[Tensor, int]:
         """The items `[items, FIELDS]` on a device, and the length of the counters that a launch needs."""
-        table = torch.tensor(self.items, dtype=torch.int32).reshape(-1, FIELDS).to(device)
+        table = torch.tensor(self.items, dtype=torch.int32).reshape(-1, FIELDS)
+        if device.type == "cuda":  # so that the host need not wait for the copy
+            table = table.pin_memory()
+        table = table.to(device, non_blocking=True)
         return table, self.counters + 1  # the last counts tickets
 
 

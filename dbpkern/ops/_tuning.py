@@ -2,8 +2,8 @@
 
 The first automatic call of each shape is timed with every tile size that the tables know for its operands,
 and with the eager implementation; the fastest serves from then on, and is written to a file that later runs
-read. Processes of one run must not choose differently, so where several run together they only read the file:
-tune with one process first.
+read. Processes of one run must not choose differently, so where several run together nothing is tried, and
+the file is read only from a folder that the user has named, with `DBPKERN_CACHE`: one that all of them see.
 """
 
 import functools
@@ -74,13 +74,14 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
     """Median time of a call after one to warm up."""
     run()
     times = []
-    for _ in range(REPEATS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
+    with torch.cuda.device(device):
+        for _ in range(REPEATS):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / 1e3)
     return statistics.median(times)
 
 
@@ -119,7 +120,8 @@ def serving(
     """
 
     def preferred() -> str:
-        found = best(op, table, kind, device, sizes, run) if enabled() and device.type == "cuda" else None
+        tries = enabled() and device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+        found = best(op, table, kind, device, sizes, run) if tries else None
         return found or ("triton" if _dispatch.pays(op, kind, device, **sizes) else "eager")
 
     return _dispatch.choose(op, requested, {"triton": refusal}, preferred)
@@ -138,10 +140,13 @@ def best(
         name: size if name == "d" else 1 << max(0, size - 1).bit_length() for name, size in sizes.items()
     }
     key = " ".join([op, table, kind, *(f"{name}={size}" for name, size in sorted(rounded.items()))])
+    alone = distributed.world_size() == 1
+    if not alone and not os.environ.get("DBPKERN_CACHE"):
+        return None
     file = cache_file(device)
     known = choices(file)
     if key not in known:
-        if distributed.world_size() > 1:
+        if not alone:
             return None
         known[key] = _try(table, kind, d, device, run)
         log.info("tuned %s: %s", key, known[key])

@@ -17,6 +17,7 @@ from dbpkern.ops._common import (
     per_layer,
     rate_tensor,
 )
+from dbpkern.ops._dispatch import Operands, Tiles
 from dbpkern.ops._matmul import cdiv, operand_constants, product_tile, rounded, within_reach
 from dbpkern.ops._pipeline import FIELDS, Schedule, new_counters, raise_counters, take_item, wait_for_inputs
 from dbpkern.ops._triton import jit, tl
@@ -52,7 +53,7 @@ def apply_tile(
 ):  # fmt: skip
     """`R -= rate M R` for the tile at (row, column); `slot [D, BLOCK_N]` holds R's columns as they were."""
     acc = product_tile(
-        M, slot, row, column * 0, D, BLOCK_N, D, m_r, m_c, BLOCK_N, 1,
+        M, slot, row, column * 0, D, BLOCK_N, D, m_r, m_c, BLOCK_N, 1, False,
         OPERAND, PRECISION, EMULATE, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     m = row + tl.arange(0, BLOCK_M)
@@ -99,16 +100,24 @@ def apply_kernel(
     raise_counters(item, counters)
 
 
+def apply_slots(L: int, d: int, operands: Operands, tiles: Tiles) -> int:
+    """How many strips of R `apply_` copies aside at a time."""
+    strips, slot_bytes = L * cdiv(d, tiles.n), d * tiles.n * operands.dtype.itemsize
+    return ring_slots(strips, slot_bytes, 4 * L * d * d // PIECES, cdiv(d, tiles.m))
+
+
 def ring_slots(strips: int, slot_bytes: int, budget_bytes: int, tiles: int) -> int:
     """How many strips lie in scratch at a time: as the budget allows, as many as are of use, at least one."""
     useful = 2 * cdiv(TILES_IN_FLIGHT, tiles)
     return max(1, min(strips, useful, budget_bytes // slot_bytes))
 
 
-def apply_schedule(L: int, d: int, m: int, n: int, slots: int) -> Schedule:
-    """Copy strip after strip into a ring of slots, and apply M to each half a ring later."""
+def apply_schedule(L: int, rows: int, columns: int, slots: int) -> Schedule:
+    """Copy strip after strip into a ring of slots, and apply M to each half a ring later.
+
+    R of L layers has `rows` times `columns` tiles; a strip is a column of tiles.
+    """
     schedule = Schedule()
-    columns, rows = cdiv(d, n), cdiv(d, m)
     copied = [schedule.counter() for _ in range(L * columns)]
     applied = [schedule.counter() for _ in range(L * columns)]
     ahead = slots // 2
@@ -125,10 +134,10 @@ def apply_schedule(L: int, d: int, m: int, n: int, slots: int) -> Schedule:
     return schedule
 
 
-@functools.lru_cache(maxsize=64)
-def apply_tables(L: int, d: int, m: int, n: int, slots: int, device: torch.device) -> tuple[Tensor, int]:
-    """The schedule on a device: written once for a shape."""
-    return apply_schedule(L, d, m, n, slots).tables(device)
+@functools.cache  # for good: captured CUDA graphs read the tables
+def apply_tables(*shape: int, device: torch.device) -> tuple[Tensor, int]:
+    """`apply_schedule` on a device: written once for a shape."""
+    return apply_schedule(*shape).tables(device)
 
 
 def rate_arguments(lr: Tensor, device: torch.device) -> tuple[dict[str, object], dict[str, object]]:
@@ -145,12 +154,10 @@ def triton_apply(R: Tensor, M: Tensor, lr: Tensor) -> None:
     """`R -= lr M R` in one launch."""
     M = within_reach(M)
     L, d, _ = R.shape
-    operands = _dispatch.operands(R.dtype)
+    operands = _dispatch.operands(M.dtype, R.dtype)
     tiles = _dispatch.tiles("apply_", operands.kind, d, R.device)
-    strips = L * cdiv(d, tiles.n)
-    slot_bytes = d * tiles.n * operands.dtype.itemsize
-    slots = ring_slots(strips, slot_bytes, R.nbytes // PIECES, cdiv(d, tiles.m))
-    items, length = apply_tables(L, d, tiles.m, tiles.n, slots, R.device)
+    slots = apply_slots(L, d, operands, tiles)
+    items, length = apply_tables(L, cdiv(d, tiles.m), cdiv(d, tiles.n), slots, device=R.device)
     rate, rate_constants = rate_arguments(lr, R.device)
     _triton.launch(
         apply_kernel,
@@ -190,7 +197,7 @@ def apply_in_place(R: Tensor, M: Tensor, lr: Tensor) -> None:
     for layers, columns in _pieces(R):
         target = R[layers, :, columns]
         old = target * (rate[layers] if rate.dim() else rate)
-        target.baddbmm_(M[layers], old, alpha=-1)
+        target.baddbmm_(M[layers].to(R.dtype), old, alpha=-1)
         del old  # before the next piece's is made, or two of them would live at a time
 
 
@@ -201,17 +208,27 @@ def stack_refusal(R: Tensor, *others: Tensor) -> str | None:
     return _dispatch.triton_refusal(R.device, R.dtype, *(t.dtype for t in others))
 
 
+def in_flight(R: Tensor, operands: Operands) -> int:
+    """How many tiles the Triton kernel can work on at a time: few, where an eighth of R is little scratch."""
+    L, d, _ = R.shape
+    if not d or not L:
+        return 0
+    tiles = _dispatch.tiles("apply_", operands.kind, d, R.device)
+    return apply_slots(L, d, operands, tiles) * cdiv(d, tiles.m)
+
+
 @torch.library.custom_op("dbpkern::apply_", mutates_args=("R",))
 def _apply(R: Tensor, M: Tensor, lr: Tensor, backend: str) -> None:
-    L, d, _ = R.shape
+    d = R.shape[-1]
+    operands = _dispatch.operands(M.dtype, R.dtype)
     serves = _tuning.serving(
         "apply_",
         backend,
-        stack_refusal(R),
+        stack_refusal(R, M),
         "apply_",
-        _dispatch.operands(R.dtype).kind,
+        operands.kind,
         R.device,
-        {"d": d, "work": L * d},
+        {"d": d, "flight": in_flight(R, operands)},
         lambda name: torch.ops.dbpkern.apply_(R.clone(), M, lr, name),
     )
     if R.numel() == 0:
@@ -242,7 +259,8 @@ def apply_(R: Tensor, M: Tensor, lr: float | Tensor, *, backend: str | None = No
 
     Args:
         R: `[L, d, d]`, fp32 or fp64; changed in place.
-        M: `[L, d, d]` of the same dtype, as `correlation` returns it.
+        M: `[L, d, d]` as `correlation` returns it: of the same dtype, or of 16 bits, which then are the
+            operands of the product.
         lr: eta, a number >= 0, a 0-d tensor, or `[L]` for a rate per layer. A CUDA graph freezes a number;
             a tensor on the device is read at each replay.
         backend: None for the automatic choice, "eager" or "triton".
@@ -251,7 +269,7 @@ def apply_(R: Tensor, M: Tensor, lr: float | Tensor, *, backend: str | None = No
         R.
 
     Raises:
-        TypeError: dtypes other than fp32 or fp64, or unequal ones.
+        TypeError: dtypes other than those.
         ValueError: shapes or devices that do not fit, a negative or non-finite number as rate, a backend that
             cannot serve the call.
     """
@@ -261,7 +279,8 @@ def apply_(R: Tensor, M: Tensor, lr: float | Tensor, *, backend: str | None = No
     check_tensor("M", M, "[L, d, d]", (3,))
     if M.shape != R.shape:
         raise ValueError(f"M: expected the shape of R {list(R.shape)}, got {list(M.shape)}")
-    check_same_dtype(R=R, M=M)
+    if M.itemsize != 2:
+        check_same_dtype(R=R, M=M)
     check_same_device(R=R, M=M)
     _dispatch.check_backend(backend)
     torch.ops.dbpkern.apply_(R, M, rate_tensor(lr, len(R), R.device), backend or "")

@@ -21,9 +21,12 @@ from dbpkern.ops._common import (
     check_tensor,
     rate_tensor,
 )
+from dbpkern.ops._dispatch import Operands
 from dbpkern.ops._matmul import (
     cdiv,
     dot,
+    dtype_name,
+    less_identity,
     operand_constants,
     product_loop,
     product_tile,
@@ -32,11 +35,14 @@ from dbpkern.ops._matmul import (
 )
 from dbpkern.ops._pipeline import FIELDS, Schedule, new_counters, raise_counters, take_item, wait_for_inputs
 from dbpkern.ops._triton import jit, tl
-from dbpkern.ops.apply import apply_in_place, load_rate, rate_arguments
-from dbpkern.ops.update import forms_correlation, moment_tile, store_updated
+from dbpkern.ops.apply import load_rate, rate_arguments
+from dbpkern.ops.update import eager_update, forms_correlation, moment_tile, store_updated
 
 ON_CHIP = {"16bit": 64, "tf32": 64, "ieee": 0}
 """The widest R that one program holds, by kind of operands: without tensor cores none pays."""
+
+ON_CHIP_SAMPLES = 1024
+"""The largest sample that is left to that one program: it takes its rows one block after the other."""
 
 TRANSFORM, PROJECT, FINISH = 0, 1, 2
 
@@ -45,7 +51,7 @@ TRANSFORM, PROJECT, FINISH = 0, 1, 2
 def on_chip_kernel(
     x, R, index, lr, z, new, a, N, SAMPLES, D, x_n, x_d, r_r, r_c, scale, kappa,
     LR_TENSOR: tl.constexpr, LR_STRIDE: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr,
+    OPERAND: tl.constexpr, HELD: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Program 0 updates R from the sampled rows; every other one decorrelates BLOCK_M rows.
@@ -56,14 +62,14 @@ def on_chip_kernel(
     m = tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_D)
     square = (k < D)[:, None] & (k < D)[None, :]
-    transposed = tl.load(R + k[:, None] * r_c + k[None, :] * r_r, mask=square, other=0.0)  # R^T
+    transposed = tl.load(R + k[:, None] * r_c + k[None, :] * r_r, mask=square, other=0.0)
+    transposed = less_identity(transposed, k, k)  # R^T - I
     columns = (k < D)[None, :]
     if program > 0:
         rows = (program - 1).to(tl.int64) * BLOCK_M + m
         inside = (rows < N)[:, None] & columns
         tile = tl.load(x + rows[:, None] * x_n + k[None, :] * x_d, mask=inside, other=0.0)
-        acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-        acc = dot(tile, transposed, acc, OPERAND, PRECISION, EMULATE)
+        acc = dot(tile, transposed, tile.to(tl.float32), OPERAND, PRECISION, EMULATE)
         tl.store(z + rows[:, None] * D + k[None, :], rounded(acc, z.dtype.element_ty, EMULATE), mask=inside)
     else:
         G = tl.zeros((BLOCK_D, BLOCK_D), tl.float32)
@@ -73,8 +79,7 @@ def on_chip_kernel(
             known = (rows >= 0) & (rows < N)
             inside = (drawn & known)[:, None] & columns
             tile = tl.load(x + rows[:, None] * x_n + k[None, :] * x_d, mask=inside, other=0.0)
-            acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-            acc = dot(tile, transposed, acc, OPERAND, PRECISION, EMULATE)
+            acc = dot(tile, transposed, tile.to(tl.float32), OPERAND, PRECISION, EMULATE)
             # An index out of range reads nothing, and shows as NaN in all that follows from it.
             acc = tl.where((drawn & (known == 0))[:, None] & columns, float("nan"), acc)
             sampled = rounded(acc, z.dtype.element_ty, EMULATE)
@@ -85,7 +90,7 @@ def on_chip_kernel(
         M = tl.where(on_diagonal, tl.where(columns, kappa * (G - 1.0), 0.0), (1.0 - kappa) * G)
         old = tl.load(R + k[:, None] * r_r + k[None, :] * r_c, mask=square, other=0.0)
         MR = tl.zeros((BLOCK_D, BLOCK_D), tl.float32)
-        MR = dot(M, old, MR, OPERAND, PRECISION, EMULATE)
+        MR = dot(M, old, MR, HELD, PRECISION, EMULATE)
         rate = load_rate(lr, 0, LR_TENSOR, LR_STRIDE)
         tl.store(new + k[:, None] * D + k[None, :], old - rate * MR, mask=square)
 
@@ -107,7 +112,7 @@ def pipeline_kernel(
     n = column + tl.arange(0, BLOCK_N)
     if kind == 0:
         acc = product_tile(
-            x, R, row, column, N, D, D, x_n, x_d, 1, D,
+            x, R, row, column, N, D, D, x_n, x_d, 1, D, True,
             OPERAND, PRECISION, EMULATE, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         place = z + m.to(tl.int64)[:, None] * D + n[None, :]
@@ -118,11 +123,14 @@ def pipeline_kernel(
         drawn = m < SAMPLES
         rows = tl.load(index + m, mask=drawn, other=0)
         known = (rows >= 0) & (rows < N)
+        sampled = (drawn & known)[:, None]
         acc = product_loop(
             z + rows[:, None] * D + k[None, :], R + k[:, None] * D + n[None, :],
-            (drawn & known)[:, None], (n < D)[None, :], D, 1, D,
+            sampled, (n < D)[None, :], D, 1, D, n, True,
             OPERAND, PRECISION, EMULATE, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
+        own = tl.load(z + rows[:, None] * D + n[None, :], mask=sampled & (n < D)[None, :], other=0.0)
+        acc += own.to(tl.float32)
         # An index out of range reads nothing, and shows as NaN in all that follows from it.
         acc = tl.where((known == 0)[:, None], float("nan"), acc)
         place = slot + m.to(tl.int64)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
@@ -135,34 +143,44 @@ def pipeline_kernel(
         if column == 0:
             tl.store(a + m, squares * scale, mask=m < D)
         rate = load_rate(lr, 0, LR_TENSOR, LR_STRIDE)
-        store_updated(R, new, acc, squares * scale, row, column, D, D, rate, scale, kappa, BLOCK_M, BLOCK_N)
+        store_updated(
+            R, new, acc, squares * scale, row, column, D, D, rate, scale, kappa,
+            OPERAND, EMULATE, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
     raise_counters(item, counters)
 
 
-def fused_schedule(n: int, samples: int, d: int, block_m: int, block_n: int) -> Schedule:
-    """z whole, then strip after strip of U and of the new R."""
+def fused_schedule(tokens: int, samples: int, rows: int, columns: int) -> Schedule:
+    """z whole, then strip after strip of U and of the new R.
+
+    z has `tokens` tiles of rows, its sample has `samples`, R has `rows` times `columns` tiles.
+    """
     schedule = Schedule()
-    columns, rows = cdiv(d, block_n), cdiv(n, block_m)
     transformed = schedule.counter()
-    for row in range(rows):
+    for row in range(tokens):
         for column in range(columns):
             schedule.add(TRANSFORM, row=row, column=column, raises=(transformed,))
     projected = [schedule.counter() for _ in range(columns)]
     for column in range(columns):
-        for row in range(cdiv(samples, block_m)):
-            ready = ((transformed, rows * columns),)
+        for row in range(samples):
+            ready = ((transformed, tokens * columns),)
             schedule.add(PROJECT, 0, row, column, column, ready, (projected[column],))
     for column in range(columns):
-        for row in range(cdiv(d, block_m)):
-            ready = ((projected[column], cdiv(samples, block_m)),)
+        for row in range(rows):
+            ready = ((projected[column], samples),)
             schedule.add(FINISH, 0, row, column, column, ready)
     return schedule
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache  # for good: captured CUDA graphs read the tables
 def fused_tables(*shape: int, device: torch.device) -> tuple[Tensor, int]:
     """`fused_schedule` on a device: written once for a shape."""
     return fused_schedule(*shape).tables(device)
+
+
+def fits_on_chip(d: int, samples: int, operands: Operands) -> bool:
+    """Whether R and its update are left to one program."""
+    return d <= ON_CHIP[operands.kind] and samples <= ON_CHIP_SAMPLES
 
 
 def triton_fused(
@@ -180,20 +198,30 @@ def triton_fused(
     sizes = {"N": n, "SAMPLES": samples, "D": d, "x_n": x.stride(0), "x_d": x.stride(1)}
     rule = {"scale": 1 / samples, "kappa": kappa}
     constants = {**rate_constants, **operand_constants(operands)}
-    if d <= ON_CHIP[operands.kind]:
+    if fits_on_chip(d, samples, operands):
+        held = (
+            torch.bfloat16 if operands.dtype == torch.float16 else operands.dtype
+        )  # fp16 has no range for M
         tiles = _dispatch.tiles("fused_on_chip", operands.kind, d, x.device)
         _triton.launch(
             on_chip_kernel,
             (1 + cdiv(n, tiles.m),),
             {**args, **sizes, "r_r": R.stride(0), "r_c": R.stride(1), **rule},
-            {**constants, "BLOCK_M": tiles.m, "BLOCK_D": max(16, 1 << (d - 1).bit_length())},
+            {
+                **constants,
+                "HELD": dtype_name(held),
+                "BLOCK_M": tiles.m,
+                "BLOCK_D": max(16, 1 << (d - 1).bit_length()),
+            },
             tiles.warps,
             tiles.stages,
         )
         return z, new, a
     tiles = _dispatch.tiles("fused_pipeline", operands.kind, d, x.device)
-    items, length = fused_tables(n, samples, d, tiles.m, tiles.n, device=x.device)
-    U = torch.empty(cdiv(d, tiles.n), samples, tiles.n, dtype=operands.dtype, device=x.device)
+    columns = cdiv(d, tiles.n)
+    shape = (cdiv(n, tiles.m), cdiv(samples, tiles.m), cdiv(d, tiles.m), columns)
+    items, length = fused_tables(*shape, device=x.device)
+    U = torch.empty(columns, samples, tiles.n, dtype=operands.dtype, device=x.device)
     counters = new_counters(length, x.device)
     _triton.launch(
         pipeline_kernel,
@@ -226,12 +254,13 @@ def _eager_fused(
 ) -> tuple[Tensor, Tensor, Tensor]:
     compute = torch.promote_types(x.dtype, R.dtype)
     z = torch.matmul(x.to(compute), R.to(compute).mT)
+    new = R.clone(memory_format=torch.contiguous_format)
+    if not len(index):
+        return z.to(x.dtype), new, R.new_zeros(len(R))
     # In the precision of R: z is not rounded to the dtype of x before it is summed.
     samples = z.index_select(0, index).to(R.dtype)
-    M, a, _ = torch.ops.dbpkern.correlation(samples[None], kappa, False, "eager")
-    new = R.clone(memory_format=torch.contiguous_format)
-    apply_in_place(new[None], M, lr)
-    return z.to(x.dtype), new, a[0]
+    eager_update(new[None], samples[None], lr, kappa)
+    return z.to(x.dtype), new, torch.linalg.vector_norm(samples, dim=0).square_().div_(len(index))
 
 
 @torch.library.custom_op("dbpkern::fused_step", mutates_args=())
@@ -239,20 +268,21 @@ def _fused_step(
     x: Tensor, R: Tensor, index: Tensor, lr: Tensor, kappa: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     d = len(R)
-    kind = _dispatch.operands(x.dtype).kind
+    operands = _dispatch.operands(x.dtype)
     serves = _tuning.serving(
         "fused_step",
         backend,
         _dispatch.triton_refusal(x.device, x.dtype, R.dtype),
-        "fused_on_chip" if d <= ON_CHIP[kind] else "fused_pipeline",
-        kind,
+        "fused_on_chip" if fits_on_chip(d, len(index), operands) else "fused_pipeline",
+        operands.kind,
         x.device,
         {"d": d, "rows": len(x)},
         lambda name: torch.ops.dbpkern.fused_step(x, R, index, lr, kappa, name),
     )
     if serves == "triton" and d and len(index):
-        if d > ON_CHIP[kind] and forms_correlation(len(index), d, triangular=True):
-            return _composed(x, R, index, lr, kappa, serves)
+        many = forms_correlation(len(index), d, triangular=True)
+        if many and not fits_on_chip(d, len(index), operands):
+            return _composed(x, R, index, lr, kappa, backend)
         return triton_fused(x, R.contiguous(), index.contiguous(), lr, kappa)
     with autocast_off(x.device):
         return _eager_fused(x, R, index, lr, kappa)
@@ -286,7 +316,8 @@ _fused_step.register_autograd(_backward, setup_context=_setup)
 @register_flop_formula(torch.ops.dbpkern.fused_step)
 def _flops(x_shape, R_shape, index_shape, *args, **kwargs) -> int:
     n, d = x_shape
-    return 2 * n * d**2 + 2 * index_shape[0] * d**2 + 2 * d**3
+    samples = index_shape[0]
+    return 2 * n * d**2 + (2 * (samples + d) if forms_correlation(samples, d) else 4 * samples) * d**2
 
 
 def fused_step(
@@ -305,7 +336,7 @@ def fused_step(
         R: `[d, d]`, fp32 or fp64; gets no gradient and is not changed.
         index: `[n_s]`, int64 row numbers in [0, n), as a rule without repetition. The host does not wait for
             a look at their range: eager gathering checks it (on a GPU asynchronously), the Triton kernels
-            answer a number out of range with NaN in R_new and a.
+            that gather rows themselves answer a number out of range with NaN in R_new and a.
         lr: eta, a number >= 0 or a 0-d tensor.
         kappa: weight in [0, 1] of the unit-variance term.
         backend: None for the automatic choice, "eager" or "triton".

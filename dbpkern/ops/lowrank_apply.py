@@ -17,7 +17,7 @@ from dbpkern.ops._common import (
     rate_tensor,
 )
 from dbpkern.ops._dispatch import check_backend, choose
-from dbpkern.ops.lowrank_fold import check_factors
+from dbpkern.ops.lowrank_fold import check_factors, ieee_products
 
 # Added to B's diagonal, relative to its trace, before B is inverted: with fewer rows than ranks B is
 # singular, and with about as many its inverse is mostly noise, which Q would follow.
@@ -81,7 +81,8 @@ def _rotation(P: Tensor) -> Tensor:
 def _lowrank_apply(
     Q: Tensor, S: Tensor, B: Tensor, Y: Tensor, c: Tensor, lr: Tensor, kappa: float, q_lr: float
 ) -> None:
-    with autocast_off(Q.device):
+    # S is turned by two products in every step: in TF32 it would grow or fade, step after step.
+    with autocast_off(Q.device), ieee_products(Q.device):
         stepped = _stepped(Q, S, B, Y, c, per_layer(lr, S.dtype), kappa)
         moved, found = _moved(Q, B, Y, q_lr)
         U = _rotation(torch.bmm(moved.mT, Q))
@@ -126,7 +127,8 @@ def lowrank_apply_(
 
     A layer whose statistics are all zero, having no rows, stays as it is. Where a factorisation fails or a
     result is not finite, that layer's Q stays. Nothing waits for the device, and nothing of size `d x d` is
-    formed.
+    formed. Products are fp32 throughout, also where PyTorch may use TF32 for its own: what a step loses of S
+    is lost for good.
 
     Args:
         Q: `[L, d, r]`, fp32 or fp64, orthonormal columns; changed in place.

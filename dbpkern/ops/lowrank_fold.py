@@ -1,5 +1,9 @@
 """`W + ((W Q) S) Q^T`: a weight folded with a low-rank R, and the kernel that `lowrank_transform` shares."""
 
+import contextlib
+import threading
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -7,11 +11,46 @@ from torch.utils.flop_counter import register_flop_formula
 from dbpkern.ops import _dispatch, _triton, _tuning
 from dbpkern.ops._common import FLOATS, autocast_off, check_same_device, check_same_dtype, check_tensor
 from dbpkern.ops._dispatch import Operands, check_backend
-from dbpkern.ops._matmul import cdiv, dot, dtype_name, operand_constants, product_loop, rounded
+from dbpkern.ops._matmul import (
+    cdiv,
+    dot,
+    dtype_name,
+    operand_constants,
+    product_loop,
+    rounded,
+    within_reach,
+)
 from dbpkern.ops._triton import jit, tl
 
 # The widest block of ranks that stays in registers.
 MAX_RANK = 256
+
+# The precision is one setting for all threads, and each backward has a thread of its own for every GPU.
+_precision_lock = threading.RLock()
+
+
+@contextlib.contextmanager
+def ieee_products(device: torch.device) -> Iterator[None]:
+    """fp32 products within keep all their digits, whatever `torch.set_float32_matmul_precision` allows.
+
+    State of the host alone: nothing waits for the device, and a captured graph keeps the precision.
+    """
+    # The newer of two interfaces: while its word differs from what `set_float32_matmul_precision` wrote, the
+    # older getters raise, but products read this one, and within there is nothing else.
+    setting = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
+    with _precision_lock:
+        before = setting.fp32_precision
+        if before in ("ieee", "none"):
+            yield
+            return
+        setting.fp32_precision = "none"
+        # A value that comes from `torch.backends.fp32_precision` has to follow it afterwards, too.
+        restored = "none" if setting.fp32_precision == before else before
+        setting.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            setting.fp32_precision = restored
 
 
 def check_factors(Q: object, S: object, d: int, layers: int | None = None) -> None:
@@ -58,8 +97,8 @@ def lowrank_kernel(
     q += layer * q_l
     t = product_loop(
         a + (m[:, None] * a_m + k[None, :] * a_d), q + (k[:, None] * q_d + rank[None, :] * q_r),
-        m_in, (rank < RANK)[None, :], D, a_d, q_d,
-        OPERAND, PRECISION, EMULATE, EVEN_K, BLOCK_M, BLOCK_R, BLOCK_K,
+        m_in, (rank < RANK)[None, :], D, a_d, q_d, rank,
+        False, OPERAND, PRECISION, EMULATE, EVEN_K, BLOCK_M, BLOCK_R, BLOCK_K,
     )  # fmt: skip
     t = rounded(t, T_OPERAND, EMULATE)
     a_tile = a + (m[:, None] * a_m + n[None, :] * a_d)
@@ -96,8 +135,9 @@ def triton_lowrank(A: Tensor, Q: Tensor, S: Tensor, out_dtype: torch.dtype) -> T
     kind, t_kind = _operands(A, Q, out_dtype)
     # S joins the right factor: as an operand of its own it would not fit into shared memory at large ranks,
     # and A has more rows than Q as a rule.
-    Q = Q.float()
-    V = torch.bmm(Q, S.float().mT)
+    A, Q = within_reach(A), Q.float().contiguous()  # a tile has up to 256 of Q's columns
+    with ieee_products(A.device):
+        V = torch.bmm(Q, S.float().mT)
     out = torch.empty(L, M, d, dtype=out_dtype, device=A.device)
     blocks = _dispatch.tiles("lowrank_fold", t_kind.kind, _tile_key(d, r), A.device)
     _triton.launch(

@@ -31,6 +31,25 @@ def _cuda_refusal(x: Tensor, Q: Tensor) -> str | None:
     return extension.why() if extension.load() is None else None
 
 
+def _multiplies_bfloat16(x: Tensor, Q: Tensor) -> bool:
+    """Whether PyTorch multiplies the rows as they are, with fp32 sums and results.
+
+    float16 rows do not count: P, a sum of d products, can leave their range.
+    """
+    return (
+        x.dtype == torch.bfloat16
+        and Q.dtype == torch.float32
+        and x.device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    )
+
+
+def _half_bmm(a: Tensor, b: Tensor) -> Tensor:
+    """`torch.bmm` of bf16 stacks, rounded to fp32 alone."""
+    return torch.bmm(a, b, out_dtype=torch.float32)
+
+
 def _result_dtype(x: Tensor, Q: Tensor) -> torch.dtype:
     return torch.promote_types(accumulator_dtype(x.dtype), Q.dtype)
 
@@ -51,11 +70,14 @@ def _lowrank_statistics(x: Tensor, Q: Tensor, backend: str) -> tuple[Tensor, Ten
 
         return extension.load().lowrank_statistics(x, Q)
     with autocast_off(x.device):
-        x, Q = x.to(dtype), Q.to(dtype)
-        P = torch.bmm(x, Q)
-        B = torch.bmm(P.mT, P).div_(n)
-        Y = torch.bmm(x.mT, P).div_(n)
-        return B, Y, torch.linalg.vector_norm(x, dim=1).square_().div_(n)
+        c = torch.linalg.vector_norm(x, dim=1, dtype=dtype).square_().div_(n)
+        if _multiplies_bfloat16(x, Q):
+            operand, bmm = torch.bfloat16, _half_bmm
+        else:
+            operand, bmm = dtype, torch.bmm
+        x = x.to(operand)
+        P = bmm(x, Q.to(operand)).to(operand)
+        return bmm(P.mT, P).div_(n), bmm(x.mT, P).div_(n), c
 
 
 @_lowrank_statistics.register_fake
@@ -81,7 +103,9 @@ def lowrank_statistics(x: Tensor, Q: Tensor, *, backend: str | None = None) -> t
     Args:
         x: `[L, n, d]`, the sampled rows of L layers. n = 0 gives zeros.
         Q: `[L, d, r]`, fp32 or fp64.
-        backend: "eager" or "cuda", the extension (fp32 and bf16 rows, ranks from 8 to 256); None chooses.
+        backend: "eager" or "cuda", the extension (fp32 and bf16 rows, ranks from 8 to 256); None chooses. On
+            a GPU both round Q and P to bf16 where the rows are bf16; sums are fp32. Otherwise eager widens
+            the rows.
 
     Returns:
         `B [L, r, r] = P^T P / n`, `Y [L, d, r] = x^T P / n` and `c [L, d]`, the mean squares of x, in fp32

@@ -18,7 +18,16 @@ from dbpkern.ops._common import (
     rate_tensor,
 )
 from dbpkern.ops._dispatch import Operands, Tiles
-from dbpkern.ops._matmul import cdiv, dot, operand_constants, product_tile, rounded, within_reach
+from dbpkern.ops._matmul import (
+    cdiv,
+    dot,
+    dtype_name,
+    less_identity,
+    operand_constants,
+    product_tile,
+    rounded,
+    within_reach,
+)
 from dbpkern.ops._pipeline import FIELDS, Schedule, new_counters, raise_counters, take_item, wait_for_inputs
 from dbpkern.ops._triton import jit, tl
 from dbpkern.ops.apply import (
@@ -41,8 +50,8 @@ PROJECT, UPDATE = 0, 1  # M is not
 def form_kernel(
     R, z, lr, Ms, ring, items, counters, TICKETS, N, D, z_l, z_n, z_d, scale, kappa,
     LR_TENSOR: tl.constexpr, LR_STRIDE: tl.constexpr, FIELDS: tl.constexpr, LAYERS_IN_RING: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr, EVEN_K: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+    OPERAND: tl.constexpr, HELD: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr,
+    EVEN_K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """`R [L, D, D] -= lr M R` with M formed from `z [L, N, D]`, layer after layer, in a ring of scratch."""
     item = take_item(items, counters, TICKETS, FIELDS)
@@ -64,7 +73,7 @@ def form_kernel(
         rate = load_rate(lr, layer, LR_TENSOR, LR_STRIDE)
         apply_tile(
             R, M, slot, row * BLOCK, column * BLOCK, D, D, 1, rate,
-            OPERAND, PRECISION, EMULATE, EVEN_K, BLOCK, BLOCK, BLOCK_K,
+            HELD, PRECISION, EMULATE, EVEN_K, BLOCK, BLOCK, BLOCK_K,
         )  # fmt: skip
     raise_counters(item, counters)
 
@@ -106,19 +115,23 @@ def moment_tile(
 @jit
 def store_updated(
     R, out, acc, mean_squares, row, column, D, r_r, rate, scale, kappa,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    OPERAND: tl.constexpr, EMULATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """`R - rate M R` into the tile (row, column) of `out [D, D]`, from `acc = z^T z R`.
 
     M R = (1 - kappa) (G R - diag(a) R) + kappa diag(a - 1) R: what the diagonal of G has added to the product
-    is taken away again row by row.
+    is taken away again row by row. In `acc` R was rounded, so the rounded R is taken away: with R as it is,
+    the difference would always have one sign, and draw R towards numbers halfway between two roundings.
     """
     m = row + tl.arange(0, BLOCK_M)
     n = column + tl.arange(0, BLOCK_N)
     inside = (m < D)[:, None] & (n < D)[None, :]
     old = tl.load(R + m.to(tl.int64)[:, None] * r_r + n[None, :], mask=inside, other=0.0)
-    weight = kappa * (mean_squares - 1.0) - (1.0 - kappa) * mean_squares
-    new = old * (1.0 - rate * weight)[:, None] - rate * (1.0 - kappa) * scale * acc
+    difference = less_identity(old, m, n)
+    used = old + (rounded(difference, OPERAND, EMULATE).to(tl.float32) - difference)
+    off = scale * acc - mean_squares[:, None] * used
+    variance = (mean_squares - 1.0)[:, None] * old
+    new = old - rate * ((1.0 - kappa) * off + kappa * variance)
     tl.store(out + m.to(tl.int64)[:, None] * D + n[None, :], new, mask=inside)
 
 
@@ -140,7 +153,7 @@ def associate_kernel(
     wait_for_inputs(item, counters)
     if kind == 0:
         acc = product_tile(
-            z, R, row, column, N, D, D, z_n, z_d, D, 1,
+            z, R, row, column, N, D, D, z_n, z_d, D, 1, True,
             OPERAND, PRECISION, EMULATE, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         m = row + tl.arange(0, BLOCK_M)
@@ -149,37 +162,26 @@ def associate_kernel(
     else:
         rate = load_rate(lr, layer, LR_TENSOR, LR_STRIDE)
         acc, squares = moment_tile(
-            z,
-            slot,
-            z,
-            row,
-            N,
-            N,
-            D,
-            z_n,
-            z_d,
-            False,
-            OPERAND,
-            PRECISION,
-            EMULATE,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-        )
-        store_updated(R, R, acc, squares * scale, row, column, D, D, rate, scale, kappa, BLOCK_M, BLOCK_N)
+            z, slot, z, row, N, N, D, z_n, z_d, False,
+            OPERAND, PRECISION, EMULATE, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        store_updated(
+            R, R, acc, squares * scale, row, column, D, D, rate, scale, kappa,
+            OPERAND, EMULATE, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
     raise_counters(item, counters)
 
 
-def form_schedule(L: int, d: int, block: int, layers: int, slots: int) -> Schedule:
-    """M of `layers` layers and `slots` strips of R lie in scratch at a time."""
+def form_schedule(L: int, steps: int, layers: int, slots: int) -> Schedule:
+    """M of `layers` layers and `slots` strips of R lie in scratch at a time; R has `steps` tiles a side."""
     schedule = Schedule()
-    steps = cdiv(d, block)
     triangle = steps * (steps + 1) // 2
     formed = [schedule.counter() for _ in range(L)]
     finished = [schedule.counter() for _ in range(L)]
     copied = [schedule.counter() for _ in range(L * steps)]
     applied = [schedule.counter() for _ in range(L * steps)]
     next_layer = 0
+    layers_ahead = max(min(1, layers - 1), (layers - 1) // 2)
     ahead = slots // 2
     for t in range(len(copied) + ahead):
         if t < len(copied):
@@ -190,7 +192,7 @@ def form_schedule(L: int, d: int, block: int, layers: int, slots: int) -> Schedu
         if s < 0:
             continue
         layer = s // steps
-        while next_layer < min(L, layer + 1 + (layers - 1) // 2):
+        while next_layer < min(L, layer + 1 + layers_ahead):
             free = ((finished[next_layer - layers], steps * steps),) if next_layer >= layers else ()
             for tile in range(triangle):
                 schedule.add(GRAM, next_layer, tile, waits=free, raises=(formed[next_layer],))
@@ -201,10 +203,12 @@ def form_schedule(L: int, d: int, block: int, layers: int, slots: int) -> Schedu
     return schedule
 
 
-def associate_schedule(L: int, n: int, d: int, block_m: int, block_n: int, slots: int) -> Schedule:
-    """`z R` of `slots` strips lies in scratch at a time; each strip of R is overwritten half a ring later."""
+def associate_schedule(L: int, samples: int, rows: int, columns: int, slots: int) -> Schedule:
+    """`z R` of `slots` strips lies in scratch at a time; each strip of R is overwritten half a ring later.
+
+    z of a layer has `samples` tiles of rows, R has `rows` times `columns` tiles.
+    """
     schedule = Schedule()
-    columns, samples, rows = cdiv(d, block_n), cdiv(n, block_m), cdiv(d, block_m)
     projected = [schedule.counter() for _ in range(L * columns)]
     updated = [schedule.counter() for _ in range(L * columns)]
     ahead = slots // 2
@@ -221,13 +225,13 @@ def associate_schedule(L: int, n: int, d: int, block_m: int, block_n: int, slots
     return schedule
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache  # for good: captured CUDA graphs read the tables
 def form_tables(*shape: int, device: torch.device) -> tuple[Tensor, int]:
     """`form_schedule` on a device: written once for a shape."""
     return form_schedule(*shape).tables(device)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache  # for good: captured CUDA graphs read the tables
 def associate_tables(*shape: int, device: torch.device) -> tuple[Tensor, int]:
     """`associate_schedule` on a device: written once for a shape."""
     return associate_schedule(*shape).tables(device)
@@ -241,14 +245,40 @@ def layers_in_ring(L: int, operands: Operands) -> int:
     return max(1, int(room * 3 / 4))  # the strips of R need room, too
 
 
+def form_places(L: int, d: int, operands: Operands, tiles: Tiles) -> tuple[int, int]:
+    """How many M, and how many strips of R, lie in scratch at a time."""
+    size, steps = operands.dtype.itemsize, cdiv(d, tiles.m)
+    layers = min(L, layers_in_ring(L, operands))
+    budget = 4 * L * d * d // PIECES - layers * d * d * size
+    return layers, ring_slots(L * steps, d * tiles.m * size, budget, steps)
+
+
+def associate_slots(L: int, n: int, d: int, operands: Operands, tiles: Tiles) -> int:
+    """How many strips of `z R` lie in scratch at a time."""
+    slot_bytes = n * tiles.n * operands.dtype.itemsize
+    tiles_of_strip = min(cdiv(n, tiles.m), cdiv(d, tiles.m))
+    return ring_slots(L * cdiv(d, tiles.n), slot_bytes, 4 * L * d * d // PIECES, tiles_of_strip)
+
+
+def in_flight(L: int, n: int, d: int, operands: Operands, device: torch.device) -> int:
+    """How many tiles the Triton kernel can work on at a time: few, where an eighth of R is little scratch."""
+    if not L or not n or not d:
+        return 0
+    if forms_M(L, n, d, operands):
+        tiles = _dispatch.tiles("update_form", operands.kind, d, device)
+        return form_places(L, d, operands, tiles)[1] * cdiv(d, tiles.m)
+    tiles = _dispatch.tiles("update_associate", operands.kind, d, device)
+    slots = associate_slots(L, n, d, operands, tiles)
+    return slots * min(cdiv(n, tiles.m), cdiv(d, tiles.m))
+
+
 def _triton_form(R: Tensor, z: Tensor, lr: Tensor, kappa: float, operands: Operands, tiles: Tiles) -> None:
     L, n, d = z.shape
-    block, dtype = tiles.m, operands.dtype
-    layers = min(L, layers_in_ring(L, operands))
-    budget = R.nbytes // PIECES - layers * d * d * dtype.itemsize
-    steps = cdiv(d, block)
-    slots = ring_slots(L * steps, d * block * dtype.itemsize, budget, steps)
-    items, length = form_tables(L, d, block, layers, slots, device=R.device)
+    block = tiles.m
+    # M has the squares of z, for which fp16 has no range.
+    dtype = torch.bfloat16 if operands.dtype == torch.float16 else operands.dtype
+    layers, slots = form_places(L, d, operands, tiles)
+    items, length = form_tables(L, cdiv(d, block), layers, slots, device=R.device)
     rate, rate_constants = rate_arguments(lr, R.device)
     _triton.launch(
         form_kernel,
@@ -263,7 +293,8 @@ def _triton_form(R: Tensor, z: Tensor, lr: Tensor, kappa: float, operands: Opera
         },
         {
             **rate_constants, "FIELDS": FIELDS, "LAYERS_IN_RING": layers,
-            **operand_constants(operands), "EVEN_K": d % tiles.k == 0, "BLOCK": block, "BLOCK_K": tiles.k,
+            **operand_constants(operands), "HELD": dtype_name(dtype), "EVEN_K": d % tiles.k == 0,
+            "BLOCK": block, "BLOCK_K": tiles.k,
         },
         tiles.warps,
         tiles.stages,
@@ -274,10 +305,9 @@ def _triton_associate(
     R: Tensor, z: Tensor, lr: Tensor, kappa: float, operands: Operands, tiles: Tiles
 ) -> None:
     L, n, d = z.shape
-    strips = L * cdiv(d, tiles.n)
-    slot_bytes = n * tiles.n * operands.dtype.itemsize
-    slots = ring_slots(strips, slot_bytes, R.nbytes // PIECES, min(cdiv(n, tiles.m), cdiv(d, tiles.m)))
-    items, length = associate_tables(L, n, d, tiles.m, tiles.n, slots, device=R.device)
+    samples, rows, columns = cdiv(n, tiles.m), cdiv(d, tiles.m), cdiv(d, tiles.n)
+    slots = associate_slots(L, n, d, operands, tiles)
+    items, length = associate_tables(L, samples, rows, columns, slots, device=R.device)
     rate, rate_constants = rate_arguments(lr, R.device)
     _triton.launch(
         associate_kernel,
@@ -325,7 +355,8 @@ def triton_update(R: Tensor, z: Tensor, lr: Tensor, kappa: float) -> None:
         _triton_associate(R, z, lr, kappa, operands, tiles)
 
 
-def _eager_update(R: Tensor, z: Tensor, lr: Tensor, kappa: float) -> None:
+def eager_update(R: Tensor, z: Tensor, lr: Tensor, kappa: float) -> None:
+    """`R -= lr M R` by PyTorch's products; z has rows."""
     _, n, d = z.shape
     z = z.to(R.dtype)
     if forms_correlation(n, d):
@@ -353,7 +384,7 @@ def _update(R: Tensor, z: Tensor, lr: Tensor, kappa: float, backend: str) -> Non
         "update_form" if forms_M(L, n, d, kind) else "update_associate",
         kind.kind,
         R.device,
-        {"d": d, "n": n, "work": L * d},
+        {"d": d, "n": n, "flight": in_flight(L, n, d, kind, R.device)},
         lambda name: torch.ops.dbpkern.update_(R.clone(), z, lr, kappa, name),
     )
     if z.numel() == 0:
@@ -362,7 +393,7 @@ def _update(R: Tensor, z: Tensor, lr: Tensor, kappa: float, backend: str) -> Non
         triton_update(R, z, lr, kappa)
         return
     with autocast_off(R.device):
-        _eager_update(R, z, lr, kappa)
+        eager_update(R, z, lr, kappa)
 
 
 @_update.register_fake
