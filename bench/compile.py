@@ -101,6 +101,7 @@ def _fused(d: int, dtype: torch.dtype) -> None:
 
 def _lowrank(d: int, dtype: torch.dtype, r: int) -> None:
     triton_lowrank(meta(1, 4 * d, d, dtype=dtype), meta(1, d, r), meta(1, r, r), dtype)
+    triton_lowrank(meta(1, 4 * d, d), meta(1, d, r), meta(1, r, r), dtype)  # a weight under autocast
 
 
 # op -> the table whose rows it uses, and its launches at width d with samples of a dtype

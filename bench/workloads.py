@@ -87,8 +87,8 @@ class Arm:
         group: names what is computed where that is not what the workload's first arm computes.
         backend: of ours, by name; None: the automatic choice.
         compiled: uses torch.compile.
-        halves: rounds fp32 operands to bf16 and sums in fp32; raises `NotImplementedError` where PyTorch has no
-            such product, as on the CPU if the result is fp32.
+        halves: rounds fp32 operands to bf16 and sums in fp32. PyTorch has no such product with an fp32 result
+            on the CPU; there it raises `NotImplementedError`.
         kind: operands of its products: "ieee", "tf32" or "16bit"; None: as PyTorch's setting says.
         capturable: whether it may be in a CUDA graph; a host that reads results may not.
         cost: of a group of its own, or of a published arm that has to compute more than the workload.

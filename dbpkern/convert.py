@@ -268,8 +268,8 @@ def decorrelate(
 def fuse(model: nn.Module) -> nn.Module:
     """Fold every R into its weight, `W <- W R`, and put stock layers back, in place.
 
-    The model computes the same function, bit for bit where it computed in the folded form, with the
-    stock state_dict; Parameters stay the same objects.
+    The model computes the same function with the stock state_dict: bit for bit where it folded by PyTorch's
+    products without autocast, to rounding otherwise. Parameters stay the same objects.
 
     Returns:
         The model.

@@ -355,9 +355,9 @@ class TestLowRankOfWidths:
         if op == "lowrank_apply_":
             return [workloads.lowrank_apply_(1, d, r)]  # fp32 always
         if op == "lowrank_statistics":
-            return [workloads.lowrank_statistics(1, 96, d, r, "bf16")]
+            return [workloads.lowrank_statistics(1, 320, d, r, "bf16")]
         if op == "model_update":
-            return [workloads.model_update([(d, 1)], 96, "bf16", r)]
+            return [workloads.model_update([(d, 1)], 320, "bf16", r)]
         make = workloads.lowrank_fold if op == "lowrank_fold" else workloads.lowrank_transform
         lead = (5,) if op == "lowrank_fold" else (2, 5)
         return [make(*lead, d, r, "bf16", mode) for mode in ("forward", "backward")]

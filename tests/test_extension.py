@@ -1,7 +1,7 @@
 """The CUDA extension: its planner, its kernel's own source in an emulated GPU, its build and its loading.
 
 Tests that need a C++ compiler, ninja or nvcc are skipped where that is missing, unless the environment
-variable CI is set: then they fail. Those on a GPU need nvcc and ninja only where there is no build yet.
+variable CI is set: then they fail. Those on a GPU need these only where there is no build yet.
 """
 
 import ctypes
@@ -630,11 +630,11 @@ class TestLoading:
         monkeypatch.setattr(extension.shutil, "which", lambda *args, **kwargs: None)
         with pytest.raises(extension.ToolMissing, match="ninja is missing"):
             extension._find_ninja()
-        monkeypatch.delitem(sys.modules, "ninja")
+        del sys.modules["ninja"]
 
     def test_with_a_broken_compiler(self, monkeypatch, caplog, tmp_path):
         pretend_gpus(monkeypatch, (9, 0))
-        stub_toolkit(monkeypatch, tmp_path, "echo some warning; echo nvcc fatal: out of order; exit 3")
+        stub_toolkit(monkeypatch, tmp_path, "echo some warning; echo nvcc fatal: out of order; exit 1")
         reason = refused(caplog, logging.WARNING, builds=True)
         assert "the build failed with status 1: nvcc fatal: out of order" in reason
         log = extension.cache_folder() / "failed.log"
@@ -935,7 +935,7 @@ class TestCommand:
         def fail():
             raise RuntimeError("Could not determine home directory.")
 
-        stub_toolkit(monkeypatch, tmp_path, "echo nvcc fatal: out of order; exit 3")
+        stub_toolkit(monkeypatch, tmp_path, "echo nvcc fatal: out of order; exit 1")
         monkeypatch.setattr(Path, "home", fail)
         for name in ("TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME"):
             monkeypatch.delenv(name, raising=False)
@@ -1002,7 +1002,7 @@ class TestCommand:
 @pytest.fixture(scope="module")
 def built(cache, tmp_path_factory):
     """Folder of a build for `ARCHITECTURES`, and what the command printed."""
-    require(extension._find_nvcc, extension._find_ninja)
+    require(extension._find_nvcc, extension._find_ninja, extension._find_compiler)
     folder = tmp_path_factory.mktemp("build") / "out"
     command = [sys.executable, "-m", "dbpkern.extension", "--arch", *ARCHITECTURES, "--out", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
@@ -1060,7 +1060,7 @@ class TestOnGPU:
             pytest.skip("the GPU is older than compute capability 8.0")
         ops = extension.load()
         if ops is None:
-            require(extension._find_nvcc, extension._find_ninja)
+            require(extension._find_nvcc, extension._find_ninja, extension._find_compiler)
             pytest.fail(extension.why())
         return ops
 

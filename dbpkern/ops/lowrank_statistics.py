@@ -26,6 +26,8 @@ def _cuda_refusal(x: Tensor, Q: Tensor) -> str | None:
     _, d, r = Q.shape
     if r not in RANKS or r > d:
         return f"it serves ranks from {RANKS.start} to {RANKS.stop - 1} and at most d = {d}, got {r}"
+    if torch.cuda.get_device_capability(x.device) < (8, 0):
+        return "it needs compute capability 8.0 or newer"
     from dbpkern import extension  # here: it builds or loads a library when it is first asked for one
 
     return extension.why() if extension.load() is None else None
