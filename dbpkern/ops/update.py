@@ -103,12 +103,12 @@ def moment_tile(
             rows = tl.load(index + rows, mask=k < N - start, other=0)
             known = ((rows >= 0) & (rows < ROWS))[:, None]
             left = tl.load(features + rows[:, None] * z_n, mask=k_in & m_in & known, other=0.0)
-            left = tl.where(known, left, float("nan"))
+            values = tl.where(known, left.to(tl.float32), float("nan"))  # U has NaN in such rows already
         else:
             left = tl.load(features + rows[:, None] * z_n, mask=k_in & m_in, other=0.0)  # [BLOCK_K, BLOCK_M]
+            values = left.to(tl.float32)
         acc = dot(tl.trans(left), U, acc, OPERAND, PRECISION, EMULATE)
-        left = left.to(tl.float32)
-        squares += tl.sum(left * left, axis=0)
+        squares += tl.sum(values * values, axis=0)
     return acc, squares
 
 
