@@ -470,14 +470,14 @@ def test_a_compiled_graph_calls_the_kernels(small_tiles):
 
 
 SCHEDULES = {
-    "apply_": lambda: apply.apply_schedule(3, 4, 2, 4),
-    "apply_, one slot": lambda: apply.apply_schedule(2, 3, 3, 1),
-    "apply_, odd": lambda: apply.apply_schedule(1, 7, 7, 3),
+    "apply_": lambda: _pipeline.strip_schedule(3, 4, 4, 2, 4),
+    "apply_, one slot": lambda: _pipeline.strip_schedule(2, 3, 3, 3, 1),
+    "apply_, odd": lambda: _pipeline.strip_schedule(1, 7, 7, 7, 3),
     "update_, M formed": lambda: update.form_schedule(9, 4, 4, 6),
     "update_, M formed in one place": lambda: update.form_schedule(3, 3, 1, 2),
     "update_, M formed in two places": lambda: update.form_schedule(5, 3, 2, 2),
-    "update_, associated": lambda: update.associate_schedule(4, 2, 4, 2, 5),
-    "update_, associated in one slot": lambda: update.associate_schedule(2, 5, 2, 2, 1),
+    "update_, associated": lambda: _pipeline.strip_schedule(4, 2, 4, 2, 5),
+    "update_, associated in one slot": lambda: _pipeline.strip_schedule(2, 5, 2, 2, 1),
     "fused_step": lambda: fused.fused_schedule(5, 2, 4, 2),
 }
 
@@ -554,11 +554,8 @@ def test_slots_are_overwritten_only_when_they_were_read(case, workers):
 @pytest.mark.parametrize(("L", "rows", "columns"), [(3, 4, 2), (1, 2, 2)])
 def test_every_tile_of_R_is_updated_once(L, rows, columns):
     everywhere = set(itertools.product(range(L), range(rows), range(columns)))
-    for schedule, kind in (
-        (apply.apply_schedule(L, rows, columns, 3), apply.APPLY),
-        (update.associate_schedule(L, 3, rows, columns, 3), update.UPDATE),
-    ):
-        assert {item[1:4] for item in schedule.items if item[0] == kind} == everywhere
+    schedule = _pipeline.strip_schedule(L, 3, rows, columns, 3)
+    assert {item[1:4] for item in schedule.items if item[0] == _pipeline.FINISH} == everywhere
     schedule = update.form_schedule(L, rows, 1, 3)
     tiles = {item[1:3] for item in schedule.items if item[0] == update.GRAM}
     assert tiles == set(itertools.product(range(L), range(rows * (rows + 1) // 2)))

@@ -11,12 +11,17 @@ however few programs run at a time, also one after the other in the interpreter.
     slots        0   1       0       1                  write over it, once B_i is done
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from dbpkern.ops._triton import jit, tl
+
+PREPARE, FINISH = 0, 1
+"""The kinds of items of `strip_schedule`."""
 
 FIELDS = 11
 """Numbers of an item: kind, layer, row, column, slot, two counters with counts to await, two to raise."""
@@ -56,6 +61,35 @@ class Schedule:
             table = table.pin_memory()
         table = table.to(device, non_blocking=True)
         return table, self.counters + 1  # the last counts tickets
+
+
+def strip_schedule(L: int, before: int, after: int, columns: int, slots: int) -> Schedule:
+    """Strips of columns of R in two phases: PREPARE fills a ring's slot, FINISH reads it half a ring later.
+
+    A strip of one of L layers has `before` items of the first phase and `after` tiles of R, a layer `columns`
+    strips. Strip t lies in slot t modulo `slots`.
+    """
+    schedule = Schedule()
+    prepared = [schedule.counter() for _ in range(L * columns)]
+    finished = [schedule.counter() for _ in range(L * columns)]
+    ahead = slots // 2
+    for t in range(len(prepared) + ahead):
+        if t < len(prepared):
+            free = ((finished[t - slots], after),) if t >= slots else ()
+            for row in range(before):
+                schedule.add(PREPARE, t // columns, row, t % columns, t % slots, free, (prepared[t],))
+        s = t - ahead
+        if s >= 0:
+            for row in range(after):
+                ready = ((prepared[s], before),)
+                schedule.add(FINISH, s // columns, row, s % columns, s % slots, ready, (finished[s],))
+    return schedule
+
+
+@functools.cache  # for good: captured CUDA graphs read the tables
+def tables(make: Callable[..., Schedule], *shape: int, device: torch.device) -> tuple[Tensor, int]:
+    """`make(*shape)` on a device: written once for a shape."""
+    return make(*shape).tables(device)
 
 
 def new_counters(length: int, device: torch.device) -> Tensor:

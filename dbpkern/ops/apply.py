@@ -1,7 +1,5 @@
 """`R <- R - lr M R`: the decorrelation step from finished statistics."""
 
-import functools
-
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -19,15 +17,21 @@ from dbpkern.ops._common import (
 )
 from dbpkern.ops._dispatch import Operands, Tiles
 from dbpkern.ops._matmul import cdiv, operand_constants, product_tile, rounded, within_reach
-from dbpkern.ops._pipeline import FIELDS, Schedule, new_counters, raise_counters, take_item, wait_for_inputs
+from dbpkern.ops._pipeline import (
+    FIELDS,
+    new_counters,
+    raise_counters,
+    strip_schedule,
+    tables,
+    take_item,
+    wait_for_inputs,
+)
 from dbpkern.ops._triton import jit, tl
 
 # R is updated in at least this many pieces, each read into scratch before it is overwritten.
 PIECES = 8
 # Strips in scratch beyond these bring nothing: so many tiles keep any GPU busy between two phases.
 TILES_IN_FLIGHT = 1024
-
-COPY, APPLY = 0, 1
 
 
 @jit
@@ -81,7 +85,10 @@ def apply_kernel(
     OPERAND: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """`R [L, D, D] -= lr M R` in place: strips of columns are copied aside, then overwritten tile by tile."""
+    """`R [L, D, D] -= lr M R` in place: strips of columns are copied aside, then overwritten tile by tile.
+
+    The items are those of `strip_schedule`.
+    """
     item = take_item(items, counters, TICKETS, FIELDS)
     kind = tl.load(item)
     layer = tl.load(item + 1).to(tl.int64)
@@ -112,34 +119,6 @@ def ring_slots(strips: int, slot_bytes: int, budget_bytes: int, tiles: int) -> i
     return max(1, min(strips, useful, budget_bytes // slot_bytes))
 
 
-def apply_schedule(L: int, rows: int, columns: int, slots: int) -> Schedule:
-    """Copy strip after strip into a ring of slots, and apply M to each half a ring later.
-
-    R of L layers has `rows` times `columns` tiles; a strip is a column of tiles.
-    """
-    schedule = Schedule()
-    copied = [schedule.counter() for _ in range(L * columns)]
-    applied = [schedule.counter() for _ in range(L * columns)]
-    ahead = slots // 2
-    for t in range(len(copied) + ahead):
-        if t < len(copied):
-            free = ((applied[t - slots], rows),) if t >= slots else ()
-            for row in range(rows):
-                schedule.add(COPY, t // columns, row, t % columns, t % slots, free, (copied[t],))
-        s = t - ahead
-        if s >= 0:
-            for row in range(rows):
-                ready = ((copied[s], rows),)
-                schedule.add(APPLY, s // columns, row, s % columns, s % slots, ready, (applied[s],))
-    return schedule
-
-
-@functools.cache  # for good: captured CUDA graphs read the tables
-def apply_tables(*shape: int, device: torch.device) -> tuple[Tensor, int]:
-    """`apply_schedule` on a device: written once for a shape."""
-    return apply_schedule(*shape).tables(device)
-
-
 def rate_arguments(lr: Tensor, device: torch.device) -> tuple[dict[str, object], dict[str, object]]:
     """Arguments and constants for a kernel that calls `load_rate`."""
     if lr.device.type == "cpu" and lr.dim() == 0 and device.type != "cpu":
@@ -157,7 +136,8 @@ def triton_apply(R: Tensor, M: Tensor, lr: Tensor) -> None:
     operands = _dispatch.operands(M.dtype, R.dtype)
     tiles = _dispatch.tiles("apply_", operands.kind, d, R.device)
     slots = apply_slots(L, d, operands, tiles)
-    items, length = apply_tables(L, cdiv(d, tiles.m), cdiv(d, tiles.n), slots, device=R.device)
+    rows, columns = cdiv(d, tiles.m), cdiv(d, tiles.n)
+    items, length = tables(strip_schedule, L, rows, rows, columns, slots, device=R.device)
     rate, rate_constants = rate_arguments(lr, R.device)
     _triton.launch(
         apply_kernel,

@@ -5,8 +5,6 @@ thirds of d one, after the zeroing of its counters; otherwise those of `transfor
 `apply_`, with a gathering of the samples and a copy of R between them.
 """
 
-import functools
-
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -33,7 +31,15 @@ from dbpkern.ops._matmul import (
     rounded,
     within_reach,
 )
-from dbpkern.ops._pipeline import FIELDS, Schedule, new_counters, raise_counters, take_item, wait_for_inputs
+from dbpkern.ops._pipeline import (
+    FIELDS,
+    Schedule,
+    new_counters,
+    raise_counters,
+    tables,
+    take_item,
+    wait_for_inputs,
+)
 from dbpkern.ops._triton import jit, tl
 from dbpkern.ops.apply import load_rate, rate_arguments
 from dbpkern.ops.update import eager_update, forms_correlation, moment_tile, store_updated
@@ -172,12 +178,6 @@ def fused_schedule(tokens: int, samples: int, rows: int, columns: int) -> Schedu
     return schedule
 
 
-@functools.cache  # for good: captured CUDA graphs read the tables
-def fused_tables(*shape: int, device: torch.device) -> tuple[Tensor, int]:
-    """`fused_schedule` on a device: written once for a shape."""
-    return fused_schedule(*shape).tables(device)
-
-
 def fits_on_chip(d: int, samples: int, operands: Operands) -> bool:
     """Whether R and its update are left to one program."""
     return d <= ON_CHIP[operands.kind] and samples <= ON_CHIP_SAMPLES
@@ -220,7 +220,7 @@ def triton_fused(
     tiles = _dispatch.tiles("fused_pipeline", operands.kind, d, x.device)
     columns = cdiv(d, tiles.n)
     shape = (cdiv(n, tiles.m), cdiv(samples, tiles.m), cdiv(d, tiles.m), columns)
-    items, length = fused_tables(*shape, device=x.device)
+    items, length = tables(fused_schedule, *shape, device=x.device)
     U = torch.empty(columns, samples, tiles.n, dtype=operands.dtype, device=x.device)
     counters = new_counters(length, x.device)
     _triton.launch(

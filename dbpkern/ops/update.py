@@ -1,7 +1,5 @@
 """`R <- R - lr M R` straight from the samples, by the cheaper association."""
 
-import functools
-
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -28,7 +26,16 @@ from dbpkern.ops._matmul import (
     rounded,
     within_reach,
 )
-from dbpkern.ops._pipeline import FIELDS, Schedule, new_counters, raise_counters, take_item, wait_for_inputs
+from dbpkern.ops._pipeline import (
+    FIELDS,
+    Schedule,
+    new_counters,
+    raise_counters,
+    strip_schedule,
+    tables,
+    take_item,
+    wait_for_inputs,
+)
 from dbpkern.ops._triton import jit, tl
 from dbpkern.ops.apply import (
     PIECES,
@@ -42,8 +49,7 @@ from dbpkern.ops.apply import (
 )
 from dbpkern.ops.correlation import gram_tile, store_symmetric, triangle_position
 
-GRAM, COPY, APPLY = 0, 1, 2  # M is formed
-PROJECT, UPDATE = 0, 1  # M is not
+GRAM, COPY, APPLY = 0, 1, 2
 
 
 @jit
@@ -142,7 +148,10 @@ def associate_kernel(
     OPERAND: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """`R [L, D, D] -= lr M R` as `z^T (z R)`, M never formed: `z R` lies in a ring of strips of columns."""
+    """`R [L, D, D] -= lr M R` as `z^T (z R)`, M never formed: `z R` lies in a ring of strips of columns.
+
+    The items are those of `strip_schedule`.
+    """
     item = take_item(items, counters, TICKETS, FIELDS)
     kind = tl.load(item)
     layer = tl.load(item + 1).to(tl.int64)
@@ -203,40 +212,6 @@ def form_schedule(L: int, steps: int, layers: int, slots: int) -> Schedule:
     return schedule
 
 
-def associate_schedule(L: int, samples: int, rows: int, columns: int, slots: int) -> Schedule:
-    """`z R` of `slots` strips lies in scratch at a time; each strip of R is overwritten half a ring later.
-
-    z of a layer has `samples` tiles of rows, R has `rows` times `columns` tiles.
-    """
-    schedule = Schedule()
-    projected = [schedule.counter() for _ in range(L * columns)]
-    updated = [schedule.counter() for _ in range(L * columns)]
-    ahead = slots // 2
-    for t in range(len(projected) + ahead):
-        if t < len(projected):
-            free = ((updated[t - slots], rows),) if t >= slots else ()
-            for row in range(samples):
-                schedule.add(PROJECT, t // columns, row, t % columns, t % slots, free, (projected[t],))
-        s = t - ahead
-        if s >= 0:
-            for row in range(rows):
-                ready = ((projected[s], samples),)
-                schedule.add(UPDATE, s // columns, row, s % columns, s % slots, ready, (updated[s],))
-    return schedule
-
-
-@functools.cache  # for good: captured CUDA graphs read the tables
-def form_tables(*shape: int, device: torch.device) -> tuple[Tensor, int]:
-    """`form_schedule` on a device: written once for a shape."""
-    return form_schedule(*shape).tables(device)
-
-
-@functools.cache  # for good: captured CUDA graphs read the tables
-def associate_tables(*shape: int, device: torch.device) -> tuple[Tensor, int]:
-    """`associate_schedule` on a device: written once for a shape."""
-    return associate_schedule(*shape).tables(device)
-
-
 def layers_in_ring(L: int, operands: Operands) -> int:
     """How many M fit into the larger part of the scratch, R/8 in all; none where the stack is too small."""
     room = 4 * L / (PIECES * operands.dtype.itemsize)  # in matrices d x d
@@ -278,7 +253,7 @@ def _triton_form(R: Tensor, z: Tensor, lr: Tensor, kappa: float, operands: Opera
     # M has the squares of z, for which fp16 has no range.
     dtype = torch.bfloat16 if operands.dtype == torch.float16 else operands.dtype
     layers, slots = form_places(L, d, operands, tiles)
-    items, length = form_tables(L, cdiv(d, block), layers, slots, device=R.device)
+    items, length = tables(form_schedule, L, cdiv(d, block), layers, slots, device=R.device)
     rate, rate_constants = rate_arguments(lr, R.device)
     _triton.launch(
         form_kernel,
@@ -307,7 +282,7 @@ def _triton_associate(
     L, n, d = z.shape
     samples, rows, columns = cdiv(n, tiles.m), cdiv(d, tiles.m), cdiv(d, tiles.n)
     slots = associate_slots(L, n, d, operands, tiles)
-    items, length = associate_tables(L, samples, rows, columns, slots, device=R.device)
+    items, length = tables(strip_schedule, L, samples, rows, columns, slots, device=R.device)
     rate, rate_constants = rate_arguments(lr, R.device)
     _triton.launch(
         associate_kernel,
