@@ -367,6 +367,8 @@ def permit():
     """Lets a test give a permission, and takes it back."""
     settings = (torch.backends, *MATMUL.values())
     before = [setting.fp32_precision for setting in settings]
+    for setting in settings:
+        setting.fp32_precision = "none"  # another test may have left a word of its own
     yield lambda name: PERMISSIONS[name]()
     torch.set_float32_matmul_precision("highest")  # the older interface remembers its own word
     for setting, precision in zip(settings, before, strict=True):
