@@ -11,6 +11,7 @@ from dbpkern import ops
 from dbpkern.convert import decorrelate, fuse
 from dbpkern.nn import DecorConv2d, DecorLinear, DecorMultiheadAttention
 from dbpkern.optim import DecorSGD
+from dbpkern.precondition import DecorPreconditioner
 
 __version__ = "0.1.0"
 
@@ -18,6 +19,7 @@ __all__ = [
     "DecorConv2d",
     "DecorLinear",
     "DecorMultiheadAttention",
+    "DecorPreconditioner",
     "DecorSGD",
     "decorrelate",
     "fuse",

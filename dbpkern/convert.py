@@ -11,6 +11,7 @@ from dbpkern.nn import (
     DecorMultiheadAttention,
     Decorrelated,
     check_form,
+    is_sharded,
     structure_of,
 )
 
@@ -40,6 +41,8 @@ _CONVERTERS = {
 }
 
 Filter = Callable[[str, nn.Module], bool]
+Chosen = Mapping[str, tuple[nn.Module, str | None]]
+"""Layers by name, with the site at which each stands, if known."""
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -150,18 +153,43 @@ def check_kind(name: str, module: nn.Module) -> None:
         )
 
 
-def _check_servable(model: nn.Module, chosen: dict[str, tuple[nn.Module, str | None]]) -> None:
-    """Refuse layers in which R would be ignored or would do harm."""
-    modules = dict(model.named_modules())
+def check_weights(model: nn.Module, chosen: Chosen) -> None:
+    """Raise ValueError for layers whose weight is no Parameter of theirs alone, or of a class not known."""
     users: dict[int, list[tuple[nn.Module, str]]] = {}
-    for name, module in modules.items():
+    for name, module in model.named_modules():
         for key, parameter in module._parameters.items():
             users.setdefault(id(parameter), []).append((module, f"{name}.{key}"))
+    for name, (module, _) in chosen.items():
+        check_kind(name, module)
+        weight = module.in_proj_weight if isinstance(module, nn.MultiheadAttention) else module.weight
+        if weight is None:
+            continue  # separate q, k and v projections: whoever takes the layer says so
+        if not isinstance(weight, nn.Parameter):
+            raise ValueError(
+                f"{name}: its weight is not a Parameter but computed from others, as pruning and weight_norm "
+                "do, so what R does to it would be lost; exclude it with filter"
+            )
+        tied = [label for user, label in users[id(weight)] if user is not module]
+        if tied:
+            raise ValueError(
+                f"{name}: its weight is tied to {', '.join(tied)}; what R does to it would change "
+                "that layer, too; exclude it with filter"
+            )
+
+
+def _check_replaceable(model: nn.Module, chosen: Chosen) -> None:
+    """Refuse layers that a decorrelated one cannot stand in for."""
+    modules = dict(model.named_modules())
     for name, (module, _) in chosen.items():
         if not name:
             raise ValueError(
                 f"the model itself is a {type(module).__name__}, which cannot be replaced in place; use "
                 "DecorLinear.from_linear, DecorConv2d.from_conv or DecorMultiheadAttention.from_attention"
+            )
+        if is_sharded(module):
+            raise ValueError(
+                f"{name}: the model is sharded already, and FSDP holds on to the layers that it was given; "
+                "call decorrelate(model) before fully_shard"
             )
         check_kind(name, module)
         owner = modules[name.rpartition(".")[0]]
@@ -170,25 +198,44 @@ def _check_servable(model: nn.Module, chosen: dict[str, tuple[nn.Module, str | N
                 f"{name}: {type(owner).__name__} reads this layer's weight without calling the layer, so "
                 "its R would be ignored; exclude it with filter"
             )
-        weight = module.in_proj_weight if isinstance(module, nn.MultiheadAttention) else module.weight
-        if weight is None:
-            continue  # separate q, k and v projections: from_attention says so
-        if not isinstance(weight, nn.Parameter):
-            raise ValueError(
-                f"{name}: its weight is not a Parameter but computed from others, as pruning and weight_norm "
-                "do, so fusing R into it would be lost; exclude it with filter"
-            )
-        tied = [label for user, label in users[id(weight)] if user is not module]
-        if tied:
-            raise ValueError(
-                f"{name}: its weight is tied to {', '.join(tied)}; fusing R into it would change "
-                "that layer, too; exclude it with filter"
-            )
+    check_weights(model, chosen)
 
 
-def _ranks(
-    rank: int | Mapping[str, int] | None, chosen: dict[str, tuple[nn.Module, str | None]]
-) -> dict[str, int | None]:
+def check_stock(model: nn.Module) -> None:
+    """Raise ValueError if the model has decorrelated layers."""
+    already = [name for name, module in model.named_modules() if isinstance(module, Decorrelated)]
+    if already:
+        raise ValueError(
+            f"the model is decorrelated already ({already[0]} and {len(already) - 1} more layers); "
+            "name all sites in one call, or fuse(model) first"
+        )
+
+
+def inputs_of(chosen: Chosen) -> list[list[str]]:
+    """The chosen layers, in groups that read one input.
+
+    One block's projections of one site and width do, in timm's and Hugging Face's models; every other layer
+    is a group of its own.
+    """
+    groups: dict[tuple, list[str]] = {}
+    for name, (module, site) in chosen.items():
+        shares = site in ("qkv", "fc1") and isinstance(module, nn.Linear)
+        key = (name.rpartition(".")[0], site, module.in_features) if shares else (name,)
+        groups.setdefault(key, []).append(name)
+    return list(groups.values())
+
+
+def share_inputs(chosen: Chosen, holders: Mapping[str, object]) -> None:
+    """Give one R to the holders of layers that read one input, decorrelated or preconditioned ones."""
+    for first, *others in inputs_of(chosen):
+        if others:
+            tie = object()
+            for name in (first, *others):
+                holders[name].shared = tie
+                holders[name].factors = holders[first].factors
+
+
+def ranks_of(rank: int | Mapping[str, int] | None, chosen: Chosen) -> dict[str, int | None]:
     """The rank of R for each chosen layer, None for a full one."""
     if not isinstance(rank, Mapping):
         structure_of(rank)
@@ -232,36 +279,24 @@ def decorrelate(
     Raises:
         TypeError: a rank that is no integer.
         ValueError: a site that matches nothing (the message lists what exists) or that cannot be served, a
-            filter that leaves nothing, a model that is converted already, tied weights, an unknown form, a
-            rank below 1 or above a layer's width, ranks for a site that is not chosen. The model is
+            filter that leaves nothing, a model that is converted or sharded already, tied weights, an unknown
+            form, a rank below 1 or above a layer's width, ranks for a site that is not chosen. The model is
             unchanged then, as it is after a TypeError.
     """
     check_form(form)
-    already = [name for name, module in model.named_modules() if isinstance(module, Decorrelated)]
-    if already:
-        raise ValueError(
-            f"the model is decorrelated already ({already[0]} and {len(already) - 1} more layers); "
-            "name all sites in one call, or fuse(model) first"
-        )
+    check_stock(model)
     chosen = select(model, sites, filter)
-    ranks = _ranks(rank, chosen)
-    _check_servable(model, chosen)
-    converted: dict[int, nn.Module] = {}
-    inputs: dict[tuple, Decorrelated] = {}
+    ranks = ranks_of(rank, chosen)
+    _check_replaceable(model, chosen)
+    converted: dict[str, Decorrelated] = {}
     for name, (module, site) in chosen.items():
         try:
-            new = as_decorrelated(module, form, ranks[name])
+            converted[name] = as_decorrelated(module, form, ranks[name])
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        new.site = site
-        converted[id(module)] = new
-        if site in ("qkv", "fc1") and isinstance(new, DecorLinear):
-            # One block's projections of one site and width read one input: timm's and Hugging Face's do.
-            first = inputs.setdefault((name.rpartition(".")[0], site, new.in_features), new)
-            if first is not new:
-                first.shared = new.shared = first.shared or object()
-                new.factors = first.factors
-    _replace(model, converted)
+        converted[name].site = site
+    share_inputs(chosen, converted)
+    _replace(model, {id(module): converted[name] for name, (module, _) in chosen.items()})
     return model
 
 
@@ -269,20 +304,27 @@ def fuse(model: nn.Module) -> nn.Module:
     """Fold every R into its weight, `W <- W R`, and put stock layers back, in place.
 
     The model computes the same function with the stock state_dict: bit for bit where it folded by PyTorch's
-    products without autocast, to rounding otherwise. Parameters stay the same objects.
+    products without autocast, to rounding otherwise. Parameters stay the same objects. Under FSDP every
+    process folds its own rows of the weights, without communication, and the model stays sharded.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: nothing in the model is decorrelated, or the model itself is one such layer (its
-            `fused()` returns the stock layer).
+        ValueError: nothing in the model is decorrelated, the model itself is one such layer (its `fused()`
+            returns the stock layer), or a weight is not sharded by rows.
     """
     layers = {id(m): m for m in model.modules() if isinstance(m, Decorrelated)}
     if not layers:
         raise ValueError("fuse: expected a model with decorrelated layers, found none")
     if isinstance(model, Decorrelated):
         raise ValueError("fuse: the model itself is a decorrelated layer; call its fused() instead")
+    if any(is_sharded(layer) for layer in layers.values()):
+        from torch.distributed.fsdp import FSDPModule  # slow to import, and rarely needed
+
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # the root's weights stay gathered after a forward
     _replace(model, {key: layer.fused() for key, layer in layers.items()})
     return model
 

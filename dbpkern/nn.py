@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dbpkern import distributed, ops
+from dbpkern.rows import count_patches, count_tokens, pad, patch_grid, take_patches, take_tokens
 from dbpkern.sampling import Proposal, ProposingTap, Slot, Tap, derive_seed, slot_of
 
 FORMS = ("auto", "fold", "apply")
@@ -129,6 +130,11 @@ def _recast(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
     return new
 
 
+def is_sharded(module: nn.Module) -> bool:
+    """Whether `fully_shard` was applied to the module or to one that holds it."""
+    return getattr(module, "_is_fsdp_managed_module", False)  # set for torch.compile to know
+
+
 class Decorrelated(nn.Module):
     """What the decorrelated layers share: R, its precision, its checkpoints and its samples."""
 
@@ -198,12 +204,11 @@ class Decorrelated(nn.Module):
 
     def count_rows(self, x: Tensor) -> int:
         """Number of rows in the input x: its tokens."""
-        return x.numel() // x.shape[-1] if x.shape[-1] else 0
+        return count_tokens(x)
 
     def take_rows(self, x: Tensor, index: Tensor | None) -> Tensor:
         """The rows `index` of the input x, `[n_s, d]`; all of them for None."""
-        rows = x.reshape(-1, x.shape[-1])
-        return rows.clone() if index is None else rows.index_select(0, index)
+        return take_tokens(x, index)
 
     def _folds(self, rows: int) -> bool:
         return self.form == "fold" or (self.form == "auto" and rows > len(self._matrix()))
@@ -213,6 +218,38 @@ class Decorrelated(nn.Module):
         if self._key is None or not self.training or not torch.is_grad_enabled():
             return self._weight
         return Tap.apply(self._weight, x.detach(), self._key)
+
+    def _drop(self, folded: Tensor, weight: Tensor, x: Tensor, *outputs: Tensor | None) -> None:
+        """Free `folded`, the W R that made `outputs` from x, until their backward, which folds again.
+
+        Under FSDP alone: it frees the gathered weight in between, and W R, as large, must not outlive it.
+        """
+        if not is_sharded(self) or torch.compiler.is_compiling():
+            return
+        # What activation checkpointing repeats within a backward is used at once.
+        if not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
+            return
+        users = [y.grad_fn for y in outputs if y is not None and y.grad_fn is not None]
+        later = folded.grad_fn or x.grad_fn  # its backward comes after all that read W R
+        if not users or later is None:
+            return
+        folded, weight = folded.data, weight.detach()  # .data: to fill it again is no change to autograd
+        storage = folded.untyped_storage()
+        size = storage.nbytes()
+
+        @torch.no_grad()
+        def fill(_) -> None:
+            if not storage.nbytes():
+                storage.resize_(size)
+                folded.copy_(self.fold(weight.flatten(1), folded.dtype).view_as(folded))
+
+        def free(_=None) -> None:
+            storage.resize_(0)
+
+        for user in users:
+            user.register_prehook(fill)
+        later.register_prehook(free)
+        free()
 
     def _applied(self, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """z of all `rows [*, d]` of the input x, and the weight, tied to x as by `_tapped`.
@@ -240,7 +277,8 @@ class Decorrelated(nn.Module):
         if self._key is None or torch.compiler.is_compiling() or distributed.world_size() > 1:
             return None
         wanted = self.training and torch.is_grad_enabled() and self.trains and rows.numel() > 0
-        return slot_of(self._key) if wanted and isinstance(self.structure, Full) else None
+        slot = slot_of(self._key) if wanted and isinstance(self.structure, Full) else None
+        return slot if slot is not None and slot.proposes() else None
 
     @property
     def trains(self) -> bool:
@@ -264,16 +302,48 @@ class Decorrelated(nn.Module):
             self.structure.reset(*self.factors)
 
     def fused(self) -> nn.Module:
-        """The stock layer with `W <- W R`, written into the same Parameter."""
+        """The stock layer with `W <- W R`, written into the same Parameter.
+
+        Under FSDP, where every process folds its own rows of W, the layer itself becomes the stock layer.
+
+        Raises:
+            ValueError: under FSDP, the weight is gathered or not sharded by rows.
+        """
+        rows = self._own_rows()
         with torch.no_grad():
-            self._weight.copy_(self.fold(self._matrix()).view_as(self._weight))
-        new = _recast(self, self.stock)
+            rows.copy_(self.fold(rows.flatten(1)).view_as(rows))
+        self.attach(None)
+        names = self.structure.names
+        new = self._restocked() if is_sharded(self) else _recast(self, self.stock)
         for name in ("form", "structure", "site", "shared", "_key"):
             del new.__dict__[name]
-        for name in self.structure.names:
+        for name in names:
             del new._buffers[name]
-        self.attach(None)
         return new
+
+    def _own_rows(self) -> Tensor:
+        """The rows of the weight that lie in this process."""
+        weight = self._weight
+        if not is_sharded(self):
+            return weight
+        if not hasattr(weight, "to_local"):
+            raise ValueError(
+                "fused: expected the weight as FSDP shards it, but it is gathered now; call reshard() on the "
+                "module that fully_shard was applied to, or fuse(model)"
+            )
+        if any(p.is_shard() and not p.is_shard(0) for p in weight.placements):
+            raise ValueError(f"fused: expected a weight sharded by rows, Shard(0), got {weight.placements}")
+        return weight.to_local()
+
+    def _restocked(self) -> nn.Module:
+        # FSDP puts the gathered weight into the object that it was given: another would not get it.
+        from torch.distributed.fsdp import FSDPModule  # slow to import, and rarely needed
+
+        cls = self.stock
+        if isinstance(self, FSDPModule):
+            cls = type(f"FSDP{cls.__name__}", (FSDPModule, cls), {"__deepcopy__": type(self).__deepcopy__})
+        self.__class__ = cls
+        return self
 
     def _apply(self, fn, recurse: bool = True):
         factors = self.factors
@@ -345,7 +415,11 @@ class DecorLinear(Decorrelated, nn.Linear):
         """`[*, d] -> [*, o]`."""
         x, dtype = _autocast(x)
         if self._folds(self.count_rows(x)):
-            return F.linear(x, self.fold(self._tapped(x), dtype), self.bias)
+            weight = self._tapped(x)
+            folded = self.fold(weight, dtype)
+            y = F.linear(x, folded, self.bias)
+            self._drop(folded, weight, x, y)
+            return y
         z, weight = self._applied(x, x)
         return F.linear(z, weight, self.bias)
 
@@ -382,47 +456,13 @@ class DecorConv2d(Decorrelated, nn.Conv2d):
     def _folds(self, rows: int) -> bool:
         return self.form != "apply"
 
-    def _padded(self, x: Tensor) -> Tensor:
-        margins = self._reversed_padding_repeated_twice
-        if not any(margins):
-            return x
-        return F.pad(x, margins, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
-
-    def _grid(self, x: Tensor) -> tuple[int, int]:
-        """Numbers of rows and columns of patches in the images x."""
-        left, right, top, bottom = self._reversed_padding_repeated_twice
-        sizes = (x.shape[-2] + top + bottom, x.shape[-1] + left + right)
-        return tuple(
-            (size - dilation * (kernel - 1) - 1) // stride + 1
-            for size, kernel, stride, dilation in zip(
-                sizes, self.kernel_size, self.stride, self.dilation, strict=True
-            )
-        )
-
     def count_rows(self, x: Tensor) -> int:
         """Number of patches in the images x, `[B, C, H, W]` or `[C, H, W]`."""
-        rows, columns = self._grid(x)
-        return (len(x) if x.dim() == 4 else 1) * rows * columns
+        return count_patches(self, x)
 
     def take_rows(self, x: Tensor, index: Tensor | None) -> Tensor:
         """The patches `index` of the images x, `[n_s, C kh kw]`; all of them for None."""
-        _, columns = self._grid(x)
-        if index is None:
-            index = torch.arange(self.count_rows(x), device=x.device)
-        x = x if x.dim() == 4 else x[None]
-        cells = self.count_rows(x) // len(x)
-        x = self._padded(x)
-        # Reads the sampled patches alone: unfolding every patch would copy the whole batch.
-        starts = (index % cells // columns, index % columns)
-        y, v = (
-            start[:, None] * stride + torch.arange(kernel, device=x.device) * dilation  # [n_s, k]
-            for start, stride, kernel, dilation in zip(
-                starts, self.stride, self.kernel_size, self.dilation, strict=True
-            )
-        )
-        image = (index // cells)[:, None, None]
-        patches = x[image, :, y[:, :, None], v[:, None, :]]  # [n_s, kh, kw, C]
-        return patches.permute(0, 3, 1, 2).flatten(1)
+        return take_patches(self, x, index)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, C, H, W] -> [B, o, H', W']`."""
@@ -430,11 +470,13 @@ class DecorConv2d(Decorrelated, nn.Conv2d):
         if self._folds(self.count_rows(x)):
             weight = self._tapped(x)
             folded = self.fold(weight.flatten(1), dtype).view_as(weight)
-            return self._conv_forward(x, folded, self.bias)
-        images = self._padded(x if x.dim() == 4 else x[None])
+            y = self._conv_forward(x, folded, self.bias)
+            self._drop(folded, weight, x, y)
+            return y
+        images = pad(self, x if x.dim() == 4 else x[None])
         patches = F.unfold(images, self.kernel_size, self.dilation, stride=self.stride)
         z, weight = self._applied(x, patches.mT)
-        y = F.linear(z, weight.flatten(1), self.bias).mT.unflatten(2, self._grid(x))
+        y = F.linear(z, weight.flatten(1), self.bias).mT.unflatten(2, patch_grid(self, x))
         return y if x.dim() == 4 else y[0]
 
 
@@ -493,8 +535,10 @@ class DecorMultiheadAttention(Decorrelated, nn.MultiheadAttention):
                 "query, key and value; keep cross-attention out with decorrelate(filter=...)"
             )
         x, dtype = _autocast(query)
-        if self._folds(self.count_rows(x)):
-            weight = self.fold(self._tapped(x), dtype)
+        folds = self._folds(self.count_rows(x))
+        if folds:
+            source = self._tapped(x)
+            weight = self.fold(source, dtype)
         else:
             x, weight = self._applied(x, x)
         swap = self.batch_first and x.dim() == 3
@@ -521,4 +565,6 @@ class DecorMultiheadAttention(Decorrelated, nn.MultiheadAttention):
             average_attn_weights=average_attn_weights,
             is_causal=is_causal,
         )
+        if folds:
+            self._drop(weight, source, x, y, attention)
         return (y.transpose(0, 1) if swap else y), attention

@@ -4,6 +4,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import groupby
 
 import torch
@@ -14,6 +15,17 @@ from dbpkern import distributed, ops
 from dbpkern.nn import Decorrelated, Full, LowRank
 from dbpkern.ops._common import check_kappa, check_lr
 from dbpkern.sampling import Rule, Sampler, Slot
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What one step does to every R."""
+
+    lr: float | Tensor
+    """The rate before the limiter, times the steps that it stands for."""
+    kappa: float
+    scale_free: bool
+    limit: float | None
 
 
 def _for_tensor_cores(rows: Tensor) -> bool:
@@ -28,6 +40,8 @@ class _Site:
         self.name = name
         self.layers = [layer]
         self.slot = Slot(layer, sampler, rule)
+        self.caution = torch.ones_like(layer.factors[0][0, 0])
+        """By what the rate of this R is multiplied: halved when its samples were not finite."""
 
     @property
     def factors(self) -> tuple[Tensor, ...]:
@@ -58,6 +72,10 @@ class _Stack:
             )
         for site, *factors in zip(sites, *self.factors, strict=True):
             site.bind(tuple(factors))
+        self.caution = torch.stack([site.caution.to(self.factors[0]) for site in sites])
+        for site, caution in zip(sites, self.caution, strict=True):
+            site.caution = caution
+        self.rates = torch.zeros_like(self.caution)
         self.samples: dict[tuple[int, int], Tensor] = {}
 
     def holds(self) -> bool:
@@ -69,9 +87,29 @@ class _Stack:
             for part, whole in zip(layer.factors, self.factors, strict=True)
         )
 
-    def step(self, lr: float | Tensor, kappa: float) -> None:
+    def step(self, step: _Step) -> None:
         """Update every R from the rows sampled since the last step."""
         raise NotImplementedError
+
+    def choose_rates(self, where: slice, step: _Step, size: Tensor, bound: Tensor | None) -> Tensor:
+        """The rates `[L']` of the sites `where`, and note of those whose samples are not finite.
+
+        Args:
+            where: which sites.
+            step: what is asked for.
+            size: `[L']`, finite where the statistics are.
+            bound: `[L']`, upper bounds of the largest eigenvalues of M; None without a limiter.
+
+        Returns:
+            `min(caution lr, limit / bound)`, and 0 where `size` is not finite; there, caution is halved.
+        """
+        sound = size.isfinite()
+        self.caution[where] *= torch.where(sound, 1.0, 0.5)
+        rates = self.caution[where] * step.lr
+        if bound is not None:
+            rates = torch.minimum(rates, step.limit / bound.clamp(min=torch.finfo(bound.dtype).tiny))
+        self.rates[where] = torch.where(sound, rates, 0.0)
+        return self.rates[where]
 
     def decorrelated(self, where: slice, rows: Tensor) -> Tensor:
         """z of the rows `[L', n, d]` of the sites `where`."""
@@ -139,20 +177,45 @@ class _Stack:
 class _FullStack(_Stack):
     """R `[L, d, d]`."""
 
-    def step(self, lr: float | Tensor, kappa: float) -> None:
+    def step(self, step: _Step) -> None:
         (R,) = self.factors
         if distributed.world_size() > 1:
-            M, *_ = self.correlations(kappa)
-            # In 16 bits, M and R are the operands that they are with one process.
-            ops.apply_(R, M.bfloat16() if self.halves else M, lr)
+            M, a, _ = self.correlations(step.kappa)
+            self._apply(slice(None), M, a, step)
             return
         runs = self.runs()
-        proposals = [self._proposed(where, Rule.of(lr, kappa)) for where, _ in runs]  # before any R changes
+        plain = step.limit is None and not step.scale_free
+        proposals = [
+            self._proposed(where, Rule.of(step.lr, step.kappa)) if plain else None for where, _ in runs
+        ]  # before any R changes
         for (where, rows), proposed in zip(runs, proposals, strict=True):
-            if proposed is None:
-                ops.update_(R[where], self.decorrelated(where, rows), lr, kappa)
-            else:
+            if proposed is not None:
                 torch._foreach_copy_(list(R[where]), proposed)
+                self.rates[where] = step.lr
+                continue
+            z = self.decorrelated(where, rows)
+            n, d = z.shape[1:]
+            if plain or (n < d and not step.scale_free):
+                # M need not be formed.
+                size = z.square().sum((1, 2), dtype=R.dtype)
+                bound = None if step.limit is None else _bound_of_rows(z, step.kappa)
+                rates = self.choose_rates(where, step, size, bound)
+                z = z.masked_fill(~size.isfinite()[:, None, None], 0.0)
+                ops.update_(R[where], z, rates, step.kappa)
+            else:
+                self._apply(where, *ops.correlation(z, step.kappa), step)
+
+    def _apply(self, where: slice, M: Tensor, a: Tensor, step: _Step) -> None:
+        """Step the sites `where` by their M `[L', d, d]`, which is used up, and a `[L', d]`."""
+        (R,) = self.factors
+        size = a.sum(1)  # bounds every |M_ij|
+        M.masked_fill_(~size.isfinite()[:, None, None], 0.0)
+        if step.scale_free:
+            scale_free_(M, a)
+        bound = None if step.limit is None else eigenvalue_bound(M)
+        rates = self.choose_rates(where, step, size, bound)
+        # In 16 bits, M and R are the operands that they are with one process.
+        ops.apply_(R[where], M.bfloat16() if self.halves else M, rates)
 
     def _proposed(self, where: slice, rule: Rule) -> list[Tensor] | None:
         """The R that the sites `where` made in their forwards, if all did, by this rule from this R."""
@@ -176,13 +239,32 @@ class _FullStack(_Stack):
 class _LowRankStack(_Stack):
     """Q `[L, d, r]` and S `[L, r, r]`."""
 
-    def step(self, lr: float | Tensor, kappa: float) -> None:
-        Q, S = self.factors
+    def step(self, step: _Step) -> None:
         if distributed.world_size() > 1:
-            ops.lowrank_apply_(Q, S, *self._statistics(), lr, kappa)
+            self._apply(slice(None), *self._statistics(), step)
             return
         for where, rows in self.runs():
-            ops.lowrank_apply_(Q[where], S[where], *self._of_rows(where, rows), lr, kappa)
+            self._apply(where, *self._of_rows(where, rows), step)
+
+    def _apply(self, where: slice, B: Tensor, Y: Tensor, c: Tensor, step: _Step) -> None:
+        """Step the sites `where` by their statistics, see `ops.lowrank_statistics`."""
+        Q, S = (factor[where] for factor in self.factors)
+        size = c.sum(1)
+        unsound = ~size.isfinite()[:, None]
+        B, Y = (part.masked_fill(unsound[..., None], 0.0) for part in (B, Y))
+        c = c.masked_fill(unsound, 0.0)
+        T = S + torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
+        inner = T @ B @ T.mT  # the second moment of z within the subspace
+        unit = 1.0
+        if step.scale_free:
+            V = Q @ S
+            squares = c + 2 * (Y * V).sum(2) + ((V @ B) * V).sum(2)  # [L', d], of z
+            unit = 2 * squares.mean(1).clamp(min=torch.finfo(S.dtype).tiny)
+        bound = None
+        if step.limit is not None:
+            bound = (torch.linalg.matrix_norm(inner) + step.kappa) / unit
+        rates = self.choose_rates(where, step, size, bound) / unit
+        ops.lowrank_apply_(Q, S, B, Y, c, rates, step.kappa)
 
     def _of_rows(self, where: slice, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         Q = self.factors[0]
@@ -208,6 +290,33 @@ class _LowRankStack(_Stack):
 _STACKS = {Full: _FullStack, LowRank: _LowRankStack}
 
 
+def scale_free_(M: Tensor, a: Tensor) -> Tensor:
+    """Divide `M [L, d, d]` by `a_i + a_j`, in place, for the mean squares `a [L, d]` of z; returns M.
+
+    Near a diagonal G every correlation then shrinks by `1 - eta` a step, whatever the variances. Features
+    without variance have no correlations; their rows of M become zero.
+    """
+    unit = a[:, :, None] + a[:, None, :]
+    return M.div_(unit.masked_fill_(unit == 0, math.inf))
+
+
+def eigenvalue_bound(M: Tensor) -> Tensor:
+    """Upper bounds `[L]` of the largest absolute eigenvalues of symmetric `M [L, d, d]`.
+
+    The smaller of the Frobenius norm and the largest absolute row sum.
+    """
+    return torch.minimum(torch.linalg.matrix_norm(M), torch.linalg.matrix_norm(M, ord=math.inf))
+
+
+def _bound_of_rows(z: Tensor, kappa: float) -> Tensor:
+    """The same `[L']` for M of fewer rows `z [L', n, d]` than features, by their Gram matrix.
+
+    `||offdiag G|| <= ||G|| <= ||z z^T||_F / n`, and the term of the variances adds at most kappa.
+    """
+    gram = torch.bmm(z, z.mT).div_(z.shape[1])
+    return torch.linalg.matrix_norm(gram.to(torch.promote_types(z.dtype, torch.float32))) + kappa
+
+
 def _loss(off: Tensor, a: Tensor, kappa: float) -> Tensor:
     """The losses `[L]` from `||offdiag G||_F^2 [L]` and `diag G [L, d]`."""
     return ((1 - kappa) * off + kappa * (a - 1).square().sum(1)) / a.shape[1] ** 2
@@ -225,7 +334,7 @@ def _loss_of_rows(z: Tensor, kappa: float) -> Tensor:
 
 
 class DecorSGD(torch.optim.Optimizer):
-    """Updates every R of a model by the decorrelation rule `R <- R - lr M R`.
+    """Updates every R of a model by the decorrelation rule `R <- R - eta M R`.
 
     Call `step()` after the main optimizer's:
 
@@ -237,6 +346,9 @@ class DecorSGD(torch.optim.Optimizer):
     the device. R rests in layers whose weight is frozen or which are in eval mode. For a low-rank R,
     `ops.lowrank_apply_` states the rule.
 
+    A layer whose samples are not finite rests for that step, and its eta is halved from then on: see
+    `caution()`.
+
     It is a `torch.optim.Optimizer`, so learning-rate schedulers attach to it. It finds R in the modules at
     every step: `.to()`, `load_state_dict` and the like are safe in between. Afterwards R, or Q and S, are
     views of one tensor per width and rank.
@@ -247,9 +359,18 @@ class DecorSGD(torch.optim.Optimizer):
         kappa: weight in [0, 1] of the unit-variance term (arXiv 2405.02385); 0 for pure decorrelation.
         sample: fraction in (0, 1] of rows to sample, without replacement; at least one row is taken.
         seed: of the sampling.
+        scale_free: divide `M_ij` by `a_i + a_j`, a the mean squares of z: correlations then shrink by the
+            factor `1 - eta` a step, whatever the variances. For a low-rank R, divide M by twice their mean.
+        limit: each layer's eta is at most this over an upper bound of the largest eigenvalue of its M. A
+            step is stable below 2 and turns no direction round below 1. None for no limit.
+        every: update R on every so-many-th step alone, by `every` times the rate; nothing is sampled on the
+            others.
+        follow: an optimizer whose learning rate, relative to its `initial_lr`, scales eta. The schedulers
+            of torch and timm set `initial_lr`, and may be attached later. None for an eta that changes only
+            with `param_groups`.
 
     Raises:
-        TypeError: `model` is not a module.
+        TypeError: `model` is not a module, or `follow` not an optimizer.
         ValueError: no decorrelated layer in the model, or a number out of range.
     """
 
@@ -260,15 +381,13 @@ class DecorSGD(torch.optim.Optimizer):
         kappa: float = 0.0,
         sample: float = 0.1,
         seed: int = 0,
+        scale_free: bool = False,
+        limit: float | None = 0.5,
+        every: int = 1,
+        follow: torch.optim.Optimizer | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"DecorSGD: expected a model, got {type(model).__name__}")
-        if isinstance(lr, Tensor) and lr.dim():
-            raise ValueError(f"lr: expected a number or a 0-d tensor, got shape {list(lr.shape)}")
-        check_lr(float(lr))
-        check_kappa(kappa)
-        if not (math.isfinite(sample) and 0.0 < sample <= 1.0):
-            raise ValueError(f"sample: expected a fraction in (0, 1], got {sample}")
         if isinstance(model, DistributedDataParallel) and model.broadcast_buffers:
             warnings.warn(
                 "DistributedDataParallel(broadcast_buffers=True) sends every R before each forward, though "
@@ -276,27 +395,77 @@ class DecorSGD(torch.optim.Optimizer):
                 "forward_sync_buffers=False)",
                 stacklevel=2,
             )
-        self._sampler = Sampler(sample, seed)
-        self._sites = self._make_sites(
-            [(name, module) for name, module in model.named_modules() if isinstance(module, Decorrelated)]
-        )
-        if not self._sites:
+        layers = [
+            (name, module) for name, module in model.named_modules() if isinstance(module, Decorrelated)
+        ]
+        if not layers:
             raise ValueError(
                 "DecorSGD: expected a model with decorrelated layers; call decorrelate(model) first"
             )
+        self._start(layers, lr, kappa, sample, seed, scale_free, limit, every, follow)
+
+    def _start(
+        self,
+        layers: list[tuple[str, Decorrelated]],
+        lr: float | Tensor,
+        kappa: float,
+        sample: float,
+        seed: int,
+        scale_free: bool,
+        limit: float | None,
+        every: int,
+        follow: torch.optim.Optimizer | None,
+    ) -> None:
+        """What `__init__` does once it knows the layers."""
+        if isinstance(lr, Tensor) and lr.dim():
+            raise ValueError(f"lr: expected a number or a 0-d tensor, got shape {list(lr.shape)}")
+        check_lr(float(lr))
+        check_kappa(kappa)
+        if not (math.isfinite(sample) and 0.0 < sample <= 1.0):
+            raise ValueError(f"sample: expected a fraction in (0, 1], got {sample}")
+        if limit is not None and not 0.0 < limit < 2.0:
+            raise ValueError(
+                f"limit: expected a number in (0, 2), where a step is stable, or None, got {limit}"
+            )
+        if not isinstance(every, int) or every < 1:
+            raise ValueError(f"every: expected a whole number of steps, at least 1, got {every!r}")
+        if follow is not None and not isinstance(follow, torch.optim.Optimizer):
+            raise TypeError(f"follow: expected an optimizer, got {type(follow).__name__}")
+        self._follow = follow
+        self._sampler = Sampler(sample, seed, every)
+        self._sites = self._make_sites(layers)
         self._stacks: list[_Stack] = []
         self._checked = False
         self._halves: bool | None = None
-        super().__init__(self._factors(), {"lr": lr, "kappa": kappa})
+        defaults = {"lr": lr, "kappa": kappa, "scale_free": scale_free, "limit": limit}
+        super().__init__(self._factors(), defaults)
         self._refresh()  # now rather than at the first step: from here on R keep their addresses
+
+    def _step_now(self) -> _Step:
+        """The step as the options and the followed optimizer have it at this moment."""
+        group = self.param_groups[0]
+        lr = group["lr"]
+        if self._follow is not None:
+            leader = self._follow.param_groups[0]
+            if "initial_lr" not in leader:
+                raise RuntimeError(
+                    "DecorSGD(follow=...): expected an optimizer with a scheduler, which sets 'initial_lr' "
+                    "in its param_groups; attach one, or set 'initial_lr' to the peak learning rate"
+                )
+            if leader["initial_lr"]:
+                lr = lr * (leader["lr"] / leader["initial_lr"])
+        if self._sampler.every > 1:
+            lr = lr * self._sampler.every
+        return _Step(lr, group["kappa"], group["scale_free"], group["limit"])
 
     def _make_sites(self, layers: list[tuple[str, Decorrelated]]) -> list[_Site]:
         sites: dict[int, _Site] = {}
         owner = weakref.ref(self)  # or the slots would keep alive whom they must not outlive
 
-        def rule() -> Rule:
-            group = owner().param_groups[0]
-            return Rule.of(group["lr"], group["kappa"])
+        def rule() -> Rule | None:
+            step = owner()._step_now()
+            plain = step.limit is None and not step.scale_free
+            return Rule.of(step.lr, step.kappa) if plain else None
 
         for name, layer in layers:
             key = id(layer) if layer.shared is None else id(layer.shared)
@@ -351,12 +520,14 @@ class DecorSGD(torch.optim.Optimizer):
         """
         if closure is not None:
             raise ValueError("DecorSGD.step: expected no closure: R is not a function of the task loss")
+        if not self._sampler.due:
+            self._sampler.advance()
+            return
         stacks = self._refresh()
         self._warn_of_silent_layers()
-        group = self.param_groups[0]
-        lr, kappa = group["lr"], group["kappa"]
-        if not isinstance(lr, Tensor):
-            check_lr(lr)
+        step = self._step_now()
+        if not isinstance(step.lr, Tensor):
+            check_lr(step.lr)
         if self._halves is None and distributed.world_size() > 1:
             # Once: a process without rows cannot tell for itself, and all must compute alike.
             samples = [rows for stack in stacks for _, rows in stack.runs()]
@@ -365,10 +536,24 @@ class DecorSGD(torch.optim.Optimizer):
             self._halves = device.type == "cuda" and not distributed.any_process(wide, device)
         for stack in stacks:
             stack.halves = bool(self._halves)
-            stack.step(lr, kappa)
+            stack.step(step)
         for site in self._sites:
             site.slot.settle()
         self._sampler.advance()
+
+    def rates(self) -> dict[str, Tensor]:
+        """The eta of each R in the last step that updated it, after limit, as 0-d tensors by layer name."""
+        pairs = (pair for stack in self._refresh() for pair in zip(stack.sites, stack.rates, strict=True))
+        found = {site.name: rate for site, rate in pairs}
+        return {name: found[name] for name in self.names}
+
+    def caution(self) -> dict[str, float]:
+        """The factors below 1 on eta, by layer name: 0.5 to the number of steps with samples not finite.
+
+        Reads the device's memory.
+        """
+        values = torch.stack([site.caution for site in self._sites]).tolist()
+        return {name: value for name, value in zip(self.names, values, strict=True) if value < 1.0}
 
     @torch.no_grad()
     def loss(self) -> dict[str, Tensor]:
@@ -404,9 +589,10 @@ class DecorSGD(torch.optim.Optimizer):
             )
 
     def state_dict(self) -> dict:
-        """Rate, kappa and the sampling's seed and position; R itself is in the model's state_dict."""
+        """The options, the sampling's position, and caution; R itself is in the model's state_dict."""
         state = super().state_dict()
         state["sampling"] = {"seed": self._sampler.seed, "step": self._sampler.step}
+        state["caution"] = self.caution()
         return state
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -419,25 +605,30 @@ class DecorSGD(torch.optim.Optimizer):
             raise ValueError(
                 "DecorSGD.load_state_dict: expected the state of a DecorSGD, got another optimizer's"
             )
-        super().load_state_dict({k: v for k, v in state_dict.items() if k != "sampling"})
+        ours = ("sampling", "caution")
+        super().load_state_dict({k: v for k, v in state_dict.items() if k not in ours})
         for site in self._sites:
             site.slot.clear()
+            site.caution.fill_(state_dict["caution"].get(site.name, 1.0))
         self._sampler.seek(**state_dict["sampling"])
 
     def __getstate__(self) -> dict:
         state = super().__getstate__()
         layers = [(site.name, layer) for site in self._sites for layer in site.layers]
-        return state | {"decor": (layers, self._sampler.sample, self._sampler.seed, self._sampler.step)}
+        where = (self._sampler.arguments, self._sampler.step)
+        return state | {"decor": (layers, *where, self.caution(), self._follow)}
 
     def __setstate__(self, state: dict) -> None:
         if "decor" not in state:  # Optimizer.load_state_dict comes here, too
             super().__setstate__(state)
             return
-        layers, sample, seed, step = state.pop("decor")
+        layers, sampling, step, caution, self._follow = state.pop("decor")
         super().__setstate__(state)
-        self._sampler = Sampler(sample, seed)
-        self._sampler.seek(seed, step)
+        self._sampler = Sampler(*sampling)
+        self._sampler.seek(self._sampler.seed, step)
         self._sites = self._make_sites(layers)
+        for site in self._sites:
+            site.caution.fill_(caution.get(site.name, 1.0))
         self._stacks = []
         self._checked = True
         self._halves = None

@@ -37,16 +37,29 @@ def derive_seed(*parts: int) -> int:
 class Sampler:
     """Draws one set of rows per step, micro-batch and number of rows: equal inputs share an index.
 
+    On every `every`-th step alone, the first included.
+
     The draw is without replacement, on the device of the input. It is a function of (seed, rank, step,
     micro-batch, n) alone, so a resumed run draws what the interrupted one would have drawn.
     """
 
-    def __init__(self, sample: float, seed: int) -> None:
+    def __init__(self, sample: float, seed: int, every: int = 1) -> None:
         self.sample = sample
         self.seed = seed
+        self.every = every
         self.step = 0
         self._drawn: dict[tuple, Tensor] = {}
         self._generators: dict[torch.device, torch.Generator] = {}
+
+    @property
+    def arguments(self) -> tuple[float, int, int]:
+        """What it was made with."""
+        return self.sample, self.seed, self.every
+
+    @property
+    def due(self) -> bool:
+        """Whether this step samples."""
+        return self.step % self.every == 0
 
     def size(self, n: int) -> int:
         """Number of rows drawn from n: `max(1, round(sample n))`, and none from none."""
@@ -120,7 +133,7 @@ class Slot:
     all rows of the step.
     """
 
-    def __init__(self, layer: RowSource, sampler: Sampler, rule: Callable[[], Rule]) -> None:
+    def __init__(self, layer: RowSource, sampler: Sampler, rule: Callable[[], Rule | None]) -> None:
         self.layer = layer
         self.sampler = sampler
         self.rule = rule
@@ -165,12 +178,21 @@ class Slot:
 
     @torch.no_grad()
     def add(self, x: Tensor) -> None:
-        """Sample the rows of one micro-batch's input."""
+        """Sample the rows of one micro-batch's input, on a step that is due."""
+        if not self.sampler.due:
+            return
         self._begin()
         n = self.layer.count_rows(x)
         if n:
             self._keep(self.layer.take_rows(x, self.sampler.index(n, self.turn, x.device)))
             self.proposal = None  # it would lack these rows
+
+    @torch.no_grad()
+    def add_rows(self, rows: Tensor) -> None:
+        """Take rows that were sampled in a forward."""
+        self._begin()
+        self._keep(rows)
+        self.proposal = None  # it would lack these rows
 
     @torch.no_grad()
     def add_proposed(self, rows: Tensor, proposal: Proposal) -> None:
@@ -188,6 +210,10 @@ class Slot:
             self.proposal = (
                 new._replace(R=torch.lerp(old.R, new.R, new.rows / total), rows=total) if same else None
             )
+
+    def proposes(self) -> bool:
+        """Whether this step's R follows from the rows alone, without a limiter or a normalisation."""
+        return self.sampler.due and self.rule() is not None
 
     def draw(self, n: int, device: torch.device) -> Tensor | None:
         """The rows out of n that the micro-batch of a forward samples; None for all.
@@ -274,11 +300,29 @@ class Tap(torch.autograd.Function):
         return grad, None, None
 
 
-class ProposingTap(torch.autograd.Function):
-    """As `Tap`, for rows that were sampled in the forward together with the R that they lead to.
+class ForwardTap(torch.autograd.Function):
+    """Passes a tensor through; its backward delivers rows that were sampled in the forward.
 
-    They too count only once the backward has come by: a forward without one changes nothing.
+    They count only once the backward has come by: a forward without one changes nothing.
     """
+
+    @staticmethod
+    def forward(ctx, passed: Tensor, rows: Tensor, key: Tensor) -> Tensor:  # noqa: D102
+        ctx.save_for_backward(rows)
+        ctx.key = key
+        return passed.view_as(passed)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # noqa: D102
+        (rows,) = ctx.saved_tensors
+        slot = slot_of(ctx.key)
+        if slot is not None:
+            slot.add_rows(rows)
+        return grad, None, None
+
+
+class ProposingTap(torch.autograd.Function):
+    """As `ForwardTap` on a weight, for rows that come with the R that they lead to."""
 
     @staticmethod
     def forward(ctx, weight: Tensor, rows: Tensor, proposal: Proposal, key: Tensor) -> Tensor:  # noqa: D102

@@ -50,7 +50,7 @@ def train(
 ) -> dict[str, torch.Tensor]:
     """Data-parallel training: steps of MICRO micro-batches on this process's part of each batch."""
     net = parallel(model, False) if world > 1 else model
-    decor = DecorSGD(net, lr=0.05, kappa=0.1, sample=1.0)
+    decor = DecorSGD(net, lr=0.05, kappa=0.1, sample=1.0, limit=None)
     main = torch.optim.SGD(model.parameters(), lr=0.1)
     part = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
     for step in range(STEPS):
@@ -75,7 +75,7 @@ def factors(model: nn.Module) -> dict[str, list[torch.Tensor]]:
 def sampled_step(rank: int) -> dict:
     """Samples of 20 % and a DecorSGD of their statistics, on different data."""
     model = mlp(6, 9, 6, 6)
-    decor = DecorSGD(model, lr=0.05, kappa=0.1, sample=0.2)
+    decor = DecorSGD(model, lr=0.05, kappa=0.1, sample=0.2, limit=None)
     torch.manual_seed(rank)
     x = torch.randn(40, 6)
     steps = []
@@ -92,7 +92,7 @@ def sampled_step(rank: int) -> dict:
 def unequal_step(rank: int) -> dict:
     """Another number of rows on every rank; then none on rank 0, and none anywhere for one layer."""
     model = mlp(5, 5, 5, 5, dtype=torch.float64)
-    decor = DecorSGD(model, lr=0.05, sample=1.0)
+    decor = DecorSGD(model, lr=0.05, sample=1.0, limit=None)
     torch.manual_seed(rank)
     steps = []
     for step in range(2):
@@ -113,7 +113,7 @@ def unequal_step(rank: int) -> dict:
 def lowrank_step(rank: int) -> dict:
     """Low-rank R: other numbers of rows on every rank; then none on rank 0, none anywhere for one layer."""
     model = mlp(5, 5, 5, 5, dtype=torch.float64, rank=2)
-    decor = DecorSGD(model, lr=0.05, kappa=0.1, sample=1.0)
+    decor = DecorSGD(model, lr=0.05, kappa=0.1, sample=1.0, limit=None)
     torch.manual_seed(rank)
     steps = []
     for step in range(2):
@@ -134,7 +134,7 @@ def messages(broadcast_buffers: bool) -> list[str]:
     model = parallel(mlp(3, 3, 3), broadcast_buffers)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        decor = DecorSGD(model, sample=1.0)
+        decor = DecorSGD(model, sample=1.0, limit=None)
         for _ in range(2):
             model(torch.randn(9, 3)).square().mean().backward()
             decor.step()
@@ -143,7 +143,7 @@ def messages(broadcast_buffers: bool) -> list[str]:
 
 def operators_of_a_step(low: int | None) -> list[str]:
     model = mlp(5, 5, 5, rank=low)
-    decor = DecorSGD(model, sample=1.0)
+    decor = DecorSGD(model, sample=1.0, limit=None)
     model(torch.randn(9, 5)).sum().backward()
     with profile(activities=[ProfilerActivity.CPU]) as recorded:
         decor.step()

@@ -32,7 +32,7 @@ def train(form, dtype, steps):
     """Losses and R of an autoencoder in training."""
     model = autoencoder(form, dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    decor = DecorSGD(model, lr=0.02, kappa=0.1, sample=0.3)
+    decor = DecorSGD(model, lr=0.02, kappa=0.1, sample=0.3, limit=None)
     losses = []
     for step in range(steps):
         generator = torch.Generator().manual_seed(step)
@@ -85,7 +85,7 @@ def pair(*widths, sample=0.5, **kwargs):
     """The same model in the folded and in the applied form, with optimizers of R."""
     models = [mlp(*widths, dtype=torch.float64, form=form) for form in ("fold", "apply")]
     models[1].load_state_dict(models[0].state_dict())
-    return [(model, DecorSGD(model, lr=0.1, sample=sample, **kwargs)) for model in models]
+    return [(model, DecorSGD(model, lr=0.1, sample=sample, **kwargs, limit=None)) for model in models]
 
 
 def backward(model, x):
@@ -226,7 +226,7 @@ def test_convolutions_and_attention():
     pairs = []
     for form in ("fold", "apply"):
         model = dbpkern.decorrelate(copy.deepcopy(stock), None, lambda name, _: "out_proj" not in name, form)
-        decor = DecorSGD(model, lr=0.1, sample=0.3)
+        decor = DecorSGD(model, lr=0.1, sample=0.3, limit=None)
         for step in range(3):
             torch.manual_seed(step)
             backward(model, torch.randn(2, 3, 16, 16, dtype=torch.float64))

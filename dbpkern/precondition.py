@@ -1,0 +1,279 @@
+"""`DecorPreconditioner`: decorrelated backpropagation around an optimizer, with the model left as it is.
+
+The layers keep the fused weight `V = W R` and compute with it as ever. Around each step of their optimizer
+the gradient goes to the coordinates of z and the change of the weight comes back:
+
+    g = dV R^T              before: what backpropagation through `z = R x`, `y = W z` would give for W
+    V <- V_old + (V - V_old) R      after: the change that the optimizer made of g, as a change of V
+
+R then makes its step, which leaves V and so the function of the network as they are. This is the update
+`W <- W R_old R_new^-1` of a decorrelated layer, without R's inverse.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from dbpkern.convert import Filter, check_stock, check_weights, ranks_of, select, share_inputs
+from dbpkern.nn import structure_of
+from dbpkern.optim import DecorSGD
+from dbpkern.rows import count_patches, count_tokens, take_patches, take_tokens
+from dbpkern.sampling import ForwardTap, Slot, Tap, slot_of
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """The part of a sharded tensor that lies in this process; the tensor itself if it is whole."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+class PreconditionedLayer:
+    """A stock layer with an R beside it: to `DecorSGD` what a decorrelated layer is.
+
+    Args:
+        layer: `nn.Linear`, `nn.Conv2d` with `groups=1`, or `nn.MultiheadAttention`, whose `in_proj_weight`
+            is meant.
+        rank: of `R - I` for a low-rank R; None for a full one.
+
+    Raises:
+        TypeError: rank is neither None nor an integer.
+        ValueError: rank out of range, or a layer that has no single weight for its input.
+    """
+
+    shared: object | None = None
+
+    def __init__(self, layer: nn.Module, rank: int | None) -> None:
+        self.layer = layer
+        self.structure = structure_of(rank)
+        if getattr(layer, "groups", 1) != 1:
+            raise ValueError(f"expected a convolution with groups=1, got groups={layer.groups}")
+        if self.weight is None:
+            raise ValueError("expected one in_proj_weight for q, k and v, got kdim or vdim of their own")
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        self._factors = self.structure.start(self.weight[0].numel(), dtype, self.weight.device)
+        self._key: Tensor | None = None
+        self._before: Tensor | None = None
+        self._hook = layer.register_forward_hook(self._sample, with_kwargs=True)
+
+    @property
+    def weight(self) -> nn.Parameter | None:
+        """V, `[o, d]`, or `[o, C, kh, kw]` of a convolution."""
+        return (
+            self.layer.in_proj_weight if isinstance(self.layer, nn.MultiheadAttention) else self.layer.weight
+        )
+
+    @property
+    def factors(self) -> tuple[Tensor, ...]:
+        """The tensors that hold R, `(R,)` or `(Q, S)`, on the weight's device."""
+        device = self.weight.device
+        if self._factors[0].device != device:
+            self._factors = tuple(factor.to(device) for factor in self._factors)
+        return self._factors
+
+    @factors.setter
+    def factors(self, values: tuple[Tensor, ...]) -> None:
+        self._factors = values
+
+    @property
+    def trains(self) -> bool:
+        """Whether the weight is trained; R rests where it is not."""
+        return self.weight.requires_grad
+
+    @property
+    def slot_key(self) -> Tensor | None:
+        """The key of the slot that samples go to, or None."""
+        return self._key
+
+    def attach(self, slot: Slot | None) -> None:
+        """Send samples to `slot` from now on; None stops sampling."""
+        self._key = None if slot is None else slot.key
+
+    def count_rows(self, x: Tensor) -> int:
+        """Number of rows in the input x."""
+        return count_patches(self.layer, x) if isinstance(self.layer, nn.Conv2d) else count_tokens(x)
+
+    def take_rows(self, x: Tensor, index: Tensor | None) -> Tensor:
+        """The rows `index` of the input x, `[n_s, d]`; all of them for None."""
+        return (
+            take_patches(self.layer, x, index) if isinstance(self.layer, nn.Conv2d) else take_tokens(x, index)
+        )
+
+    def _sample(self, layer: nn.Module, args: tuple, kwargs: dict, output: Tensor | tuple) -> object:
+        """Forward hook: tie the output to a sample of the input, so that its backward delivers it."""
+        if self._key is None or not layer.training or not torch.is_grad_enabled() or not self.trains:
+            return None
+        x = args[0] if args else kwargs["query" if isinstance(layer, nn.MultiheadAttention) else "input"]
+        y = output[0] if isinstance(output, tuple) else output
+        if torch.compiler.is_compiling():
+            tied = Tap.apply(y, x.detach(), self._key)
+        else:
+            slot = slot_of(self._key)
+            if slot is None or not slot.sampler.due or not self.count_rows(x):
+                return None
+            # Rows rather than x, which nothing else may keep: autocast makes a copy of its own.
+            rows = self.take_rows(x.detach(), slot.draw(self.count_rows(x), x.device))
+            tied = ForwardTap.apply(y, rows, self._key)
+        return (tied, *output[1:]) if isinstance(output, tuple) else tied
+
+    @torch.no_grad()
+    def enter(self) -> None:
+        """Bring the gradient to the coordinates of z, and remember V; nothing without a gradient."""
+        if self.weight.grad is None:
+            return
+        gradient = _local(self.weight.grad)
+        self._before = _local(self.weight).clone()
+        R = self.factors
+        mapped = self.structure.transform(gradient.flatten(1).to(R[0].dtype), *R)
+        gradient.copy_(mapped.view_as(gradient))
+
+    @torch.no_grad()
+    def leave(self) -> None:
+        """Bring the change of V since `enter` back from the coordinates of z."""
+        if self._before is None:
+            return
+        V, before, R = _local(self.weight), self._before, self.factors
+        change = (V - before).flatten(1).to(R[0].dtype)
+        V.copy_(before + self.structure.fold(change, None, *R).view_as(V))
+        self._before = None
+
+    def remove(self) -> None:
+        """Leave the layer without hook."""
+        self._hook.remove()
+        self.attach(None)
+
+    def __getstate__(self) -> dict:
+        # A copy of the model does not send its samples to the original's optimizer.
+        return {**self.__dict__, "_key": None, "_before": None}
+
+
+class DecorPreconditioner(DecorSGD):
+    """Decorrelated backpropagation with any optimizer, in one line and without a change of the model.
+
+        decor = dbpkern.DecorPreconditioner(model, optimizer)
+        ...
+        loss.backward(); optimizer.step()          # as before
+
+    Hooks on the optimizer map the gradients of the chosen layers before its step and the changes of their
+    weights after it, and then update R by `DecorSGD`'s rule. The modules, their forward and backward and
+    their state_dict stay those of the plain model: nothing has to be fused at the end. R is in the state_dict
+    of this object.
+
+    The optimizer's weight decay acts in the coordinates of z, like the rest of its change.
+
+    Args:
+        model: any model; layers that share an input, like separate q, k and v projections, share R.
+        optimizer: of its weights, with a `step()` without closure.
+        sites: as for `decorrelate`.
+        filter: as for `decorrelate`.
+        rank: as for `decorrelate`.
+        lr: eta >= 0, a number or a 0-d tensor. With `scale_free` the part of a correlation that one step
+            removes near a diagonal G.
+        kappa: as for `DecorSGD`, like all that follow.
+        sample: fraction in (0, 1] of rows to sample.
+        seed: of the sampling.
+        scale_free: whether the step is free of the variances of z.
+        limit: of eta times the largest eigenvalue of M.
+        every: update R on every so-many-th step alone.
+
+    Raises:
+        TypeError: `optimizer` is no optimizer, or a rank no integer.
+        ValueError: as `decorrelate` does for sites, filters and ranks, as `DecorSGD` does for numbers, or
+            the optimizer has none of the chosen layers' weights.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        sites: str | Iterable[str] | None = "all",
+        filter: Filter | None = None,
+        rank: int | Mapping[str, int] | None = None,
+        lr: float | Tensor = 0.05,
+        kappa: float = 0.0,
+        sample: float = 0.1,
+        seed: int = 0,
+        scale_free: bool = True,
+        limit: float | None = 0.5,
+        every: int = 1,
+    ) -> None:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        check_stock(model)
+        chosen = select(model, sites, filter)
+        ranks = ranks_of(rank, chosen)
+        check_weights(model, chosen)
+        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        self.layers: dict[str, PreconditionedLayer] = {}
+        try:
+            for name, (module, _) in chosen.items():
+                try:
+                    self.layers[name] = PreconditionedLayer(module, ranks[name])
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from None
+            if not any(id(layer.weight) in known for layer in self.layers.values()):
+                raise ValueError(
+                    f"optimizer: expected one with the weights of the chosen layers ({next(iter(chosen))}, "
+                    "...), found none of them; make it from this model's parameters"
+                )
+            share_inputs(chosen, self.layers)
+            self._start(list(self.layers.items()), lr, kappa, sample, seed, scale_free, limit, every, None)
+        except (TypeError, ValueError):
+            for layer in self.layers.values():
+                layer.remove()
+            raise
+        self._hooks = (
+            optimizer.register_step_pre_hook(self._enter),
+            optimizer.register_step_post_hook(self._leave),
+        )
+
+    def _enter(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        if any(argument is not None for argument in (*args[1:], *kwargs.values())):  # args[0]: the optimizer
+            raise ValueError(
+                "DecorPreconditioner: expected optimizer.step() without a closure, whose gradients would "
+                "come after they were mapped"
+            )
+        for layer in self.layers.values():
+            layer.enter()
+
+    def _leave(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        for layer in self.layers.values():
+            layer.leave()
+        self.step()
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Restore `state_dict()`.
+
+        Raises:
+            ValueError: as for `DecorSGD`, or R of other layers, widths or ranks; nothing is changed then.
+        """
+        ours = {site.name: site.factors for site in self._sites}
+        theirs = state_dict.get("R", {})
+        shapes, found = (
+            {name: [tuple(f.shape) for f in factors] for name, factors in both.items()}
+            for both in (ours, theirs)
+        )
+        if shapes != found:
+            differing = sorted(n for n in shapes.keys() | found.keys() if shapes.get(n) != found.get(n))
+            name = differing[0]
+            raise ValueError(
+                f"DecorPreconditioner.load_state_dict: R of {len(differing)} layers differ; expected "
+                f"{shapes.get(name, 'none')} for {name}, got {found.get(name, 'none')}"
+            )
+        super().load_state_dict({k: v for k, v in state_dict.items() if k != "R"})
+        with torch.no_grad():
+            for name, factors in ours.items():
+                for factor, value in zip(factors, theirs[name], strict=True):
+                    factor.copy_(value)
+
+    def remove(self) -> None:
+        """Take all hooks off: the optimizer goes on without this object, from the same weights."""
+        for hook in self._hooks:
+            hook.remove()
+        for layer in self.layers.values():
+            layer.remove()
+
+    def state_dict(self) -> dict:
+        """As of `DecorSGD`, with R: `{"R": {layer: [R] or [Q, S]}}`."""
+        state = super().state_dict()
+        state["R"] = {site.name: list(site.factors) for site in self._sites}
+        return state
