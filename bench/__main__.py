@@ -15,6 +15,9 @@ COMMANDS = {
     "kernels": "every op and the whole-model update against the published rule and PyTorch's best algebra",
     "step": "time, FLOPs and peak memory of a training step",
     "memory": "where the bytes of a training step go",
+    "data": "images per second of the loader and of the parts of its work",
+    "convergence": "how soon each way to train reaches AdamW's final loss",
+    "curves": "the report of what convergence has found",
     "compile": "every shipped kernel configuration ahead of time, its registers, shared memory and spills",
     "report": "tables and plots of what the others have written",
 }

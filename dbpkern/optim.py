@@ -197,7 +197,8 @@ class _FullStack(_Stack):
             n, d = z.shape[1:]
             if plain or (n < d and not step.scale_free):
                 # M need not be formed.
-                size = z.square().sum((1, 2), dtype=R.dtype)
+                # Finite where M R is, too: without a limiter, R may have grown very large.
+                size = z.square().sum((1, 2), dtype=R.dtype) * R[where].abs().amax((1, 2))
                 bound = None if step.limit is None else _bound_of_rows(z, step.kappa)
                 rates = self.choose_rates(where, step, size, bound)
                 z = z.masked_fill(~size.isfinite()[:, None, None], 0.0)
@@ -209,9 +210,10 @@ class _FullStack(_Stack):
         """Step the sites `where` by their M `[L', d, d]`, which is used up, and a `[L', d]`."""
         (R,) = self.factors
         size = a.sum(1)  # bounds every |M_ij|
-        M.masked_fill_(~size.isfinite()[:, None, None], 0.0)
+        unsound = ~size.isfinite()[:, None]
+        M.masked_fill_(unsound[..., None], 0.0)
         if step.scale_free:
-            scale_free_(M, a)
+            scale_free_(M, a.masked_fill(unsound, 1.0))
         bound = None if step.limit is None else eigenvalue_bound(M)
         rates = self.choose_rates(where, step, size, bound)
         # In 16 bits, M and R are the operands that they are with one process.

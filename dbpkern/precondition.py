@@ -174,6 +174,7 @@ class DecorPreconditioner(DecorSGD):
         scale_free: whether the step is free of the variances of z.
         limit: of eta times the largest eigenvalue of M.
         every: update R on every so-many-th step alone.
+        follow: an optimizer, this or another, whose learning rate scales eta.
 
     Raises:
         TypeError: `optimizer` is no optimizer, or a rank no integer.
@@ -195,6 +196,7 @@ class DecorPreconditioner(DecorSGD):
         scale_free: bool = True,
         limit: float | None = 0.5,
         every: int = 1,
+        follow: torch.optim.Optimizer | None = None,
     ) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
@@ -216,7 +218,7 @@ class DecorPreconditioner(DecorSGD):
                     "...), found none of them; make it from this model's parameters"
                 )
             share_inputs(chosen, self.layers)
-            self._start(list(self.layers.items()), lr, kappa, sample, seed, scale_free, limit, every, None)
+            self._start(list(self.layers.items()), lr, kappa, sample, seed, scale_free, limit, every, follow)
         except (TypeError, ValueError):
             for layer in self.layers.values():
                 layer.remove()

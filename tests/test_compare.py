@@ -6,12 +6,17 @@ import pytest
 from PIL import Image
 
 from train import compare
+from train.energy import carbon_intensity
 from train.plots import trailing_mean
 
 
-def write_run(folder, losses, *, seed=0, decor=None, seconds_per_step=0.5, extra=()):
+def write_run(
+    folder, losses, *, seed=0, decor=None, seconds_per_step=0.5, extra=(), joules=None, country=None
+):
+    """A run's folder; `joules` are those of a step by kind of device."""
     folder.mkdir()
     config = {"model": "m", "seed": seed, "out": str(folder), "decor": decor or {"enable": False}}
+    config["energy"] = {"country": country}
     (folder / "config.yaml").write_text(json.dumps(config))
     records = [
         {
@@ -22,6 +27,8 @@ def write_run(folder, losses, *, seed=0, decor=None, seconds_per_step=0.5, extra
         }
         for i, loss in enumerate(losses)
     ]
+    for record in records[1:] if joules else ():  # counters have not moved in the first step
+        record["joules"] = {kind: value * record["step"] for kind, value in joules.items()}
     records.append(
         {"kind": "eval", "step": len(losses), "heldout_loss": 2.0 + seed, "decorrelation_loss": {}}
     )
@@ -118,6 +125,59 @@ def test_the_command_prints_a_table_and_draws(tmp_path, capsys):
     low, high = Image.open(out).convert("L").getextrema()
     assert high - low > 100
     assert [row["steps_to_target"] for row in json.loads((tmp_path / "table.json").read_text())] == [100, 80]
+
+
+def test_energy_to_the_target(tmp_path):
+    falling = [2.0 - 0.01 * i for i in range(100)]
+    faster = [value - 0.205 for value in falling]  # reaches the target after 80 steps
+    runs = [
+        write_run(tmp_path / "a", falling, seed=0, joules={"cpu": 10.0, "gpu": 30.0}, country="DEU"),
+        write_run(tmp_path / "b", falling, seed=1, joules={"cpu": 10.0, "gpu": 50.0}, country="FRA"),
+        # What only some runs have measured compares with nothing.
+        write_run(tmp_path / "c", faster, decor=DBP, joules={"dram": 1.0, "gpu": 80.0}, country="DEU"),
+    ]
+    text, rows = compare.table(compare.group([compare.read(run) for run in runs]))
+    assert [row["steps_to_target"] for row in rows] == [100, 80]
+    assert [row["joules_to_target"] for row in rows] == [4000.0, 6400.0]
+    german, french = (carbon_intensity(country)[0] / 3.6e6 for country in ("DEU", "FRA"))
+    plain, dbp = (3000 * german + 5000 * french) / 2, 6400 * german
+    assert [row["kg_co2_to_target"] for row in rows] == pytest.approx([plain, dbp])
+    heading, _, first, second = text.splitlines()[2:]
+    assert heading.endswith("| seconds to target | joules to target (gpu) | kg CO2 to target |")
+    assert first.endswith(f"| 4000 (100%) | {plain:.3g} (100%) |")
+    assert second.endswith(f"| 6400 (160%) | {dbp:.3g} ({dbp / plain:.0%}) |")
+
+
+def test_energy_without_a_country_shows_no_co2(tmp_path):
+    runs = [
+        write_run(tmp_path / "a", [1.0] * 60, joules={"gpu": 2.0}, country="DEU"),
+        write_run(tmp_path / "b", [2.0] * 60, decor=DBP, joules={"gpu": 2.0}),
+    ]
+    text, rows = compare.table(compare.group([compare.read(run) for run in runs]))
+    assert "joules to target (gpu) |" in text
+    assert "CO2" not in text
+    assert [row["kg_co2_to_target"] for row in rows] == [None, None]
+    # The first arm is at its target after a step in which the counter has not moved: that is not zero joules.
+    assert text.splitlines()[-2].endswith("| 1 (100%) | 0.5 (100%) | - |")
+    assert text.splitlines()[-1].endswith("| not reached | not reached | not reached |")
+
+
+def test_energy_that_a_run_lacks_shows_nothing(tmp_path):
+    runs = [
+        write_run(tmp_path / "a", [1.0] * 60, joules={"gpu": 2.0}, country="DEU"),
+        write_run(tmp_path / "b", [1.0] * 60, decor=DBP, country="DEU"),
+    ]
+    text, rows = compare.table(compare.group([compare.read(run) for run in runs]))
+    assert "joules" not in text
+    assert "CO2" not in text
+    assert {(row["joules_to_target"], row["kg_co2_to_target"]) for row in rows} == {(None, None)}
+
+
+def test_a_country_without_figures_is_named(tmp_path):
+    run = write_run(tmp_path / "a", [1.0] * 3, joules={"gpu": 2.0}, country="XXX")
+    with pytest.raises(SystemExit, match="got 'XXX'"):
+        compare.main([str(run), f"--out={tmp_path / 'plot.png'}"])
+    assert not (tmp_path / "plot.png").exists()
 
 
 def test_folders_that_are_no_runs(tmp_path):

@@ -1,17 +1,25 @@
+import io
+import json
+import os
 import pickle
 import random
 import socket
 import struct
+import tarfile
+import time
 import zlib
 from functools import partial
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
-from train import data
+from train import augment, data, pretrain, shards
+from train.augment import Crop, View
 from train.data import DataConfig, HeldOutSet, Images, StepSampler, TrainingSet, build_data, build_loader
 
 IMG_SIZE = (16, 24)
@@ -36,7 +44,7 @@ def assert_same(a, b):
 
 def color(image):
     """The mean colour of a normalised image, in 0 .. 255."""
-    return tuple(data.denormalize(image).mean((1, 2)).mul(255).round().int().tolist())
+    return tuple(augment.denormalize(image).mean((1, 2)).mul(255).round().int().tolist())
 
 
 def save(path, color=RED, size=(40, 30), mode="RGB"):
@@ -174,10 +182,10 @@ def test_normalisation(tmp_path):
     image = training_set(tmp_path, ["a.png"])[0, 0].image
     expected = torch.tensor([(1 - 0.485) / 0.229, -0.456 / 0.224, (0.2 - 0.406) / 0.225])
     torch.testing.assert_close(image, expected.view(3, 1, 1).expand_as(image))
-    torch.testing.assert_close(data.denormalize(image)[:, 0, 0], torch.tensor([1.0, 0.0, 0.2]))
+    torch.testing.assert_close(augment.denormalize(image)[:, 0, 0], torch.tensor([1.0, 0.0, 0.2]))
     batch = torch.rand(2, 3, 4, 5)
-    torch.testing.assert_close(data.denormalize(torch.stack([data.normalize(x) for x in batch])), batch)
-    assert data.denormalize(torch.full((3, 1, 1), 100.0)).max() == 1
+    torch.testing.assert_close(augment.denormalize(torch.stack([augment.normalize(x) for x in batch])), batch)
+    assert augment.denormalize(torch.full((3, 1, 1), 100.0)).max() == 1
 
 
 def test_crop_scale_is_the_area_of_the_crops(tmp_path):
@@ -186,7 +194,7 @@ def test_crop_scale_is_the_area_of_the_crops(tmp_path):
     for crop_scale, low, high in [((0.01, 0.01), 15, 40), ((0.25, 0.25), 100, 160)]:
         dataset = training_set(tmp_path, ["ramp.png"], crop_scale=crop_scale)
         for epoch in range(10):
-            image = data.denormalize(dataset[epoch, 0].image) * 255
+            image = augment.denormalize(dataset[epoch, 0].image) * 255
             assert low < image.max() - image.min() < high
 
 
@@ -218,7 +226,7 @@ def test_photos_split(photos):
     assert {"motorcycle_left.png", "motorcycle_right.png", "china.jpg", "flower.jpg"} < set(train.files)
     for dataset in photos:
         for i in range(len(dataset.images.names)):
-            image, skipped = dataset.images.read(i)
+            (image, _), skipped = dataset.images.read(i)
             assert image.dtype == torch.uint8
             assert image.shape[0] == 3
             assert min(image.shape[1:]) >= 300
@@ -229,7 +237,8 @@ def test_an_epoch_of_photos_has_as_many_crops_of_each(photos, monkeypatch):
     train, _ = build(crops_per_photo=3)
     assert len(train) == 42
     read = []
-    monkeypatch.setattr(train.images, "read", lambda i: read.append(i) or (torch.zeros(3, 8, 8).byte(), []))
+    crop = Crop(torch.zeros(3, 8, 8).byte(), View(0, 0, 8, 8))
+    monkeypatch.setattr(train.images, "read", lambda i, choose: read.append(i) or (crop, []))
     for index in range(42):
         _ = train[0, index]
     assert sorted(read) == sorted(list(range(14)) * 3)
@@ -259,7 +268,7 @@ def test_held_out_crops_are_spread_over_the_photos():
     solid = {
         name: torch.tensor(c, dtype=torch.uint8).view(3, 1, 1).expand(3, 9, 9) for name, c in solid.items()
     }
-    held_out = HeldOutSet(Images(list(solid), solid.__getitem__), IMG_SIZE, NUM_PATCHES, crops=6)
+    held_out = HeldOutSet(Images(list(solid), partial(data.cut, solid)), IMG_SIZE, NUM_PATCHES, crops=6)
     assert [color(sample.image) for sample in held_out] == [RED, GREEN, BLUE] * 2
 
 
@@ -338,7 +347,7 @@ def test_every_kind_of_image_is_read_as_rgb(tmp_path, mode, name, expected):
     save(tmp_path / name, mode=mode)
     with Image.open(tmp_path / name) as image:
         assert image.mode == mode or name == "a.gif"
-    image = data.decode(tmp_path / name)
+    image = data.decode(tmp_path / name).pixels
     assert image.dtype == torch.uint8
     assert image.shape == (3, 30, 40)
     if expected is not None:
@@ -414,16 +423,20 @@ def test_skipped_files_are_reported_with_the_batches(broken_folder, workers):
     assert "DecompressionBombError" in skipped.get("bomb.png", "DecompressionBombError")
 
 
+def blank(name, choose):
+    return Crop(torch.zeros(3, 1, 1, dtype=torch.uint8), choose(1, 1))
+
+
 def test_held_out_files_are_a_fiftieth(monkeypatch):
     names = [f"{i:04}.png" for i in range(1000)]
-    train, held_out = data.split_files(names, lambda name: torch.zeros(3, 1, 1))
+    train, held_out = data.split_files(names, blank)
     assert len(held_out) == 20
     assert sorted(train + held_out) == names
     assert train == sorted(train)
     assert max(int(name[:4]) for name in held_out) - min(int(name[:4]) for name in held_out) > 500
-    assert data.split_files(names[::-1], lambda name: torch.zeros(3, 1, 1))[1] == held_out
+    assert data.split_files(names[::-1], blank)[1] == held_out
     monkeypatch.setattr(data, "MAX_HELD_OUT_FILES", 5)
-    assert data.split_files(names, lambda name: torch.zeros(3, 1, 1))[1] == held_out[:5]
+    assert data.split_files(names, blank)[1] == held_out[:5]
 
 
 def test_one_held_out_file_that_is_broken_does_not_stop_the_run(tmp_path):
@@ -448,8 +461,8 @@ def test_held_out_files_are_cropped_in_the_centre(tmp_path):
     image = HeldOutSet(images, IMG_SIZE, NUM_PATCHES, crops=None)[0].image
     assert image.shape == (3, *IMG_SIZE)
     green = torch.tensor(GREEN).view(3, 1, 1) / 255
-    torch.testing.assert_close(data.denormalize(image), green.expand_as(image), atol=1e-5, rtol=0)
-    assert data.center_crop(torch.zeros(3, 500, 1, dtype=torch.uint8), IMG_SIZE).shape == (3, *IMG_SIZE)
+    torch.testing.assert_close(augment.denormalize(image), green.expand_as(image), atol=1e-5, rtol=0)
+    assert augment.Centre(IMG_SIZE)(500, 1) == View(250, 0, 1, 1)
 
 
 def test_folders_without_enough_images(tmp_path):
@@ -547,11 +560,481 @@ def test_order_leaves_the_random_numbers_of_the_caller_alone():
         ({"rank": -1}, "rank must be .* not -1 of 1"),
         ({"start_step": 3}, "start_step must be .* not 3 of 2"),
         ({"start_step": -1}, "start_step must be .* not -1 of 2"),
+        ({"window": -1}, "window must be at least 0, not -1"),
+        ({"shards": [4, 5]}, "shards must add up to the 10 samples, not to 9"),
     ],
 )
 def test_sampler_errors(kwargs, message):
     with pytest.raises(ValueError, match=message):
         StepSampler(**{"num_samples": 10, "batch_size": 4, "seed": 0, "total_steps": 2} | kwargs)
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 100])
+def test_shards_are_mixed_a_window_at_a_time(window):
+    sizes = [5, 1, 7, 3, 4, 6, 2]
+    shard_of = [shard for shard, size in enumerate(sizes) for _ in range(size)]
+    sampler = StepSampler(28, 7, seed=0, total_steps=8, shards=sizes, window=window)
+    indices = [index for _, index in chain(*sampler)]
+    epochs = [indices[:28], indices[28:]]
+    assert epochs[0] != epochs[1]
+    groups = -(-7 // window)
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(28))
+        # As many groups as needed, of as many shards each, one after the other.
+        group_sizes = [len(part) for part in torch.arange(7).tensor_split(groups)]
+        first_seen = list(dict.fromkeys(shard_of[index] for index in epoch))
+        for size in group_sizes:
+            shards_of_group, first_seen = first_seen[:size], first_seen[size:]
+            count = sum(sizes[shard] for shard in shards_of_group)
+            assert {shard_of[index] for index in epoch[:count]} == set(shards_of_group)
+            del epoch[:count]
+
+
+def test_order_of_shards_is_shared_and_resumed():
+    arguments = {"num_samples": 20, "batch_size": 8, "seed": 1, "shards": [6, 5, 9], "window": 2}
+    whole = list(StepSampler(total_steps=7, **arguments))
+    assert list(StepSampler(total_steps=7, start_step=4, **arguments)) == whole[4:]
+    ranks = [list(StepSampler(total_steps=7, rank=r, world_size=2, **arguments)) for r in range(2)]
+    assert [a + b for a, b in zip(*ranks, strict=True)] == whole
+    everywhere = StepSampler(20, 8, 1, total_steps=7, shards=[6, 5, 9], window=0)
+    assert list(everywhere) == list(StepSampler(20, 8, 1, total_steps=7))
+
+
+# Shards
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder / "dbpkern" / "shards"
+
+
+def encoded(color, kind="PNG"):
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 30), color).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def write_shard(path, members):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    """Four shards of five images with labels, each image of another colour, and one that is broken."""
+    for shard in range(4):
+        members = []
+        for i in range(5):
+            content = encoded((10 * shard, 50 * i, 0))
+            members += [(f"{i}.png", content), (f"{i}.cls", b"7")]
+        members.append(("sub/zero.JPG", b"" if shard == 2 else encoded(BLUE, "JPEG")))
+        write_shard(tmp_path / f"set-{shard:03}.tar", members)
+    return tmp_path
+
+
+def test_shards_give_their_images(sharded):
+    train, held_out = build(f"wds:{sharded}/set-{{000..003}}.tar")
+    names = sorted(train.files + held_out.images.names)
+    assert names == [
+        f"set-{shard:03}.tar/{name}"
+        for shard in range(4)
+        for name in (*(f"{i}.png" for i in range(5)), "sub/zero.JPG")
+    ]
+    assert sum(train.shards) == len(train) == 23
+    assert len(train.shards) == 4
+    for index, name in enumerate(train.files):
+        sample = train[0, index]
+        if name == "set-002.tar/sub/zero.JPG":
+            ((skipped, reason),) = sample.skipped
+            assert skipped == name
+            assert "cannot identify image file" in reason
+        elif name.endswith("png"):
+            assert color(sample.image) == (10 * int(name[6]), 50 * int(name[12]), 0)
+            assert sample.skipped == []
+
+
+def test_shards_equal_the_same_images_in_a_folder(sharded, tmp_path):
+    for shard in range(4):
+        with tarfile.open(sharded / f"set-{shard:03}.tar") as tar:
+            tar.extractall(tmp_path / "folder" / f"set-{shard:03}.tar", filter="data")
+    (tmp_path / "shards").mkdir()
+    for path in sharded.glob("*.tar"):
+        path.rename(tmp_path / "shards" / path.name)
+    pairs = zip(build(f"folder:{tmp_path / 'folder'}"), build(f"wds:{tmp_path / 'shards'}"), strict=True)
+    (folder, shard), held_out = pairs
+    assert folder.files == shard.files
+    for index in range(len(folder)):
+        assert torch.equal(folder[2, index].image, shard[2, index].image)
+    assert torch.equal(held_out[0][0].image, held_out[1][0].image)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["set-{000..003}.tar", "set-*.tar", "", "{set-00[01],set-*}.tar", "set-00{0..1}.tar*"]
+)
+def test_patterns(sharded, pattern):
+    paths = [f"set-{shard:03}.tar" for shard in range(2 if pattern.endswith("*") else 4)]
+    assert [path.name for path in shards.find_shards(f"{sharded}/{pattern}")] == paths
+
+
+def test_shards_in_folders_are_named_from_what_they_share(tmp_path):
+    for name in ("a/x.tar", "b/x.tar"):
+        write_shard(tmp_path / name, [("0.png", encoded(RED)), ("1.png", encoded(RED))])
+    assert shards.Shards(shards.find_shards(str(tmp_path)), (".png",)).names() == [
+        "a/x.tar/0.png", "a/x.tar/1.png", "b/x.tar/0.png", "b/x.tar/1.png",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_sharded_batches_are_those_of_direct_reading(sharded, workers):
+    train, _ = build(f"wds:{sharded}")
+    sampler = StepSampler(len(train), 6, 0, total_steps=5, shards=train.shards, window=2)
+    _ = train[0, 0]  # leaves a file open, which the loaders must not use
+    for keys, batch in zip(sampler, build_loader(train, sampler, workers, False), strict=True):
+        assert torch.equal(batch["image"], torch.stack([train[key].image for key in keys]))
+    again = pickle.loads(pickle.dumps(train))
+    assert_same(again[1, 3], train[1, 3])
+
+
+def test_a_bounded_number_of_shards_is_open(sharded, monkeypatch):
+    monkeypatch.setattr(shards, "MAX_OPEN", 2)
+
+    def count():
+        links = (Path("/proc/self/fd") / number for number in os.listdir("/proc/self/fd"))
+        return sum(link.exists() and link.resolve().suffix == ".tar" for link in links)
+
+    store = shards.Shards(shards.find_shards(str(sharded)), (".png",))
+    assert count() == 0
+    for name in store.names() * 2:
+        assert Image.open(io.BytesIO(store.read(name))).size == (40, 30)
+        assert 1 <= count() <= 2
+    child = os.fork()
+    if child == 0:
+        opened, real = [], Path.open
+        monkeypatch.setattr(Path, "open", lambda path, *a, **k: opened.append(path) or real(path, *a, **k))
+        store.read(store.names()[-1])
+        os._exit(len(opened))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+
+
+def test_index_is_kept_and_renewed_when_a_shard_changes(sharded, cache, monkeypatch):
+    path = sharded / "set-000.tar"
+    real, calls = shards.read_members, []
+    monkeypatch.setattr(shards, "read_members", lambda *args: calls.append(1) or real(*args))
+    before = set(sharded.iterdir())
+    first = shards.load_members(path, (".png",))
+    second = shards.load_members(path, (".png",))
+    assert len(calls) == 1
+    assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+    assert len(shards.load_members(path, (".png", ".jpg")).names) == 6
+    assert len(calls) == 2
+    write_shard(path, [("new.png", encoded(RED))])
+    assert shards.load_members(path, (".png",)).names.tolist() == [b"new.png"]
+    for file in cache.iterdir():
+        file.write_bytes(file.read_bytes()[:100])
+    assert shards.load_members(path, (".png",)).names.tolist() == [b"new.png"]
+    assert len(calls) == 4
+    assert set(sharded.iterdir()) == before
+    assert {file.suffix for file in cache.iterdir()} == {".npz"}
+
+
+def test_shards_without_a_place_for_their_index(sharded, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert len(build(f"wds:{sharded}/set-*.tar")[0]) == 23
+
+
+def cut_at(size):
+    return lambda path: path.write_bytes(path.read_bytes()[:size])
+
+
+def garbage(path):
+    content = bytearray(path.read_bytes())
+    content[1024:1536] = b"?" * 512  # the second header
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut_at(1024), "is truncated or damaged: no member and no end at byte 1024"),
+        (cut_at(1300), "or is damaged: truncated header|no member and no end at byte 1024"),
+        (cut_at(600), "or is damaged: unexpected end of data"),
+        (cut_at(0), "or is damaged: empty file"),
+        (garbage, "no member and no end at byte 1024"),
+        (lambda path: path.write_text("no tar" * 1000), "cannot be read as a tar file"),
+        (lambda path: write_shard(path, [("a.png", b"1"), ("a.png", b"2")]), "holds a.png twice"),
+    ],
+)
+def test_damaged_shards_are_refused_by_name(sharded, damage, message):
+    content = encoded(RED)
+    assert len(content) < 512
+    path = sharded / "set-001.tar"
+    write_shard(path, [("a.png", content), ("b.png", content)])
+    damage(path)
+    with pytest.raises(ValueError, match=f"shard {path} .*({message})"):
+        build(f"wds:{sharded}")
+
+
+def test_shards_that_are_missing_or_hold_no_image(sharded, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no such shard: .*set-004\.tar \(and 1 more of 6\)"):
+        build(f"wds:{sharded}/set-{{000..005}}.tar")
+    with pytest.raises(FileNotFoundError, match=r"no such shard: .*other-\*\.tar$"):
+        build(f"wds:{sharded}/other-*.tar")
+    with pytest.raises(ValueError, match=r"must be files on this machine .* not 'https://x/a\.tar'"):
+        build("wds:https://x/a.tar")
+    with pytest.raises(ValueError, match="Unbalanced"):
+        build(f"wds:{sharded}/set-{{000..003.tar")
+    write_shard(tmp_path / "labels" / "0.tar", [("a.cls", b"1")])
+    with pytest.raises(FileNotFoundError, match=r"no image \(\.jpg .*\) in 1 shards below .*labels"):
+        build(f"wds:{tmp_path}/labels")
+
+
+def test_a_shard_that_vanishes_or_shrinks_later_is_skipped(sharded):
+    train = pickle.loads(pickle.dumps(build(f"wds:{sharded}")[0]))  # with no file open
+    (sharded / "set-000.tar").unlink()
+    cut_at(100)(sharded / "set-001.tar")
+    skipped = {}
+    for index in range(len(train)):
+        skipped |= dict(train[0, index].skipped)
+    lost = [name for name in train.files if name < "set-002.tar"]
+    assert set(skipped) == {*lost, "set-002.tar/sub/zero.JPG"}
+    assert "FileNotFoundError" in skipped[lost[0]]
+    assert "ends within" in skipped[lost[-1]]
+
+
+# Lists of files
+
+
+def test_a_list_of_files_is_the_training_set(sharded, tmp_path):
+    for i in range(60):
+        save(tmp_path / "folder" / "class" / f"{i:02}.png")
+    for source in ("photos", f"folder:{tmp_path / 'folder'}", f"wds:{sharded}"):
+        some, before = build(source, fraction=0.5, subset_seed=3)
+        path = tmp_path / "files.txt"
+        path.write_text("".join(f"{name}\n" for name in reversed(some.files)))
+        listed, held_out = build(source, files=str(path))
+        assert listed.files == some.files
+        assert listed.shards == some.shards
+        assert held_out.images.names == before.images.names
+        assert_same(listed[1, 2], some[1, 2])
+    assert len(listed.shards) == 4
+
+
+def test_listed_files_are_not_held_out(tmp_path):
+    for i in range(150):
+        save(tmp_path / f"{i:03}.png")
+    full, held_out = build(f"folder:{tmp_path}")
+    a, b, c = held_out.images.names
+    path = tmp_path / "files.txt"
+    path.write_text("\n".join([b, *full.files[:9]]))
+    listed, rest = build(f"folder:{tmp_path}", files=str(path))
+    assert listed.files == sorted([b, *full.files[:9]])
+    assert rest.images.names == [a, c]
+    path.write_text("\n".join([*held_out.images.names, *full.files[:9]]))
+    with pytest.raises(ValueError, match="leaves no image to hold out"):
+        build(f"folder:{tmp_path}", files=str(path))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("\n", "lists no image"),
+        ("astronaut.png\nbrick.png\nastronaut.png\n", "lists 1 images more than once, among them 'astro"),
+        ("brick.png\na.png\nb.png\n", "2 of the 3 images .* are not in the source, among them 'a.png'; exp"),
+    ],
+)
+def test_bad_lists_of_files(tmp_path, content, message):
+    (tmp_path / "files.txt").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        build(files=str(tmp_path / "files.txt"))
+    with pytest.raises(FileNotFoundError, match=r"no such list of files: .*none\.txt"):
+        build(files=str(tmp_path / "none.txt"))
+
+
+# Augmentation on the device
+
+
+@pytest.mark.parametrize("size", [(224, 224), (32, 48), (8, 8)])
+def test_device_and_host_show_the_same(size):
+    """The same boxes and flips; pixels differ by what is rounded and clamped between passes."""
+    sets = [build_data(DataConfig(augment_on=place), size, NUM_PATCHES, 3)[0] for place in ("host", "device")]
+    keys = [(epoch, index) for epoch in range(2) for index in range(0, 896, 40)]
+    host, device = (data.collate([dataset[key] for key in keys]) for dataset in sets)
+    assert device["image"].dtype == torch.uint8
+    assert device["size"].shape == (len(keys), 2)
+    assert 0 < device["flip"].sum() < len(keys)
+    assert torch.equal(host["noise"], device["noise"])
+    images = data.to_images(device, size)
+    assert images.shape == host["image"].shape
+    assert images.dtype == torch.float32
+    levels = (augment.denormalize(images) - augment.denormalize(host["image"])).abs() * 255
+    assert levels.mean() < 0.6
+    assert torch.quantile(levels[:, :, ::3, ::3].flatten(), 0.99) < 3
+    assert levels.max() < 16
+    in_one_go = (device["size"] < 2 * torch.tensor(size)).all(1)
+    if in_one_go.any():
+        assert levels[in_one_go].mean() < 0.3  # rounding to whole levels alone makes 0.25
+    assert in_one_go.any() == (size == (224, 224))
+    assert data.to_images(host, size) is host["image"]
+
+
+def test_views_are_those_of_torchvision(photos):
+    train, _ = photos
+    image = train.images.read(3)[0].pixels
+    draw = data.Draw((0, 4, 200), NUM_PATCHES, train.view)
+    view = draw(*image.shape[1:])
+    with data.seeded(0, 4, 200):
+        torch.rand(NUM_PATCHES)
+        crop = augment.v2.RandomResizedCrop(
+            IMG_SIZE, (0.2, 1.0), augment.RATIO, augment.InterpolationMode.BICUBIC, antialias=True
+        )
+        expected = augment.v2.RandomHorizontalFlip()(crop(image))
+    assert torch.equal(augment.finish(data.cut({"a": image}, "a", lambda *_: view), IMG_SIZE),
+                       augment.normalize(expected))  # fmt: skip
+    assert torch.equal(train[4, 200].image, augment.normalize(expected))
+
+
+def test_resize_weights_are_those_of_antialiased_interpolation():
+    lengths = torch.tensor([5, 40, 13, 1])
+    weights = augment.resize_weights(lengths, 40, 13)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(4, 13))
+    for length, matrix in zip(lengths.tolist(), weights, strict=True):
+        line = torch.rand(1, 1, 1, length)
+        expected = F.interpolate(line, (1, 13), mode="bicubic", antialias=True)
+        torch.testing.assert_close(matrix[:, :length] @ line.flatten(), expected.flatten())
+        assert not matrix[:, length:].any()
+
+
+def test_a_batch_on_the_device_is_bounded_and_independent_of_its_company():
+    generator = torch.Generator().manual_seed(0)
+    large = torch.randint(256, (3, 400, 30), generator=generator, dtype=torch.uint8)
+    small = torch.randint(256, (3, 9, 100), generator=generator, dtype=torch.uint8)
+    crops = [augment.bound(crop, IMG_SIZE) for crop in (large, small)]
+    assert [crop.shape for crop in crops] == [(3, 32, 30), (3, 9, 48)]
+    padded, sizes = augment.pad(crops)
+    assert padded.shape == (2, 3, 32, 48)
+    assert padded.nbytes <= 2 * 3 * 16 * 24 * 4  # as the result
+    flip = torch.tensor([True, False])
+    with torch.autocast("cpu", torch.bfloat16):
+        together = augment.finish_batch(padded, sizes, flip, IMG_SIZE)
+    for i, crop in enumerate(crops):
+        alone = augment.finish_batch(*augment.pad([crop]), flip[i : i + 1], IMG_SIZE)
+        torch.testing.assert_close(together[i], alone[0], atol=1e-4, rtol=0)
+    repeated = augment.finish_batch(
+        padded.repeat(40, 1, 1, 1), sizes.repeat(40, 1), flip.repeat(40), IMG_SIZE
+    )
+    torch.testing.assert_close(repeated, together.repeat(40, 1, 1, 1), atol=1e-4, rtol=0)
+
+
+# Decoding at a part of the size
+
+
+def test_draft_decodes_less_where_the_crop_stays_large_enough(tmp_path, photos):
+    photo = photos[0].images.read(photos[0].files.index("astronaut.png"))[0].pixels
+    augment.v2.functional.to_pil_image(photo).save(tmp_path / "a.jpg", quality=95)
+    augment.v2.functional.to_pil_image(photo).save(tmp_path / "a.png")
+    images = Images(["a.jpg"], partial(data.load_file, tmp_path))
+    full, draft = (TrainingSet(images, (96, 96), 4, 0, (0.2, 1.0), 1, draft=d) for d in (False, True))
+    reductions = set()
+    for epoch in range(12):
+        draws = [data.Draw((0, epoch, 0), 4, dataset.view) for dataset in (full, draft)]
+        (_, view), (b, reduced) = (images.load("a.jpg", draw) for draw in draws)
+        assert reduced == view._replace(reduction=reduced.reduction)
+        factor = reduced.reduction
+        reductions.add(factor)
+        assert min(b.shape[1:]) >= 96 - 1
+        assert max(view.height // factor - b.shape[1], view.width // factor - b.shape[2]) <= 1
+        assert min(b.shape[1], b.shape[2]) < 2 * 96 + 2 or factor == 8
+        levels = augment.denormalize(full[epoch, 0].image) - augment.denormalize(draft[epoch, 0].image)
+        assert levels.abs().mean() * 255 < 10  # boxes move by up to half a pixel of the smaller image
+        assert torch.equal(full[epoch, 0].image, draft[epoch, 0].image) == (factor == 1)
+        png, _ = data.decode(tmp_path / "a.png", draws[1])
+        assert png.shape[1:] == view[2:4]
+    assert reductions >= {2, 4}
+
+
+@pytest.mark.parametrize("scaled", [(50, 40), (13, 10), (1, 1)])
+def test_scaled_boxes_stay_within_the_image(scaled):
+    for view in (View(0, 0, 100, 80), View(99, 79, 1, 1), View(33, 7, 51, 73)):
+        top, left, height, width = augment.scaled_box(view, (100, 80), scaled)
+        assert min(height, width) >= 1
+        assert min(top, left) >= 0
+        assert top + height <= scaled[0]
+        assert left + width <= scaled[1]
+        assert abs(top - view.top * scaled[0] / 100) <= 1
+    assert augment.scaled_box(View(0, 0, 100, 80), (100, 80), scaled) == (0, 0, *scaled)
+
+
+# Runs
+
+
+TINY = [
+    "--model=mae_vit_tiny",
+    "--model_args={patch_size: 8, embed_dim: 16, depth: 1, num_heads: 1, decoder_embed_dim: 16,"
+    " decoder_depth: 1, decoder_num_heads: 1}",
+    "--img_size=16",
+    "--batch_size=6",
+    "--steps=4",
+    "--optim.warmup_steps=1",
+    "--eval_every=4",
+    "--checkpoint_every=2",
+    "--device=cpu",
+]
+
+
+def records(out):
+    lines = (out / "log.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == "step"]
+
+
+def test_a_run_on_shards_resumes_exactly(sharded, tmp_path, capsys):
+    source = [f"--data.source=wds:{sharded}/set-*.tar", "--data.shard_window=2", "--data.augment_on=device"]
+    pretrain.main([*TINY, *source, f"--out={tmp_path / 'whole'}"])
+    whole = records(tmp_path / "whole")
+    half = tmp_path / "whole" / "checkpoints" / "step-00000002"
+    pretrain.main([*TINY, *source, f"--resume={half}", f"--out={tmp_path / 'rest'}"])
+    assert [r["loss"] for r in records(tmp_path / "rest")] == [r["loss"] for r in whole[2:]]
+    # Other images than before would be another run.
+    write_shard(sharded / "set-004.tar", [("0.png", encoded(RED))])
+    with pytest.raises(SystemExit):
+        pretrain.main([*TINY, *source, "--resume=auto", f"--out={tmp_path / 'rest'}"])
+    assert "the training images are no longer those of" in capsys.readouterr().err
+    (sharded / "set-004.tar").unlink()
+    # The list that a run leaves gives the same run.
+    listed = [*source, f"--data.files={tmp_path / 'whole' / 'files.txt'}"]
+    pretrain.main([*TINY, *listed, f"--out={tmp_path / 'listed'}"])
+    assert [r["loss"] for r in records(tmp_path / "listed")] == [r["loss"] for r in whole]
+
+
+def test_the_log_tells_the_time_spent_waiting_for_data(tmp_path, monkeypatch):
+    real = TrainingSet.__getitem__
+
+    def slow(dataset, key):
+        time.sleep(0.02)
+        return real(dataset, key)
+
+    monkeypatch.setattr(TrainingSet, "__getitem__", slow)
+    pretrain.main([*TINY, "--steps=2", "--accumulation=2", f"--out={tmp_path / 'run'}"])
+    first, second = records(tmp_path / "run")
+    assert 6 * 0.02 <= first["data_seconds"] <= first["seconds"]
+    assert 6 * 0.02 <= second["data_seconds"] <= second["seconds"] - first["seconds"]
+
+
+@pytest.mark.parametrize("preset", sorted(Path(pretrain.__file__).parent.glob("configs/*.yaml")))
+def test_presets_are_understood(preset):
+    config = pretrain.parse([f"--config={preset}", "--out=runs/x"])
+    config.check()
+    if preset.stem in ("dbp_base", "mae_base"):
+        assert (config.model, config.img_size) == ("mae_vit_base", 224)
+        assert config.data.fraction == (0.1 if preset.stem == "dbp_base" else 1)
+        assert config.decor.enable == (preset.stem == "dbp_base")
+        assert config.decoder == ("dbp" if preset.stem == "dbp_base" else "mae")
 
 
 # Configuration
@@ -560,9 +1043,10 @@ def test_sampler_errors(kwargs, message):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"source": "imagenet"}, "source must be 'photos' or 'folder:PATH', not 'imagenet'"),
+        ({"source": "imagenet"}, "source must be 'photos', 'folder:PATH' or 'wds:PATTERN', not 'imagenet'"),
         ({"source": "folder:"}, "source must be"),
         ({"source": "photos:x"}, "source must be"),
+        ({"source": "wds:"}, "source must be"),
         ({"fraction": 0.0}, "fraction must be above 0 and at most 1, not 0.0"),
         ({"fraction": 1.5}, "fraction must be"),
         ({"fraction": float("nan")}, "fraction must be .* not nan"),
@@ -575,6 +1059,10 @@ def test_sampler_errors(kwargs, message):
         ({"crop_scale": (0.5, float("nan"))}, "crop_scale must be"),
         ({"crop_scale": (0.5,)}, "crop_scale must be"),
         ({"crops_per_photo": 0}, "crops_per_photo must be at least 1, not 0"),
+        ({"files": "list.txt", "fraction": 0.5}, "files and a fraction exclude each other, .* is 0.5"),
+        ({"shard_window": -1}, "shard_window must be at least 0, not -1"),
+        ({"augment_on": "gpu"}, "augment_on must be 'host' or 'device', not 'gpu'"),
+        ({"draft": True}, "draft has no meaning for source 'photos'"),
     ],
 )
 def test_config_errors(kwargs, message):

@@ -17,7 +17,7 @@ def ranks(request, tmp_path_factory):
     """The results of every process, in the order of ranks."""
     folder, world = tmp_path_factory.mktemp("ranks"), request.param
     # The server imports once and forks: a process starts in no time. DistributedDataParallel needs _dynamo.
-    multiprocessing.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed", "dbpkern"])
+    multiprocessing.set_forkserver_preload(distributed_worker.PRELOAD)
     start_processes(distributed_worker.run, (world, str(folder)), nprocs=world, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
 

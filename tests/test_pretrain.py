@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train.data
 import train.loop
 from train import checkpoint, pretrain
+from train.processes import Processes
 from train.run_folder import RunFolder
 
 ROOT = Path(__file__).parent.parent
@@ -36,7 +37,16 @@ TINY = [
     "--checkpoint_every=4",
     "--device=cpu",
 ]
-DBP = ["--decor.enable=true", "--decor.eta=0.002"]
+DBP = [
+    "--decor.enable=true",
+    "--decor.form=auto",
+    "--decor.sites=sublayers",
+    "--decor.decoder=false",
+    "--decor.eta=0.002",
+    "--decor.follow=false",
+    "--decor.scale_free=false",
+    "--decor.limit=null",
+]
 
 
 def losses(folder: Path) -> dict[int, float]:
@@ -46,6 +56,16 @@ def losses(folder: Path) -> dict[int, float]:
 def heldout(folder: Path) -> list[tuple]:
     records = (r for r in RunFolder(folder).records() if r["kind"] == "eval")
     return [(r["step"], r["heldout_loss"], r["decorrelation_loss"]) for r in records]
+
+
+ALONE = Processes(0, 1, torch.device("cpu"))
+
+
+def weights(saved: Path) -> dict[str, torch.Tensor]:
+    """The model's tensors in a checkpoint that one process wrote."""
+    (file,) = saved.glob("*.safetensors")
+    tensors = load_file(file)
+    return {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
 
 
 def command(*arguments: str, processes: int | None = None) -> list[str]:
@@ -109,7 +129,7 @@ def test_the_exported_encoder_is_the_fused_model_and_a_stock_vit(finished):
         img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=0
     )
     vit.load_state_dict(load_file(finished / "encoder.safetensors"), strict=True)
-    state = checkpoint.load(finished / "checkpoints" / "step-00000024")["model"]
+    state = weights(finished / "checkpoints" / "step-00000024")
     name = "blocks.1.attn.qkv"
     assert (state[f"{name}.R"] - torch.eye(32)).abs().max() > 1e-4
     folded = state[f"{name}.weight"] @ state[f"{name}.R"]
@@ -120,7 +140,7 @@ def test_low_rank_sites_train_and_fuse(tmp_path):
     out = tmp_path / "run"
     ranks = ["--decor.sites=all", "--decor.rank={fc1: 5, fc2: 7}", "--decor.eta=0.02"]
     pretrain.main([*TINY, *DBP, *ranks, "--steps=4", "--eval_every=4", f"--out={out}"])
-    state = checkpoint.load(out / "checkpoints" / "step-00000004")["model"]
+    state = weights(out / "checkpoints" / "step-00000004")
     assert state["blocks.0.mlp.fc2.Q"].shape == (128, 7)
     Q, S = state["blocks.1.mlp.fc1.Q"], state["blocks.1.mlp.fc1.S"]
     assert S.shape == (5, 5)
@@ -190,7 +210,7 @@ def test_sigterm_saves_on_two_processes_and_one_process_can_go_on(tmp_path):
     output, _ = process.communicate(timeout=60)
     assert "The last good checkpoint is" in output
     (saved,) = (out / "checkpoints").iterdir()
-    step = checkpoint.load(saved)["step"]
+    step = checkpoint.load(saved, ALONE)["step"]
     assert step == max(losses(out)) < 30
     pretrain.main([*TINY, *arguments, f"--out={out}", "--resume=auto"])
     # Every row is sampled, so that the number of processes changes only the order of sums.
@@ -236,10 +256,10 @@ def test_divergence_stops_names_the_matrix_and_leaves_a_good_checkpoint(tmp_path
     assert "smaller --decor.eta" in message
     skips = [r for r in RunFolder(out).records() if r["kind"] == "skip"]
     assert [r["in_a_row"] for r in skips] == [1, 2, 3]
-    _, state = checkpoint.newest(out / "checkpoints")
+    path, state = checkpoint.newest(out / "checkpoints", ALONE)
     assert 0 < state["step"] < skips[0]["step"]
     assert f"step-{state['step']:08d}" in message
-    assert all(torch.isfinite(tensor).all() for tensor in state["model"].values())
+    assert all(torch.isfinite(tensor).all() for tensor in weights(path).values())
 
 
 def test_divergence_of_the_weights_is_told_apart(tmp_path):
@@ -318,6 +338,7 @@ def test_profile_writes_a_trace_for_tensorboard(tmp_path):
         (["--img_size=30"], "30"),
         (["--mask_ratio=1"], r"mask_ratio: expected a number in \(0, 1\), got 1"),
         (["--mask_ratio=.nan"], "mask_ratio"),
+        (["--parallel=fsdp", "--optim.name=muon"], "parallel: muon works on whole matrices"),
         (["--steps=0"], "steps: expected at least 1, got 0"),
         (["--batch_size=9", "--accumulation=2"], "multiple of"),
         (["--optim.blr=.nan"], "optim.blr: expected a finite number"),
@@ -391,17 +412,24 @@ def test_damaged_checkpoints_are_named_or_passed_over(finished, tmp_path, capsys
     run = tmp_path / "run"
     pretrain.main([*TINY, *DBP, f"--out={run}"])
     newest = run / "checkpoints" / "step-00000024"
-    content = (newest / "state.pt").read_bytes()
-    (newest / "state.pt").write_bytes(content[: len(content) // 2])
-    with pytest.raises(SystemExit):
-        pretrain.main([*TINY, *DBP, f"--out={tmp_path / 'a'}", f"--resume={newest}"])
-    assert "is truncated" in capsys.readouterr().err
-    flipped = bytearray(content)
-    flipped[len(content) // 2] ^= 1
-    (newest / "state.pt").write_bytes(flipped)
-    with pytest.raises(SystemExit):
-        pretrain.main([*TINY, *DBP, f"--out={tmp_path / 'a'}", f"--resume={newest}"])
-    assert "is corrupted" in capsys.readouterr().err
+    (tensors,) = newest.glob("*.safetensors")
+    for file, damage, message in (
+        (tensors, lambda content: content[: len(content) // 2], "is truncated"),
+        (tensors, lambda content: content[:-1] + bytes([content[-1] ^ 1]), "is corrupted: its SHA-256"),
+        (newest / "state.pt", lambda content: content[:-1] + bytes([content[-1] ^ 1]), "is corrupted: its"),
+        (newest / "meta.json", lambda content: b'{"step": 24}', "meta.json is corrupted"),
+        (newest / "state.pt", None, "is not a whole checkpoint: state.pt is missing"),
+    ):
+        content = file.read_bytes()
+        if damage is None:
+            file.unlink()
+        else:
+            file.write_bytes(damage(content))
+        with pytest.raises(SystemExit):
+            pretrain.main([*TINY, *DBP, f"--out={tmp_path / 'a'}", f"--resume={newest}"])
+        assert message in capsys.readouterr().err
+        if damage is not None:
+            file.write_bytes(content)
     pretrain.main([*TINY, *DBP, f"--out={run}", "--resume=auto"])
     out = capsys.readouterr().out
     assert "passing over a damaged checkpoint" in out
@@ -410,18 +438,32 @@ def test_damaged_checkpoints_are_named_or_passed_over(finished, tmp_path, capsys
 
 
 def test_a_checkpoint_cut_off_while_it_is_written_does_not_count(tmp_path, monkeypatch):
-    checkpoint.save(tmp_path, 1, {"step": 1}, keep=2)
+    checkpoint.save(tmp_path, 1, {"step": 1, "weight": torch.arange(3.0)}, 2, ALONE)
 
     def killed(path):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(checkpoint, "_sync", killed)
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.save(tmp_path, 2, {"step": 2}, keep=2)
-    path, state = checkpoint.newest(tmp_path)
-    assert (path.name, state["step"]) == ("step-00000001", 1)
+        checkpoint.save(tmp_path, 2, {"step": 2, "weight": torch.ones(3)}, 2, ALONE)
+    path, state = checkpoint.newest(tmp_path, ALONE)
+    assert (path.name, state["step"], state["weight"].shape) == ("step-00000001", 1, (3,))
+    state["weight"] = torch.empty(3)
+    checkpoint.fill(path, state, ALONE)
+    assert state["weight"].tolist() == [0, 1, 2]
     checkpoint.rewind(tmp_path, 1)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_loading_a_checkpoint_runs_no_code_from_it(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (tmp_path.joinpath("ran").touch, ())
+
+    path = checkpoint.save(tmp_path, 1, {"step": Evil(), "weight": torch.ones(1)}, 1, ALONE)
+    with pytest.raises(checkpoint.CheckpointError, match="holds more than plain data"):
+        checkpoint.load(path, ALONE)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_more_processes_than_data(tmp_path):

@@ -6,17 +6,21 @@ Runs that differ only in their seed are one arm and are averaged. The target is 
 the first run's arm: the mean over its last 50 steps and its seeds. An arm reaches it at the first step from
 which its curve (averaged over its seeds, mean of 50 steps) stays at or below the target. Held-out losses
 stand beside it and decide nothing.
+
+Joules and kilograms of CO2 to the target show where all runs measured energy, for the kinds of device that
+all of them measured.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from train.energy import JOULES_PER_KWH, KINDS, carbon_intensity
 from train.plots import WINDOW, trailing_mean
 from train.run_folder import NEUTRAL, RunFolder, flat
 
@@ -32,7 +36,13 @@ class Run:
     config: dict
     losses: list[float]
     seconds: list[float]
+    joules: list[dict[str, float]]
     heldout: list[tuple[int, float]]
+
+    @property
+    def country(self) -> str | None:
+        """Where the run's electricity comes from, as far as it was told."""
+        return self.config.get("energy", {}).get("country")
 
 
 def read(path: str | Path) -> Run:
@@ -45,7 +55,7 @@ def read(path: str | Path) -> Run:
     config = folder.read_config()
     if config is None:
         raise ValueError(f"no run at {folder.path}")
-    run = Run(folder.path, config, [], [], [])
+    run = Run(folder.path, config, [], [], [], [])
     for record in folder.records():
         if record["kind"] == "eval":
             run.heldout.append((record["step"], record["heldout_loss"]))
@@ -56,6 +66,7 @@ def read(path: str | Path) -> Run:
                 "that was continued in another folder has the rest of its log there"
             )
         run.seconds.append(record["seconds"])
+        run.joules.append(record.get("joules", {}))
         if record["kind"] == "step":
             # A skipped step has no loss of its own: it counts, with the loss before it (or the first).
             skipped = len(run.seconds) - 1 - len(run.losses)
@@ -98,6 +109,25 @@ class Arm:
         first = above[-1] + 1 if above else 0
         return first + 1 if first < len(self.curve) else None
 
+    def energy(
+        self, steps: int | None, kinds: Sequence[str], factors: Mapping[str | None, float]
+    ) -> float | None:
+        """What the runs measured in their first steps on some kinds of device, on average.
+
+        Args:
+            steps: How many steps.
+            kinds: Kinds of device.
+            factors: By country, what to multiply joules by.
+
+        Returns:
+            The mean, None without steps, kinds, factors, or anything measured by then.
+        """
+        if steps is None or not kinds or not factors:
+            return None
+        # Records are without a kind until its counter has moved.
+        joules = [sum(run.joules[steps - 1].get(kind, 0.0) for kind in kinds) for run in self.runs]
+        return mean([j * factors[run.country] for j, run in zip(joules, self.runs, strict=True)]) or None
+
 
 def describe(config: dict) -> str:
     """Name of an arm in tables."""
@@ -126,9 +156,30 @@ def group(runs: Sequence[Run]) -> list[Arm]:
     ]
 
 
+def cell(row: Mapping, base: Mapping, key: str, form: str) -> str:
+    """What an arm needed to reach the target, and the ratio to what the first arm needed."""
+    if row["steps_to_target"] is None:
+        return "not reached"
+    if row[key] is None:
+        return "-"
+    ratio = "" if base[key] is None else f" ({row[key] / base[key]:.0%})"
+    return f"{row[key]:{form}}{ratio}"
+
+
 def table(arms: Sequence[Arm]) -> tuple[str, list[dict]]:
-    """The comparison as Markdown and as records; the first arm sets the target."""
+    """The comparison as Markdown and as records; the first arm sets the target.
+
+    Raises:
+        ValueError: there is no carbon intensity for a run's country.
+    """
     target = arms[0].final
+    runs = [run for arm in arms for run in arm.runs]
+    measured = [kind for kind in KINDS if all(kind in run.joules[-1] for run in runs)]
+    countries = {run.country for run in runs}
+    unit = dict.fromkeys(countries, 1.0)
+    kilograms = {}
+    if None not in countries:
+        kilograms = {country: carbon_intensity(country)[0] / JOULES_PER_KWH for country in countries}
     rows = []
     for arm in arms:
         steps = arm.reaches(target)
@@ -143,29 +194,30 @@ def table(arms: Sequence[Arm]) -> tuple[str, list[dict]]:
                 "milliseconds_per_step": 1000 * arm.seconds[-1] / len(arm.seconds),
                 "steps_to_target": steps,
                 "seconds_to_target": None if steps is None else arm.seconds[steps - 1],
+                "joules_to_target": arm.energy(steps, measured, unit),
+                "kg_co2_to_target": arm.energy(steps, measured, kilograms),
             }
         )
     base = rows[0]  # ends at the target by definition, so it always reaches it
+    costs = [("steps_to_target", "steps to target", ""), ("seconds_to_target", "seconds to target", ".1f")]
+    if measured:
+        costs.append(("joules_to_target", f"joules to target ({'+'.join(measured)})", ".0f"))
+    if measured and kilograms:
+        costs.append(("kg_co2_to_target", "kg CO2 to target", ".3g"))
+    headings = ["arm", "runs", "final loss", "spread", "held out", "ms/step", *(name for _, name, _ in costs)]
     lines = [
         f"Target: {target:.4f}, the final training loss of {arms[0].name} (mean of {WINDOW} steps)",
         "",
-        "| arm | runs | final loss | spread | held out | ms/step | steps to target | seconds to target |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| {' | '.join(headings)} |",
+        "|---" * len(headings) + "|",
     ]
     for row in rows:
-        if row["steps_to_target"] is None:
-            reached = ("not reached", "not reached")
-        else:
-            ratios = [row[key] / base[key] for key in ("steps_to_target", "seconds_to_target")]
-            reached = (
-                f"{row['steps_to_target']} ({ratios[0]:.0%})",
-                f"{row['seconds_to_target']:.1f} ({ratios[1]:.0%})",
-            )
+        reached = [cell(row, base, key, form) for key, _, form in costs]
         held = "-" if row["heldout_loss"] is None else f"{row['heldout_loss']:.4f}"
         spread = f"{row['spread']:.4f}" if row["runs"] > 1 else "-"
         lines.append(
             f"| {row['arm']} | {row['runs']} | {row['final_loss']:.4f} | {spread} | {held} "
-            f"| {row['milliseconds_per_step']:.0f} | {reached[0]} | {reached[1]} |"
+            f"| {row['milliseconds_per_step']:.0f} | {' | '.join(reached)} |"
         )
     return "\n".join(lines), rows
 
@@ -211,9 +263,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         arms = group([read(path) for path in options.runs])
+        text, rows = table(arms)
     except ValueError as error:
         sys.exit(f"compare: {error}")
-    text, rows = table(arms)
     print(text)
     plot(arms, options.out)
     print(f"\nplot: {options.out}")

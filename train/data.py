@@ -5,29 +5,30 @@ Every sample (its crop, its flip and the noise that decides its mask) is a funct
 stopped and resumed, or that is spread over more processes, therefore sees exactly the same data.
 """
 
+import collections
 import functools
 import hashlib
 import importlib.resources
 import importlib.util
+import io
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, Literal, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
-from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms import v2
 
 from dbpkern.sampling import derive_seed
-
-# The statistics of ImageNet, as timm.data.IMAGENET_DEFAULT_MEAN and _STD.
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
+from train import augment
+from train.augment import Chooser, Crop, View, whole
+from train.shards import Shards, find_shards
 
 # Photographs inside the wheels of scikit-image and scikit-learn, by the folder that holds them.
 PHOTOS = {
@@ -71,14 +72,24 @@ class DataConfig:
         source: "photos": the 18 photographs that ship with scikit-image and scikit-learn, nothing
             is downloaded. "folder:PATH": all image files below PATH, whether they lie in one
             folder or in a sub-folder per class; about 2 % of them (at least 1, at most 2,000) are
-            held out for evaluation.
+            held out for evaluation. "wds:PATTERN": the image files in WebDataset shards, that is, tar
+            files: a folder of them, wildcards, or braces such as shard-{000000..000099}.tar.
         fraction: Part of the training images to use, above 0 and at most 1. Held-out images are
             the same for every fraction.
         subset_seed: Chooses which images make up the fraction, independently of the seed of the run.
+        files: Text file with the names of the training images, one a line, in place of a fraction: as
+            in a run's files.txt, relative to the folder, or shard.tar/member.jpg. Names on it are not
+            held out.
         workers: Loader processes per training process; 0 loads in the training process itself.
         crop_scale: Smallest and largest area of a random crop, as parts of the image's area.
         crops_per_photo: Random crops of each photograph that make up one epoch ("photos" only; an
-            epoch of a folder takes one crop of each file).
+            epoch of the others takes one crop of each file).
+        shard_window: Shards whose images are mixed at a time ("wds" only): an epoch takes the shards in
+            random order, so many together. 0 mixes all.
+        augment_on: Where random crops are resized, flipped and normalised: "host", in the loader, or
+            "device", in batches where the model is. Boxes and flips are the same.
+        draft: Whether JPEG files may be decoded at 1/2, 1/4 or 1/8 of their size where the crop keeps
+            at least img_size. Faster for large images; pixels differ slightly.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -87,46 +98,53 @@ class DataConfig:
     source: str = "photos"
     fraction: float = 1.0
     subset_seed: int = 0
+    files: str | None = None
     workers: int = 0
     crop_scale: tuple[float, float] = (0.2, 1.0)
     crops_per_photo: int = 64
+    shard_window: int = 32
+    augment_on: Literal["host", "device"] = "host"
+    draft: bool = False
 
     def __post_init__(self):
         kind, _, path = self.source.partition(":")
-        if self.source != "photos" and not (kind == "folder" and path):
-            raise ValueError(f"source must be 'photos' or 'folder:PATH', not {self.source!r}")
+        if self.source != "photos" and not (kind in ("folder", "wds") and path):
+            raise ValueError(f"source must be 'photos', 'folder:PATH' or 'wds:PATTERN', not {self.source!r}")
         # A comparison with nan is false: these refuse it as well.
         if not 0 < self.fraction <= 1:
             raise ValueError(f"fraction must be above 0 and at most 1, not {self.fraction}")
         if not 0 <= self.subset_seed < 2**63:
             raise ValueError(f"subset_seed must be at least 0 and below 2**63, not {self.subset_seed}")
+        if self.files is not None and self.fraction != 1:
+            raise ValueError(f"files and a fraction exclude each other, but fraction is {self.fraction}")
         if self.workers < 0:
             raise ValueError(f"workers must be at least 0, not {self.workers}")
         if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ValueError(f"crop_scale must be two areas, 0 < min <= max <= 1, not {self.crop_scale}")
         if self.crops_per_photo < 1:
             raise ValueError(f"crops_per_photo must be at least 1, not {self.crops_per_photo}")
+        if self.shard_window < 0:
+            raise ValueError(f"shard_window must be at least 0, not {self.shard_window}")
+        if self.augment_on not in ("host", "device"):
+            raise ValueError(f"augment_on must be 'host' or 'device', not {self.augment_on!r}")
+        if self.draft and self.source == "photos":
+            raise ValueError("draft has no meaning for source 'photos', which are decoded once")
 
 
 class Sample(NamedTuple):
-    """One image, ready for the model.
+    """One image, ready for the model, or for `to_images` on its device.
 
     Attributes:
-        image: Normalised crop, float32 [3, H, W].
+        image: Normalised crop, float32 [3, H, W]; or the crop as it was decoded, uint8 [3, h, w].
         noise: Uniform in [0, 1), float32 [num_patches]; its order decides which patches are masked.
         skipped: (name, reason) of the files that could not be read and that this image replaces.
+        flip: Whether `to_images` has to mirror the crop; None if the image is ready.
     """
 
     image: Tensor
     noise: Tensor
     skipped: list[tuple[str, str]]
-
-
-def denormalize(images: Tensor) -> Tensor:
-    """Undo the normalisation with MEAN and STD, for pictures: [..., 3, H, W] to values in [0, 1]."""
-    mean = images.new_tensor(MEAN).view(3, 1, 1)
-    std = images.new_tensor(STD).view(3, 1, 1)
-    return (images * std + mean).clamp(0, 1)
+    flip: bool | None = None
 
 
 @contextmanager
@@ -138,20 +156,59 @@ def seeded(*keys: int) -> Iterator[None]:
         yield
 
 
-def decode(path: str | Path) -> Tensor:
-    """Read an image file (the first frame, if there are more) as RGB, uint8 [3, H, W].
+@dataclass(frozen=True)
+class Draw:
+    """What is random in a sample: its noise, and its view by the size of the image.
+
+    Both are functions of the keys alone, so that an image that cannot be decoded takes nothing from the
+    random numbers of the one that replaces it.
+
+    Args:
+        keys: Of the random numbers, 64-bit integers.
+        num_patches: Length of the noise.
+        view: Chooses the view from torch's random numbers.
+    """
+
+    keys: tuple[int, ...]
+    num_patches: int
+    view: Chooser
+
+    @property
+    def noise(self) -> Tensor:
+        """Uniform in [0, 1), float32 [num_patches]."""
+        with seeded(*self.keys):
+            return torch.rand(self.num_patches)
+
+    def __call__(self, height: int, width: int) -> View:
+        """Choose the view of an image of this size, in pixels."""
+        with seeded(*self.keys):
+            torch.rand(self.num_patches)  # the noise comes first
+            return self.view(height, width)
+
+
+def decode(file: str | Path | BinaryIO, choose: Chooser = whole) -> Crop:
+    """Read a view of an image file (the first frame, if there are more) as RGB, uint8 [3, h, w].
+
+    Args:
+        file: A path or an open file.
+        choose: Gives the view of an image of some height and width, in pixels.
 
     Raises:
         ValueError: If it has more than MAX_PIXELS pixels or is not of 8 bits per channel.
         Exception: Whatever Pillow raises for a broken file, OSError in most cases.
     """
-    with Image.open(path) as image:  # reads the header alone
+    with Image.open(file) as image:  # reads the header alone
         width, height = image.size
         if width * height > MAX_PIXELS:
             raise ValueError(f"{width} x {height} is more than {MAX_PIXELS} pixels")
         if image.mode[0] in "IF":  # 16 or 32 bits, which convert() would clip to white
             raise ValueError(f"mode {image.mode!r} is not of 8 bits per channel")
-        return v2.functional.pil_to_tensor(image.convert("RGB"))
+        view = choose(height, width)
+        if view.reduction > 1:
+            image.draft(None, (width // view.reduction, height // view.reduction))  # JPEG alone
+        top, left, h, w = augment.scaled_box(view, (height, width), image.size[::-1])
+        image = image.crop((left, top, left + w, top + h)).convert("RGB")
+        return Crop(v2.functional.pil_to_tensor(image), view)
 
 
 class Images:
@@ -161,19 +218,19 @@ class Images:
 
     Args:
         names: The names, in order; not empty.
-        load: Gives the image of a name, uint8 [3, H, W], or raises any exception.
+        load: Gives the view that a chooser chooses of the image of a name, or raises any exception.
     """
 
-    def __init__(self, names: list[str], load: Callable[[str], Tensor]):
+    def __init__(self, names: list[str], load: Callable[[str, Chooser], Crop]):
         self.names = names
         self.load = load
         self.unreadable: dict[str, str] = {}  # name: reason, as found so far by this process
 
-    def read(self, index: int) -> tuple[Tensor, list[tuple[str, str]]]:
-        """Read an image or, in place of an unreadable one, the next in the order (circularly).
+    def read(self, index: int, choose: Chooser = whole) -> tuple[Crop, list[tuple[str, str]]]:
+        """Read a view of an image or, in place of an unreadable one, of the next (circularly).
 
         Returns:
-            The image, uint8 [3, H, W], and (name, reason) of those that were passed over.
+            The view's box, uint8 [3, h, w], and (name, reason) of those that were passed over.
 
         Raises:
             ValueError: If no image at all can be read.
@@ -183,7 +240,7 @@ class Images:
             name = self.names[(index + i) % len(self.names)]
             if name not in self.unreadable:
                 try:
-                    return self.load(name), skipped
+                    return self.load(name, choose), skipped
                 except Exception as error:  # decoders of broken files raise nearly anything
                     self.unreadable[name] = f"{type(error).__name__}: {error}"
             skipped.append((name, self.unreadable[name]))
@@ -207,8 +264,15 @@ def load_photos() -> dict[str, Tensor]:
         root = importlib.resources.files(importlib.util.module_from_spec(spec)) / subfolder
         for name in names:
             with importlib.resources.as_file(root / name) as path:
-                photos[name] = decode(path)
+                photos[name] = decode(path).pixels
     return photos
+
+
+def cut(photos: dict[str, Tensor], name: str, choose: Chooser) -> Crop:
+    """Cut the chosen view out of the decoded photograph `name`."""
+    photo = photos[name]
+    view = choose(*photo.shape[1:])
+    return Crop(v2.functional.crop(photo, *view[:4]), view)
 
 
 def list_images(root: Path) -> list[str]:
@@ -226,19 +290,25 @@ def list_images(root: Path) -> list[str]:
         raise FileNotFoundError(f"no such folder: {root}")
     names = []
     for folder, _, files in os.walk(root, onerror=fail, followlinks=True):
-        relative = Path(folder).relative_to(root)
-        names += [(relative / file).as_posix() for file in files if file.lower().endswith(IMAGE_EXTENSIONS)]
+        relative = Path(folder).relative_to(root).as_posix()
+        prefix = "" if relative == "." else f"{relative}/"  # a Path for each of a million files takes long
+        names += [prefix + file for file in files if file.lower().endswith(IMAGE_EXTENSIONS)]
     if not names:
         raise FileNotFoundError(f"no image file ({' '.join(IMAGE_EXTENSIONS)}) below {root}")
     return sorted(names)
 
 
-def load_file(root: Path, name: str) -> Tensor:
-    """Decode the image file `name` below `root`, uint8 [3, H, W]."""
-    return decode(root / name)
+def load_file(root: Path, name: str, choose: Chooser = whole) -> Crop:
+    """Decode the chosen view of the image file `name` below `root`."""
+    return decode(root / name, choose)
 
 
-def split_files(names: list[str], load: Callable[[str], Tensor]) -> tuple[list[str], list[str]]:
+def load_member(shards: Shards, name: str, choose: Chooser = whole) -> Crop:
+    """Decode the chosen view of the image `name` in a shard."""
+    return decode(io.BytesIO(shards.read(name)), choose)
+
+
+def split_files(names: list[str], load: Callable[[str, Chooser], Crop]) -> tuple[list[str], list[str]]:
     """Split file names in training and held-out ones, by a hash of the name.
 
     Returns:
@@ -270,30 +340,42 @@ def choose_subset(names: list[str], fraction: float, subset_seed: int) -> list[s
     return [names[i] for i in chosen.sort().values.tolist()]
 
 
-def build_random_crop(img_size: tuple[int, int], crop_scale: tuple[float, float]) -> v2.Transform:
-    """Build the random crop and flip: uint8 [3, any, any] to uint8 [3, H, W] of (H, W) = img_size."""
-    crop = v2.RandomResizedCrop(
-        img_size,
-        scale=crop_scale,
-        ratio=(3 / 4, 4 / 3),
-        interpolation=InterpolationMode.BICUBIC,
-        antialias=True,
-    )
-    return v2.Compose([crop, v2.RandomHorizontalFlip()])
+def read_files(path: Path, names: list[str], held_out: list[str]) -> tuple[list[str], list[str]]:
+    """Read a list of training images, one name a line.
 
+    Args:
+        path: The list.
+        names: Of all images of the source.
+        held_out: Those that would be held out without a list.
 
-def center_crop(image: Tensor, img_size: tuple[int, int]) -> Tensor:
-    """Resize the middle of an image, as large as the shape allows: [3, any, any] to [3, H, W]."""
-    # Cropped before it is resized: the long side of a panorama would grow without bound.
-    scale = min(image.shape[-2] / img_size[0], image.shape[-1] / img_size[1])
-    image = v2.functional.center_crop(image, [max(1, round(scale * side)) for side in img_size])
-    return v2.functional.resize(image, list(img_size), InterpolationMode.BICUBIC, antialias=True)
+    Returns:
+        The listed names, in the order of `names`, and the held-out names that are not among them.
 
-
-def normalize(image: Tensor) -> Tensor:
-    """Bring uint8 [3, H, W] to float32 with the statistics MEAN and STD of ImageNet."""
-    image = v2.functional.to_dtype(image, torch.float32, scale=True)
-    return v2.functional.normalize(image, MEAN, STD)
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it lists no image, one twice, one that the source does not have, or all that
+            were to be held out.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no such list of files: {path}")
+    listed = [line for line in path.read_text(errors="surrogateescape").split("\n") if line]
+    if not listed:
+        raise ValueError(f"{path} lists no image")
+    chosen = set(listed)
+    if len(chosen) < len(listed):
+        counts = collections.Counter(listed)
+        twice = [name for name, count in counts.items() if count > 1]
+        raise ValueError(f"{path} lists {len(twice)} images more than once, among them {twice[0]!r}")
+    unknown = sorted(chosen.difference(names))
+    if unknown:
+        raise ValueError(
+            f"{len(unknown)} of the {len(listed)} images of {path} are not in the source, "
+            f"among them {unknown[0]!r}; expected names such as {names[0]!r}"
+        )
+    rest = [name for name in held_out if name not in chosen]
+    if not rest:
+        raise ValueError(f"{path} leaves no image to hold out: it lists all of {', '.join(held_out[:3])} ...")
+    return [name for name in names if name in chosen], rest
 
 
 class TrainingSet(Dataset):
@@ -306,6 +388,9 @@ class TrainingSet(Dataset):
         seed: Seed of crops, flips and noise, a 64-bit integer.
         crop_scale: Smallest and largest area of a crop, as parts of the image's area.
         crops_per_image: Crops of each image per epoch.
+        shards: Images in each shard, in the order of the images; None without shards.
+        on_device: Whether crops are left as they were decoded, for `to_images` on the device.
+        draft: Whether JPEG files may be decoded at a part of their size.
 
     Raises:
         ValueError: If none of the images can be read.
@@ -319,13 +404,19 @@ class TrainingSet(Dataset):
         seed: int,
         crop_scale: tuple[float, float],
         crops_per_image: int,
+        shards: list[int] | None = None,
+        on_device: bool = False,
+        draft: bool = False,
     ):
         images.read(0)  # fails now rather than in the first step
         self.images = images
+        self.img_size = img_size
         self.num_patches = num_patches
         self.seed = seed
         self.crops_per_image = crops_per_image
-        self.crop = build_random_crop(img_size, crop_scale)
+        self.shards = shards
+        self.on_device = on_device
+        self.view = augment.RandomView(img_size, crop_scale, draft)
 
     @property
     def files(self) -> list[str]:
@@ -337,10 +428,11 @@ class TrainingSet(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
-        image, skipped = self.images.read(index // self.crops_per_image)
-        with seeded(self.seed, epoch, index):
-            noise = torch.rand(self.num_patches)
-            return Sample(normalize(self.crop(image)), noise, skipped)
+        draw = Draw((self.seed, epoch, index), self.num_patches, self.view)
+        crop, skipped = self.images.read(index // self.crops_per_image, draw)
+        if self.on_device:
+            return Sample(augment.bound(crop.pixels, self.img_size), draw.noise, skipped, crop.view.flip)
+        return Sample(augment.finish(crop, self.img_size), draw.noise, skipped)
 
 
 class HeldOutSet(Dataset):
@@ -356,13 +448,13 @@ class HeldOutSet(Dataset):
 
     def __init__(self, images: Images, img_size: tuple[int, int], num_patches: int, crops: int | None):
         self.images = images
+        self.img_size = img_size
         self.num_patches = num_patches
         self.length = len(images.names) if crops is None else crops
-        if crops is None:
-            self.crop = functools.partial(center_crop, img_size=img_size)
-        else:
-            # Not the scale of the run, so that runs with different crops can be compared.
-            self.crop = build_random_crop(img_size, DataConfig.crop_scale)
+        # Not the scale of the run, so that runs with different crops can be compared.
+        self.view = (
+            augment.Centre(img_size) if crops is None else augment.RandomView(img_size, DataConfig.crop_scale)
+        )
 
     def __len__(self) -> int:
         return self.length
@@ -370,10 +462,9 @@ class HeldOutSet(Dataset):
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is out of range for {len(self)} samples")
-        image, skipped = self.images.read(index % len(self.images.names))
-        with seeded(index):
-            noise = torch.rand(self.num_patches)
-            return Sample(normalize(self.crop(image)), noise, skipped)
+        draw = Draw((index,), self.num_patches, self.view)
+        crop, skipped = self.images.read(index % len(self.images.names), draw)
+        return Sample(augment.finish(crop, self.img_size), draw.noise, skipped)
 
 
 class StepSampler(Sampler[list[tuple[int, int]]]):
@@ -385,6 +476,10 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
     world_size equal slices: the first world_size of them are the first micro-batch of each rank,
     and so on.
 
+    With shards, the permutation takes them in random order, cut into as few and as even groups of at most
+    `window` shards as there can be, and permutes the samples of a group among themselves: near steps read
+    near places, and all processes read the same shards.
+
     Args:
         num_samples: Length of the training set.
         batch_size: Samples per optimizer step, over all processes and micro-batches.
@@ -394,6 +489,8 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         accumulation: Micro-batches per step.
         rank: Index of this process.
         world_size: Number of processes.
+        shards: Samples in each shard, in the order of the samples; None for one permutation of all.
+        window: Shards whose samples are mixed; 0 for all.
 
     Raises:
         ValueError: If the batch cannot be cut into equal slices, if there are more processes than
@@ -410,6 +507,8 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         accumulation: int = 1,
         rank: int = 0,
         world_size: int = 1,
+        shards: Sequence[int] | None = None,
+        window: int = 0,
     ):
         if accumulation < 1:
             raise ValueError(f"accumulation must be at least 1, not {accumulation}")
@@ -427,6 +526,10 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
                 f"batch_size must be a multiple of world_size * accumulation = "
                 f"{world_size} * {accumulation}, not {batch_size}; the nearest: {nearest}"
             )
+        if window < 0:
+            raise ValueError(f"window must be at least 0, not {window}")
+        if shards is not None and sum(shards) != num_samples:
+            raise ValueError(f"shards must add up to the {num_samples} samples, not to {sum(shards)}")
         self.num_samples = num_samples
         self.batch_size = batch_size
         self.seed = seed
@@ -435,6 +538,8 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         self.accumulation = accumulation
         self.rank = rank
         self.world_size = world_size
+        self.shards = shards
+        self.window = window
 
     def __len__(self) -> int:
         return (self.total_steps - self.start_step) * self.accumulation
@@ -451,7 +556,15 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
 
     def _permutation(self, epoch: int) -> Tensor:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
-        return torch.randperm(self.num_samples, generator=generator)
+        if self.shards is None or self.window == 0:
+            return torch.randperm(self.num_samples, generator=generator)
+        samples = torch.arange(self.num_samples).split(list(self.shards))
+        order = torch.randperm(len(samples), generator=generator)
+        parts = []
+        for group in order.tensor_split(-(-len(samples) // self.window)):
+            mixed = torch.cat([samples[shard] for shard in group.tolist()])
+            parts.append(mixed[torch.randperm(len(mixed), generator=generator)])
+        return torch.cat(parts)
 
 
 def build_data(
@@ -459,8 +572,8 @@ def build_data(
 ) -> tuple[TrainingSet, HeldOutSet]:
     """Build the training set and the held-out set of a source.
 
-    A folder is listed, but its files are read only up to the first good one: broken files are skipped
-    when their turn comes, and reported with the sample that replaces them.
+    A folder is listed and shards are indexed, but images are read only up to the first good one: broken
+    ones are skipped when their turn comes, and reported with the sample that replaces them.
 
     Args:
         config: The source, and how it is cropped.
@@ -469,35 +582,71 @@ def build_data(
         seed: Seed of the training set's crops and noise, a 64-bit integer.
 
     Raises:
-        FileNotFoundError: If the folder is missing or holds no image file.
-        ValueError: If fewer than two images of the folder, or none of the training images, can be read.
+        FileNotFoundError: If the folder, a shard or the list of files is missing, or no image is found.
+        ValueError: If fewer than two images of the source, or none of the training images, can be read; if
+            a shard is damaged; if the list of files does not fit the source.
         ModuleNotFoundError: If a package with the photographs is not installed.
     """
-    if config.source == "photos":
+    kind, _, path = config.source.partition(":")
+    shards = None
+    crops_per_image, held_out_crops = 1, None
+    if kind == "photos":
         photos = load_photos()
-        load = photos.__getitem__
-        names = [name for name in photos if name not in HELD_OUT_PHOTOS]
+        load = functools.partial(cut, photos)
+        found = list(photos)
+        names = [name for name in found if name not in HELD_OUT_PHOTOS]
         held_out = list(HELD_OUT_PHOTOS)
         crops_per_image, held_out_crops = config.crops_per_photo, HELD_OUT_CROPS
-    else:
-        root = Path(config.source.removeprefix("folder:")).expanduser()
+    elif kind == "folder":
+        root = Path(path).expanduser()
         load = functools.partial(load_file, root)
-        names, held_out = split_files(list_images(root), load)
-        crops_per_image, held_out_crops = 1, None
-    names = choose_subset(names, config.fraction, config.subset_seed)
+        found = list_images(root)
+        names, held_out = split_files(found, load)
+    else:
+        shards = Shards(find_shards(path), IMAGE_EXTENSIONS)
+        load = functools.partial(load_member, shards)
+        found = shards.names()
+        names, held_out = split_files(found, load)
+    if config.files is None:
+        names = choose_subset(names, config.fraction, config.subset_seed)
+    else:
+        names, held_out = read_files(Path(config.files).expanduser(), found, held_out)
     training_set = TrainingSet(
-        Images(names, load), img_size, num_patches, seed, config.crop_scale, crops_per_image
+        Images(names, load),
+        img_size,
+        num_patches,
+        seed,
+        config.crop_scale,
+        crops_per_image,
+        None if shards is None else shards.sizes(names),
+        config.augment_on == "device",
+        config.draft,
     )
     return training_set, HeldOutSet(Images(held_out, load), img_size, num_patches, held_out_crops)
 
 
 def collate(samples: list[Sample]) -> dict[str, Tensor | list[tuple[str, str]]]:
-    """Stack B samples: image [B, 3, H, W], noise [B, num_patches], and one list of all skipped."""
-    return {
-        "image": default_collate([sample.image for sample in samples]),
+    """Stack B samples: image [B, 3, H, W], noise [B, num_patches], and one list of all skipped.
+
+    Crops for `to_images` have different sizes: image is padded, uint8 [B, 3, max h, max w], beside it are
+    size [B, 2] and flip [B].
+    """
+    batch = {
         "noise": default_collate([sample.noise for sample in samples]),
         "skipped": [record for sample in samples for record in sample.skipped],
     }
+    images = [sample.image for sample in samples]
+    if samples[0].flip is None:
+        return batch | {"image": default_collate(images)}
+    padded, sizes = augment.pad(images)
+    return batch | {"image": padded, "size": sizes, "flip": torch.tensor([s.flip for s in samples])}
+
+
+def to_images(batch: dict[str, Tensor], img_size: tuple[int, int]) -> Tensor:
+    """Finish a batch's images where they are, if the loader has not: float32 [B, 3, H, W] of img_size."""
+    if "size" not in batch:
+        return batch["image"]
+    return augment.finish_batch(batch["image"], batch["size"], batch["flip"], img_size)
 
 
 def _ignore_signals(_: int) -> None:

@@ -5,13 +5,18 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import profile, schedule, tensorboard_trace_handler
+from torch.utils._pytree import tree_map_only
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -19,6 +24,7 @@ from dbpkern import DecorSGD
 from dbpkern.nn import Decorrelated
 from dbpkern.sampling import derive_seed
 from train import checkpoint
+from train.energy import KINDS, Meter
 from train.processes import Processes
 from train.run_folder import RunFolder, to_json
 
@@ -32,14 +38,25 @@ class Interrupted(Exception):
 
 
 def health(model: nn.Module) -> dict[str, float]:
-    """The largest absolute entry of every parameter and R by name, one wait for the device."""
+    """The largest absolute entry of every parameter and R by name, one wait for the device.
+
+    A collective where weights are sharded.
+    """
     tensors = dict(model.named_parameters())
     for name, module in model.named_modules():
         if isinstance(module, Decorrelated):
             names = (f"{name}.{factor}" for factor in module.structure.names)
             tensors |= dict(zip(names, module.factors, strict=True))
-    peaks = torch.stack([t.detach().abs().amax().float() for t in tensors.values() if t.numel()])
+    peaks = torch.stack([_peak(t.detach()) for t in tensors.values() if t.numel()])
+    if any(isinstance(t, DTensor) for t in tensors.values()):
+        # No maximum of several processes can be relied on to keep a NaN.
+        dist.all_reduce(peaks.nan_to_num_(math.inf, math.inf), op=dist.ReduceOp.MAX)
     return dict(zip((n for n, t in tensors.items() if t.numel()), peaks.tolist(), strict=True))
+
+
+def _peak(tensor: Tensor) -> Tensor:
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.abs().amax().float() if local.numel() else local.new_zeros((), dtype=torch.float32)
 
 
 def blame(model: nn.Module) -> str:
@@ -125,6 +142,7 @@ class Loop:
         self.seconds = 0.0  # spent in steps, waiting for data included, evaluation and saving not
         self.skipped = 0
         self.unreadable: dict[str, str] = {}
+        self.energy = Meter(self.processes)  # of the same time as `seconds`
         self._ddp: DistributedDataParallel | None = None
         self._bad = 0
         self._signalled = False  # here
@@ -138,13 +156,31 @@ class Loop:
             "seconds": self.seconds,
             "skipped": self.skipped,
             "unreadable": self.unreadable,
+            "energy": self.energy.state_dict(),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "decor": None if self.decor is None else self.decor.state_dict(),
         }
 
+    def load(self, path: Path, outline: dict) -> None:
+        """Continue from a checkpoint, however many processes wrote it; a collective.
+
+        Args:
+            path: Of the checkpoint.
+            outline: What `checkpoint.load` gave for it.
+        """
+        state = tree_map_only(Tensor, lambda t: torch.zeros(t.shape, dtype=t.dtype), outline)
+        state["model"] = self.model.state_dict()
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for i, moments in state["optimizer"]["state"].items():
+            for name, value in moments.items():
+                if isinstance(parameters[i], DTensor) and isinstance(value, Tensor) and value.dim():
+                    moments[name] = torch.zeros_like(parameters[i], dtype=value.dtype)
+        checkpoint.fill(path, state, self.processes)
+        self.load_state_dict(state)
+
     def load_state_dict(self, state: dict) -> None:
-        """Continue from a checkpoint's state."""
+        """Continue from a `state_dict()`."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.decor is not None:
@@ -153,6 +189,7 @@ class Loop:
         self.seconds = state["seconds"]
         self.skipped = state["skipped"]
         self.unreadable = state["unreadable"]
+        self.energy.load_state_dict(state["energy"])
 
     def train(self, batches: Iterator[dict]) -> None:
         """Run from the present step to the last.
@@ -203,7 +240,7 @@ class Loop:
 
     def _wrapped(self) -> nn.Module:
         model = self.model
-        if self.processes.world_size > 1:
+        if self.processes.world_size > 1 and not isinstance(model, FSDPModule):
             # R is the same everywhere by construction: nothing to broadcast before each forward. Newer
             # versions of torch have another name for that.
             known = inspect.signature(DistributedDataParallel).parameters
@@ -213,57 +250,81 @@ class Loop:
             model = self._ddp = DistributedDataParallel(model, device_ids=ids, **{flag: False})
         return torch.compile(model) if self.compile else model
 
+    @contextmanager
+    def _unsynchronised(self) -> Iterator[None]:
+        """Gradients made here stay in their process until a later backward takes them along."""
+        if isinstance(self.model, FSDPModule):
+            self.model.set_requires_gradient_sync(False)
+            yield
+            self.model.set_requires_gradient_sync(True)
+            return
+        with nullcontext() if self._ddp is None else self._ddp.no_sync():
+            yield
+
     def _train_step(self, model: nn.Module, parameters: list, batches: Iterator[dict], bar: tqdm) -> None:
         start = time.perf_counter()
+        self.energy.start()
         device = self.processes.device
         rate = self.rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         # The random state of a step is a function of its number, so that resuming needs no stored state.
         torch.manual_seed(derive_seed(self.seed, self.step, self.processes.rank))
-        total = torch.zeros(2, device=device)  # loss, wish to stop
+        total = torch.zeros(2 + len(KINDS), device=device)  # loss, wish to stop, joules
+        waited = 0.0
         for micro in range(self.accumulation):
+            asked = time.perf_counter()
             batch = next(batches)
+            waited += time.perf_counter() - asked
             self.unreadable |= dict(batch.pop("skipped", ()))
             batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
-            waits = micro + 1 < self.accumulation and self._ddp is not None
-            with self._ddp.no_sync() if waits else nullcontext():
+            with self._unsynchronised() if micro + 1 < self.accumulation else nullcontext():
                 with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
                     loss = self.loss(model, batch) / self.accumulation
                 loss.backward()
             total[0] += loss.detach()
+            self.energy.read()
         norm = nn.utils.clip_grad_norm_(parameters, self.clip_grad or math.inf)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
         total[0] /= self.processes.world_size
         total[1] = float(self._signalled)
+        for i, joules in enumerate(self.energy.take(), 2):
+            total[i] = joules
         # The one wait for the device in a step: whether to make it at all.
-        loss, stop, norm = torch.cat([self.processes.sum(total), norm.reshape(1)]).tolist()
+        loss, stop, *joules, norm = torch.cat([self.processes.sum(total), norm.reshape(1)]).tolist()
+        self.energy.add(joules)
         self._stop = stop > 0
         good = math.isfinite(loss) and math.isfinite(norm)
         if good:
-            self.optimizer.step()
-            if self.decor is not None:
-                self.decor.step()
+            self.optimizer.step()  # and by its hooks R's
         elif self.decor is not None:
             self.decor.zero_grad()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        self.energy.read()
         duration = time.perf_counter() - start
         self.seconds += duration
         speed = self.batch_size / duration
         if good:
             self._bad = 0
             values = {"loss": loss, "lr": rate, "grad_norm": norm, "images_per_second": speed}
-            self._record("step", values | {"seconds": self.seconds})
+            values["data_seconds"] = waited
+            self._record("step", values | self._spent())
         else:
             self._skip(loss, norm)
         bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s", refresh=False)
         bar.update()
 
+    def _spent(self) -> dict:
+        joules = self.energy.joules()
+        return {"seconds": self.seconds} | ({"joules": joules} if joules else {})
+
     def _skip(self, loss: float, norm: float) -> None:
         self._bad += 1
         self.skipped += 1
         values = {"loss": loss, "grad_norm": norm, "in_a_row": self._bad}
-        self._record("skip", values | {"seconds": self.seconds})
+        self._record("skip", values | self._spent())
         if self._bad >= self.max_bad_steps:
             raise Diverged(
                 f"step {self.step}: {self._bad} steps in a row had a loss or gradient that is not finite "
@@ -287,22 +348,17 @@ class Loop:
         self._record("eval", record | {"seconds": self.seconds})
 
     def _save(self) -> None:
+        self.energy.settle()
         if self._bad:
             return  # a state that cannot make a step is not worth replacing one that can
-        self.unreadable = self._gather(self.unreadable)
+        found = self.processes.gather(self.unreadable)
+        self.unreadable = {name: reason for part in found for name, reason in part.items()}
+        if self._finite():
+            checkpoint.save(self.run.checkpoints, self.step, self.state_dict(), self.keep, self.processes)
+            return
+        reason = blame(self.model)
         if self.processes.is_main:
-            if self._finite():
-                checkpoint.save(self.run.checkpoints, self.step, self.state_dict(), self.keep)
-            else:
-                tqdm.write(f"step {self.step}: not saved, {blame(self.model)}")
-        self.processes.barrier()
-
-    def _gather(self, files: dict[str, str]) -> dict[str, str]:
-        if self.processes.world_size == 1:
-            return files
-        found: list = [None] * self.processes.world_size
-        torch.distributed.all_gather_object(found, files)
-        return {name: reason for part in found for name, reason in part.items()}
+            tqdm.write(f"step {self.step}: not saved, {reason}")
 
     def _record(self, kind: str, values: dict) -> None:
         """One line in the log, and its numbers to TensorBoard."""

@@ -5,11 +5,10 @@
 Also runs with plain python. `--help` lists every option; `docs/training.md` explains them.
 """
 
-import copy
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,7 +18,10 @@ import torch
 from jsonargparse import ArgumentParser
 from safetensors.torch import save
 from timm.optim import param_groups_weight_decay
+from timm.optim.kron import Kron
+from timm.optim.muon import Muon
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 import dbpkern
 from dbpkern import diagnostics
@@ -27,7 +29,9 @@ from dbpkern.convert import select
 from dbpkern.env import collect
 from models.mae import create_mae, num_kept
 from train import checkpoint, plots, processes
-from train.data import DataConfig, StepSampler, build_data, build_loader, denormalize
+from train.augment import denormalize
+from train.data import DataConfig, StepSampler, build_data, build_loader, to_images
+from train.energy import EnergyConfig, carbon_intensity
 from train.loop import Diverged, Interrupted, Loop
 from train.processes import Processes
 from train.run_folder import NEUTRAL, RunFolder, flat, to_json, write_atomically
@@ -42,18 +46,20 @@ MODEL_ARGS = (
 
 @dataclass
 class OptimConfig:
-    """AdamW and its schedule, as in MAE.
+    """The optimizer of the weights and its schedule; by default AdamW, as in MAE.
 
     Args:
+        name: "adamw", or a rival by timm: "muon" (AdamW for vectors and tokens) or "kron" (PSGD).
         blr: Base learning rate; the peak rate is blr * batch_size / 256.
         min_lr: Rate at the end of the cosine.
         warmup_epochs: Length of the linear warm-up.
         warmup_steps: The same in steps; overrides warmup_epochs.
         weight_decay: Of weights with two or more dimensions; biases and norms have none.
-        betas: Of AdamW.
+        betas: Of AdamW, Muon's included.
         clip_grad: Largest norm of the gradient; null for no limit.
     """
 
+    name: Literal["adamw", "muon", "kron"] = "adamw"
     blr: float = 1.5e-4
     min_lr: float = 0.0
     warmup_epochs: float = 40
@@ -69,25 +75,39 @@ class DecorConfig:
 
     Args:
         enable: Turns it on.
+        form: "optimizer" maps gradients and updates around the optimizer (dbpkern.DecorPreconditioner);
+            "auto", "fold" and "apply" put decorrelated layers into the model, see docs/method.md.
         sites: Which layers of a block: "sublayers" (patch embedding, qkv, fc1), "all", or a list of
             patch_embed, qkv, proj, fc1, fc2.
-        decoder: Whether to decorrelate the decoder, too; it can make training unstable.
+        decoder: Whether to decorrelate the decoder, too.
         eta: Rate of the decorrelation step.
+        follow: Whether eta follows the schedule of the learning rate.
+        scale_free: Whether the step is free of the variances of z.
+        limit: Of eta times the largest eigenvalue of each layer's M; null for no limit.
+        every: Steps from one update of R to the next.
         kappa: Weight in [0, 1] of the unit-variance term.
         sample: Part of the rows, in (0, 1], that the statistics are taken from.
-        form: "auto", "fold" or "apply"; see docs/method.md.
         rank: For a low-rank R: one rank for all sites, or ranks by site, such as {fc2: 64}; the others get
             a full R.
     """
 
     enable: bool = False
-    sites: str | list[str] = "sublayers"
-    decoder: bool = False
-    eta: float = 5e-4
+    form: Literal["optimizer", "auto", "fold", "apply"] = "optimizer"
+    sites: str | list[str] = "all"
+    decoder: bool = True
+    eta: float = 0.05
+    follow: bool = True
+    scale_free: bool = True
+    limit: float | None = 0.5
+    every: int = 1
     kappa: float = 0.0
     sample: float = 0.1
-    form: Literal["auto", "fold", "apply"] = "auto"
     rank: int | dict[str, int] | None = None
+
+    @property
+    def in_layers(self) -> bool:
+        """Whether the model has decorrelated layers."""
+        return self.enable and self.form != "optimizer"
 
     def accepts(self, name: str, module: nn.Module) -> bool:
         """The filter for `dbpkern.decorrelate`: leaves the decoder out unless it is asked for."""
@@ -115,8 +135,11 @@ class Config:
         optim: The optimizer of the weights.
         decor: Decorrelated backpropagation.
         data: The images.
+        energy: What is told of the energy that the steps take.
         seed: Of weights, order, crops, masks and samples.
         device: "auto", "cpu" or "cuda".
+        parallel: What several processes share: "ddp" for the batch alone, or "fsdp" for the weights and the
+            optimizer's state, too.
         precision: "fp32", "bf16" (autocast), or "auto" for bf16 on GPUs and fp32 elsewhere.
         compile: Whether to run the model through torch.compile.
         deterministic: Whether to ask for bit-reproducible results on GPUs; on CPUs they always are.
@@ -143,8 +166,10 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     decor: DecorConfig = field(default_factory=DecorConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    energy: EnergyConfig = field(default_factory=EnergyConfig)
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    parallel: Literal["ddp", "fsdp"] = "ddp"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: bool = False
     deterministic: bool = False
@@ -191,6 +216,13 @@ class Config:
             raise ValueError(
                 f"optim.clip_grad: expected a number above 0 or null, got {self.optim.clip_grad}"
             )
+        if self.parallel == "fsdp" and self.optim.name != "adamw":
+            raise ValueError(
+                f"parallel: {self.optim.name} works on whole matrices, which fsdp shares out; "
+                "expected --optim.name adamw or --parallel ddp"
+            )
+        if self.energy.country is not None:
+            carbon_intensity(self.energy.country)
 
 
 def check_same_run(old: Mapping, new: Mapping, where: str) -> None:
@@ -205,8 +237,8 @@ def check_same_run(old: Mapping, new: Mapping, where: str) -> None:
         raise ValueError(f"{where} is of another configuration: {'; '.join(differing)}")
 
 
-def open_run(config: Config, procs: Processes) -> tuple[RunFolder, dict | None]:
-    """The run's folder, and the state to continue from if there is one.
+def open_run(config: Config, procs: Processes) -> tuple[RunFolder, tuple[Path, dict] | None]:
+    """The run's folder, and the checkpoint to continue from with its state if there is one.
 
     Raises:
         ValueError: the folder holds another run, or this one while `resume` is "none".
@@ -221,17 +253,17 @@ def open_run(config: Config, procs: Processes) -> tuple[RunFolder, dict | None]:
     if config.resume == "none":
         return run, None
     if config.resume == "auto":
-        found = checkpoint.newest(run.checkpoints)
+        found = checkpoint.newest(run.checkpoints, procs)
         if found is None:
             return run, None
         path, state = found
     else:
         path = Path(config.resume)
-        state = checkpoint.load(path)
+        state = checkpoint.load(path, procs)
     check_same_run(state["config"], asdict(config), f"resume: {path}")
     if procs.is_main:
         print(f"pretrain: resuming from {path}, step {state['step']}", flush=True)
-    return run, state
+    return run, (path, state)
 
 
 def build_model(config: Config) -> nn.Module:
@@ -244,7 +276,7 @@ def build_model(config: Config) -> nn.Module:
         norm_pix_loss=config.norm_pix_loss,
         **config.model_args,
     )
-    if config.decor.enable:
+    if config.decor.in_layers:
         decor = config.decor
         dbpkern.decorrelate(model, decor.sites, decor.accepts, decor.form, decor.rank)
     else:
@@ -255,13 +287,35 @@ def build_model(config: Config) -> nn.Module:
 def build_optimizers(
     config: Config, model: nn.Module
 ) -> tuple[torch.optim.Optimizer, dbpkern.DecorSGD | None]:
-    """AdamW for the weights, and DecorSGD for R where the model is decorrelated."""
+    """The optimizer of the weights, and that of R where the run decorrelates; one step makes both."""
     groups = param_groups_weight_decay(model, config.optim.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=config.peak_lr, betas=config.optim.betas)
+    peak, betas = config.peak_lr, config.optim.betas
+    if config.optim.name == "adamw":
+        optimizer = torch.optim.AdamW(groups, lr=peak, betas=betas)
+    elif config.optim.name == "muon":
+        optimizer = Muon(groups, lr=peak, betas=betas)
+    else:
+        optimizer = Kron(groups, lr=peak, decoupled_decay=True, deterministic=True)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = peak
     if not config.decor.enable:
         return optimizer, None
     c = config.decor
-    return optimizer, dbpkern.DecorSGD(model, c.eta, c.kappa, c.sample, config.seed)
+    rule = {
+        "lr": c.eta,
+        "kappa": c.kappa,
+        "sample": c.sample,
+        "seed": config.seed,
+        "scale_free": c.scale_free,
+        "limit": c.limit,
+        "every": c.every,
+        "follow": optimizer if c.follow else None,
+    }
+    if not c.in_layers:
+        return optimizer, dbpkern.DecorPreconditioner(model, optimizer, c.sites, c.accepts, c.rank, **rule)
+    decor = dbpkern.DecorSGD(model, **rule)
+    optimizer.register_step_post_hook(lambda *_: decor.step())
+    return optimizer, decor
 
 
 def check_sample(config: Config, num_patches: int, slices: int) -> None:
@@ -284,12 +338,17 @@ class Evaluator:
         self.config = config
         self.model = model
         self.processes = processes
+        self.observes = True  # whether it tells decorrelation losses
         self.grid: Tensor | None = None
         self.size = len(held_out)
         # Processes share the work; a micro-batch of training fits in memory, so one of this size does.
         share = config.batch_size // (config.accumulation * processes.world_size)
         mine = range(self.size)[processes.rank :: processes.world_size]
         chunks = [list(mine[i : i + share]) for i in range(0, len(mine), share)]
+        self.chunks = len(chunks)
+        # Sharded weights are gathered by all together: who has less to do runs the first image once more.
+        rounds = math.ceil(math.ceil(self.size / processes.world_size) / share)
+        chunks += [[0]] * (rounds - len(chunks))
         self.loader = build_loader(held_out, chunks, 0, pin_memory=False)
 
     @torch.no_grad()
@@ -306,13 +365,17 @@ class Evaluator:
             first = i == 0 and self.processes.is_main
             # Stock layers are observed at the sites that DBP would take: both arms can be compared.
             decor = self.config.decor
-            watch = diagnostics.observe(self.model, decor.sites, decor.accepts) if first else nullcontext({})
+            observes = first and self.observes
+            watch = (
+                diagnostics.observe(self.model, decor.sites, decor.accepts) if observes else nullcontext({})
+            )
             with watch as layers:
                 loss, pred, mask = self.model(images, self.config.mask_ratio, noise)
             losses |= {name: layer.loss_after for name, layer in layers.items()}
             if first:
                 self.grid = self._pictures(images[:PICTURES], pred[:PICTURES], mask[:PICTURES])
-            total += loss.double() * len(images)
+            if i < self.chunks:
+                total += loss.double() * len(images)
         self.model.train()
         self.processes.sum(total)
         return {
@@ -330,19 +393,25 @@ class Evaluator:
         return plots.reconstruction_grid(denormalize(images), masked, made)
 
 
-def export_encoder(config: Config, model: nn.Module, path: Path) -> None:
-    """Write the fused encoder under timm's names."""
-    stock = copy.deepcopy(model)
-    if config.decor.enable:
+def whole_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The state_dict on the CPU of the main process, {} on the others; a collective."""
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def export_encoder(config: Config, weights: dict[str, Tensor], path: Path) -> None:
+    """Write the fused encoder of a model's `weights` under timm's names."""
+    stock = build_model(config)
+    stock.load_state_dict(weights)
+    if config.decor.in_layers:
         dbpkern.fuse(stock)
-    weights = {name: tensor.cpu() for name, tensor in stock.encoder_state_dict().items()}
+    weights = stock.encoder_state_dict()
     about = {"format": "pt", "model": config.model, "img_size": str(config.img_size)}
     about |= {name: str(value) for name, value in config.model_args.items()}
     write_atomically(path, save(weights, metadata=about))
 
 
-def write_results(config: Config, loop: Loop, evaluator: Evaluator) -> None:
-    """The pictures, the encoder and the summary of a finished run."""
+def write_results(config: Config, loop: Loop, evaluator: Evaluator, weights: dict[str, Tensor]) -> None:
+    """The pictures, the encoder and the summary of a finished run, whose model has `weights`."""
     run = loop.run
     records = list(run.records())
     evals = [r for r in records if r["kind"] == "eval"]
@@ -353,9 +422,9 @@ def write_results(config: Config, loop: Loop, evaluator: Evaluator) -> None:
     for record in evals:
         for name, value in record["decorrelation_loss"].items():
             history.setdefault(name, {})[record["step"]] = value
-    what = "z = R x" if config.decor.enable else "x (plain backpropagation)"
+    what = "z = R x" if config.decor.in_layers else "x"
     diagnostics.plot_losses(history, run.path / "correlation.png", f"Decorrelation loss of {what}, held out")
-    export_encoder(config, loop.model, run.path / "encoder.safetensors")
+    export_encoder(config, weights, run.path / "encoder.safetensors")
     final = [r["loss"] for r in steps[-plots.WINDOW :]]
     summary = {
         "steps": loop.step,
@@ -363,6 +432,7 @@ def write_results(config: Config, loop: Loop, evaluator: Evaluator) -> None:
         "images_per_second": loop.step * config.batch_size / loop.seconds,
         "final_loss": sum(final) / len(final) if final else None,
         "heldout_loss": evals[-1]["heldout_loss"],
+        "energy": loop.energy.summary(config.energy.country),
         "skipped_steps": loop.skipped,
         "unreadable": len(loop.unreadable),
         "unreadable_files": loop.unreadable,
@@ -374,8 +444,15 @@ def write_results(config: Config, loop: Loop, evaluator: Evaluator) -> None:
     write_atomically(run.summary, to_json(summary, indent=1))
 
 
-def prepare(config: Config, procs: Processes) -> tuple[Loop, Evaluator, Iterator[dict]]:
+def prepare(
+    config: Config, procs: Processes, optimizers: Callable = build_optimizers
+) -> tuple[Loop, Evaluator, Iterator[dict]]:
     """Everything up to the first step. Whatever can be wrong is found before a file is written.
+
+    Args:
+        config: What is asked for.
+        procs: This process among the others.
+        optimizers: `build_optimizers`, or another that takes its place.
 
     Raises:
         ValueError, FileNotFoundError: what the user asked for cannot be done; the message says why.
@@ -384,8 +461,11 @@ def prepare(config: Config, procs: Processes) -> tuple[Loop, Evaluator, Iterator
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by cuBLAS, read at its start
         torch.use_deterministic_algorithms(True)
-    model = build_model(config).to(procs.device)
-    optimizer, decor = build_optimizers(config, model)
+    model = build_model(config)
+    if config.parallel == "fsdp":
+        procs.shard(model, [*model.blocks, *model.decoder_blocks])
+    model.to(procs.device)
+    optimizer, decor = optimizers(config, model)
     patches = model.patch_embed
     training, held_out = build_data(config.data, patches.img_size, patches.num_patches, config.seed)
     per_epoch = len(training) / config.batch_size
@@ -398,16 +478,21 @@ def prepare(config: Config, procs: Processes) -> tuple[Loop, Evaluator, Iterator
             f"optim: the warm-up of {warmup} steps is longer than the run of {total}; "
             "set --optim.warmup_steps or --optim.warmup_epochs"
         )
-    run, state = open_run(config, procs)
+    run, found = open_run(config, procs)
+    files = "".join(f"{name}\n" for name in training.files)
+    if found is not None and run.files.is_file() and run.files.read_text() != files:
+        raise ValueError(f"data: the training images are no longer those of {run.files}; restore them")
     sampler = StepSampler(
         len(training),
         config.batch_size,
         config.seed,
         total,
-        0 if state is None else state["step"],
+        0 if found is None else found[1]["step"],
         config.accumulation,
         procs.rank,
         procs.world_size,
+        training.shards,
+        config.data.shard_window,
     )
     check_sample(config, patches.num_patches, procs.world_size * config.accumulation)
     batches = build_loader(training, sampler, config.data.workers, pin_memory=procs.device.type == "cuda")
@@ -422,7 +507,9 @@ def prepare(config: Config, procs: Processes) -> tuple[Loop, Evaluator, Iterator
         model=model,
         optimizer=optimizer,
         decor=decor,
-        loss=lambda model, batch: model(batch["image"], config.mask_ratio, batch["noise"])[0],
+        loss=lambda model, batch: model(
+            to_images(batch, patches.img_size), config.mask_ratio, batch["noise"]
+        )[0],
         evaluate=evaluator,
         rate=lambda step: warmup_cosine(step, total, warmup, config.peak_lr, config.optim.min_lr),
         total_steps=total,
@@ -438,12 +525,12 @@ def prepare(config: Config, procs: Processes) -> tuple[Loop, Evaluator, Iterator
         compile=config.compile,
         profile=config.profile,
     )
-    if state is not None:
-        loop.load_state_dict(state)
+    if found is not None:
+        loop.load(*found)
     procs.barrier()  # nobody writes to the folder before everybody has read it
     if procs.is_main:
         run.write_config(asdict(config))
-        write_atomically(run.files, "".join(f"{name}\n" for name in training.files))
+        write_atomically(run.files, files)
     return loop, evaluator, iter(batches)
 
 
@@ -471,6 +558,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(2)
     try:
         loop.train(batches)
+        weights = whole_weights(loop.model)
     except Diverged as error:
         sys.exit(f"pretrain: {error}" if procs.is_main else 1)
     except Interrupted as stopped:
@@ -481,7 +569,7 @@ def main(arguments: list[str] | None = None) -> None:
         del batches  # ends the loader's workers
         processes.stop()
     if procs.is_main:
-        write_results(config, loop, evaluator)
+        write_results(config, loop, evaluator, weights)
         if loop.unreadable:
             print(f"pretrain: {len(loop.unreadable)} unreadable files were skipped, see {loop.run.summary}")
         print(f"pretrain: {loop.step} steps in {loop.seconds:.1f} s, results in {config.out}")

@@ -1,10 +1,15 @@
 """The processes of a run: one, or as many as torchrun started."""
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.rendezvous import rendezvous
 
 
 @dataclass
@@ -26,10 +31,47 @@ class Processes:
             dist.all_reduce(values)
         return values
 
+    def gather(self, value: object) -> list:
+        """The values that all processes give, in the order of their ranks; anything that can be pickled."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def share(self, items: list) -> list:
+        """This process's part of a list of work."""
+        return items[self.rank :: self.world_size]
+
+    def shard(self, model: nn.Module, blocks: Iterable[nn.Module]) -> None:
+        """Share a model's weights among the processes by FSDP2: the blocks one by one, then the rest.
+
+        Weights are gathered for a block's forward, again for its backward, and in fp32: autocast then rounds
+        what it would round without sharding.
+        """
+        if self.world_size > 1:
+            mesh = init_device_mesh(self.device.type, (self.world_size,))
+            for module in (*blocks, model):
+                fully_shard(module, mesh=mesh)
+
     def barrier(self) -> None:
         """Wait until all processes are here."""
         if self.world_size > 1:
             dist.barrier()
+
+
+def _attempt() -> int:
+    """How often torchrun has started this run's processes again, as far as all of them count alike."""
+    if int(os.environ.get("GROUP_WORLD_SIZE", 1)) == 1:
+        return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    # Every machine counts its own failures: its processes could not find those of the others.
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise ValueError(
+            "torchrun: with --max-restarts on several machines, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in "
+            "the environment of every torchrun, and use --rdzv-backend c10d; otherwise a restart takes the "
+            "addresses of processes that are gone"
+        )
+    return 0
 
 
 def start(device: str = "auto") -> Processes:
@@ -39,7 +81,8 @@ def start(device: str = "auto") -> Processes:
         device: "auto" (a GPU if there is one), "cpu" or "cuda".
 
     Raises:
-        ValueError: "cuda" without a GPU, or fewer GPUs than processes on this machine.
+        ValueError: "cuda" without a GPU, fewer GPUs than processes on this machine, or a torchrun on several
+            machines that could not restart.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -58,10 +101,12 @@ def start(device: str = "auto") -> Processes:
     else:
         place = torch.device("cpu")
     if world_size > 1 and not dist.is_initialized():
-        if device == "cuda":
-            dist.init_process_group("nccl", device_id=place)
-        else:
-            dist.init_process_group("gloo")
+        attempt = _attempt()
+        store, rank, _ = next(rendezvous("env://"))
+        # torchrun restarts on the store of the attempt before, where its addresses still stand.
+        store = dist.PrefixStore(f"attempt-{attempt}", store)
+        backend, options = ("nccl", {"device_id": place}) if device == "cuda" else ("gloo", {})
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, **options)
     return Processes(int(os.environ.get("RANK", 0)), world_size, place)
 
 
