@@ -1,0 +1,438 @@
+"""DecorPreconditioner: the same training as decorrelated layers, with the model left as it is."""
+
+import copy
+import gc
+import io
+import weakref
+
+import pytest
+import timm
+import torch
+from timm.optim.muon import Muon
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from vits import MODELS, decorrelated, everything, images, make
+
+import dbpkern
+from dbpkern import DecorPreconditioner, DecorSGD
+
+D = 12
+ETA = 0.05
+
+
+def network(dtype=torch.float64):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(D, 24, dtype=dtype), nn.GELU(), nn.Linear(24, 8, dtype=dtype))
+
+
+def batch(seed, n=64, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(D, D, generator=torch.Generator().manual_seed(99), dtype=dtype)
+    return torch.randn(n, D, generator=generator, dtype=dtype) @ mixing
+
+
+def loss_of(model, x):
+    return (model(x) - x[:, :8]).square().mean()
+
+
+def precondition(model, optimizer, **options):
+    options = {"lr": ETA, "sample": 1.0} | options
+    return DecorPreconditioner(model, optimizer, None, everything, **options)
+
+
+def train(model, optimizer, steps, start=0):
+    losses = []
+    for step in range(start, start + steps):
+        optimizer.zero_grad()
+        loss = loss_of(model, batch(step))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+# The mathematics.
+
+OPTIMIZERS = {
+    "SGD": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9),
+    "AdamW": lambda p: torch.optim.AdamW(p, 0.01, weight_decay=0.0),
+    "Muon": lambda p: Muon(p, 0.01),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("rank", [None, 5])
+@pytest.mark.parametrize("sample", [1.0, 0.3])
+def test_it_trains_like_decorrelated_layers_whose_function_R_does_not_change(optimizer, rank, sample):
+    plain, layered = network(), network()
+    make_optimizer = OPTIMIZERS[optimizer]
+    here, there = make_optimizer(plain.parameters()), make_optimizer(layered.parameters())
+    decor = precondition(plain, here, rank=rank, sample=sample)
+    dbpkern.decorrelate(layered, None, everything, rank=rank)
+    reference = DecorSGD(layered, ETA, sample=sample, scale_free=True)
+    for step in range(12):
+        x = batch(step)
+        losses = []
+        for model, optimizer in ((plain, here), (layered, there)):
+            optimizer.zero_grad()
+            loss = loss_of(model, x)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[0] == pytest.approx(losses[1], rel=1e-8)
+        layers = decorrelated(layered)
+        before = {name: layer.dense_R().clone() for name, layer in layers.items()}
+        reference.step()
+        with torch.no_grad():
+            for name, layer in layers.items():  # W <- W R_old R_new^-1
+                fused = layer.weight @ before[name]
+                layer.weight.copy_(torch.linalg.solve(layer.dense_R().T, fused.T).T)
+    for name, layer in layers.items():
+        ours = decor.layers[name]
+        torch.testing.assert_close(
+            ours.structure.matrix(*ours.factors), layer.dense_R(), rtol=1e-7, atol=1e-9
+        )
+        assert not torch.equal(layer.dense_R(), torch.eye(len(layer.dense_R()), dtype=torch.float64))
+
+
+def test_one_step_by_hand():
+    model = network()
+    (first, second) = (model[0], model[2])
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    decor = precondition(model, optimizer)
+    train(model, optimizer, 3)
+    R = [decor.layers[name].factors[0].clone() for name in ("0", "2")]
+    loss_of(model, batch(7)).backward()
+    expected = [
+        layer.weight - 0.1 * layer.weight.grad @ R_.T @ R_
+        for layer, R_ in zip((first, second), R, strict=True)
+    ]
+    bias = first.bias - 0.1 * first.bias.grad
+    optimizer.step()
+    torch.testing.assert_close(first.weight, expected[0], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(second.weight, expected[1], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(first.bias, bias)
+
+
+def test_the_step_of_R_does_not_change_the_function():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    decor = precondition(model, optimizer, lr=0.3)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    train(model, optimizer, 5)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p, before[name], rtol=1e-13, atol=0)
+    assert all(
+        (layer.factors[0] - torch.eye(len(layer.factors[0]))).abs().max() > 0.1
+        for layer in decor.layers.values()
+    )
+
+
+def test_it_decorrelates():
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    decor = precondition(model, optimizer)
+    train(model, optimizer, 1)
+    start = decor.loss()["0"] / batch(0).square().mean() ** 2
+    train(model, optimizer, 150, 1)
+    R = decor.layers["0"].factors[0]
+    z = batch(0) @ R.T
+    G = z.T @ z / len(z)
+    off = G - G.diagonal().diag()
+    assert off.square().sum() / D**2 / z.square().mean() ** 2 < 0.2 * start
+
+
+def test_weight_decay_acts_in_the_coordinates_of_z():
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), 0.1, weight_decay=0.5)
+    decor = precondition(model, optimizer, lr=0.3)
+    train(model, optimizer, 3)
+    layer = decor.layers["0"]
+    R, V = layer.factors[0].clone(), model[0].weight.detach().clone()
+    optimizer.zero_grad(set_to_none=False)
+    for state in optimizer.state.values():
+        state["exp_avg"].zero_()
+    optimizer.step()
+    torch.testing.assert_close(model[0].weight, V - 0.05 * V @ R, rtol=1e-10, atol=1e-12)
+
+
+# What it leaves alone.
+
+
+def test_the_model_stays_stock():
+    model = make("timm")
+    classes = {name: type(m) for name, m in model.named_modules()}
+    keys = list(model.state_dict())
+    x = images()
+    expected = model.eval()(x)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    decor = DecorPreconditioner(model, optimizer)
+    assert torch.equal(model(x), expected)
+    assert {name: type(m) for name, m in model.named_modules()} == classes
+    assert list(model.state_dict()) == keys
+    model.train()
+    model(x).square().mean().backward()
+    optimizer.step()
+    assert len(decor.layers) == 1 + 4 * len(model.blocks)
+    other = timm.create_model("vit_tiny_patch16_224", num_classes=model.num_classes, depth=1)
+    assert set(other.state_dict()) <= set(model.state_dict())
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_every_kind_of_vit_trains(kind):
+    model = make(kind)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    decor = DecorPreconditioner(model, optimizer, "sublayers", sample=1.0)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    output = model(images())
+    (output if isinstance(output, torch.Tensor) else output[0]).square().mean().backward()
+    optimizer.step()
+    for name, layer in decor.layers.items():
+        assert not torch.equal(layer.factors[0], torch.eye(len(layer.factors[0]))), name
+    assert any(not torch.equal(p, start[name]) for name, p in model.named_parameters())
+    shared = [layer for layer in decor.layers.values() if layer.shared is not None]
+    for layer in shared:
+        same = [other for other in shared if other.shared is layer.shared]
+        assert all(torch.equal(other.factors[0], layer.factors[0]) for other in same)
+
+
+def test_remove_takes_it_off():
+    model, other = network(), network()
+    here, there = (torch.optim.SGD(m.parameters(), 0.05) for m in (model, other))
+    decor = precondition(model, here)
+    decor.remove()
+    assert train(model, here, 5) == train(other, there, 5)
+    assert not model[0]._forward_hooks
+
+
+def test_frozen_weights_and_eval_rest():
+    model = network()
+    model[0].weight.requires_grad_(False)
+    model[2].eval()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.05)
+    decor = precondition(model, optimizer)
+    with pytest.warns(UserWarning, match="2 of 2 layers sampled no input"):
+        train(model, optimizer, 2)
+    for layer in decor.layers.values():
+        assert torch.equal(layer.factors[0], torch.eye(len(layer.factors[0]), dtype=torch.float64))
+
+
+def test_a_copy_of_the_model_sends_no_samples():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    decor = precondition(model, optimizer)
+    twin = copy.deepcopy(model)
+    loss_of(twin, batch(0)).backward()
+    assert all(not site.slot.pending for site in decor._sites)
+
+
+def test_it_is_freed_with_its_optimizer():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    gone = weakref.ref(precondition(model, optimizer))
+    train(model, optimizer, 1)
+    del model, optimizer
+    gc.collect()
+    assert gone() is None
+
+
+# How people train.
+
+
+def test_accumulation_and_skipped_steps():
+    whole, parts = network(), network()
+    optimizers = [torch.optim.SGD(m.parameters(), 0.05) for m in (whole, parts)]
+    decors = [precondition(m, o) for m, o in zip((whole, parts), optimizers, strict=True)]
+    for step in range(4):
+        x = batch(step)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss_of(whole, x).backward()
+        for piece in x.split(16):
+            (loss_of(parts, piece) / 4).backward()
+        if step == 2:  # as for a loss that is not finite
+            for decor in decors:
+                decor.zero_grad()
+            continue
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(whole[0].weight, parts[0].weight, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        decors[0].layers["0"].factors[0], decors[1].layers["0"].factors[0], rtol=1e-9, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing_samples_once(reentrant):
+    torch.manual_seed(0)
+    stem = nn.Linear(D, D, dtype=torch.float64)
+    models = [nn.Sequential(copy.deepcopy(stem), network()) for _ in range(2)]
+    decors, optimizers = [], []
+    for model in models:
+        optimizers.append(torch.optim.SGD(model.parameters(), 0.05))
+        decors.append(precondition(model, optimizers[-1], sample=0.3))
+    for step in range(3):
+        x = batch(step)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss_of(models[0], x).backward()
+        y = checkpoint(models[1][1], models[1][0](x), use_reentrant=reentrant)
+        (y - x[:, :8]).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    for name, layer in decors[0].layers.items():
+        torch.testing.assert_close(
+            decors[1].layers[name].factors[0], layer.factors[0], rtol=1e-10, atol=1e-12
+        )
+
+
+def test_compiled_models_train_alike():
+    eager, compiled = network(), network()
+    optimizers = [torch.optim.SGD(m.parameters(), 0.05) for m in (eager, compiled)]
+    decors = [precondition(m, o, sample=0.3) for m, o in zip((eager, compiled), optimizers, strict=True)]
+    fast = torch.compile(compiled, backend="aot_eager", fullgraph=True)
+    train(eager, optimizers[0], 4)
+    train(fast, optimizers[1], 4)
+    torch.testing.assert_close(compiled[0].weight, eager[0].weight, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        decors[1].layers["2"].factors[0], decors[0].layers["2"].factors[0], rtol=1e-9, atol=1e-12
+    )
+
+
+def test_autocast_and_half_weights():
+    model = network(torch.float32)
+    model[2].bfloat16()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    decor = precondition(model, optimizer)
+    for step in range(3):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of(model, batch(step, dtype=torch.float32))
+        loss.backward()
+        optimizer.step()
+    assert model[2].weight.dtype == torch.bfloat16
+    assert all(layer.factors[0].dtype == torch.float32 for layer in decor.layers.values())
+    assert all(layer.factors[0].isfinite().all() for layer in decor.layers.values())
+    assert not torch.equal(decor.layers["2"].factors[0], torch.eye(24))
+
+
+def test_channels_last_weights():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 6, 4, stride=4, dtype=torch.float64)
+    models = [nn.Sequential(copy.deepcopy(conv)) for _ in range(2)]
+    models[1].to(memory_format=torch.channels_last)
+    x = torch.randn(8, 3, 16, 16, dtype=torch.float64)
+    for model in models:
+        optimizer = torch.optim.SGD(model.parameters(), 0.05)
+        precondition(model, optimizer)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+    torch.testing.assert_close(models[0][0].weight, models[1][0].weight, rtol=1e-10, atol=1e-12)
+
+
+def test_schedulers_attach():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    decor = precondition(model, optimizer)
+    scheduler = torch.optim.lr_scheduler.StepLR(decor, 1, 0.5)
+    for step in range(3):
+        train(model, optimizer, 1, step)
+        assert float(decor.rates()["0"]) == pytest.approx(ETA * 0.5**step)
+        scheduler.step()
+
+
+# Checkpoints.
+
+
+@pytest.mark.parametrize("rank", [None, 5])
+def test_a_resumed_run_goes_on_exactly(rank):
+    def start():
+        model = network()
+        optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+        return model, optimizer, precondition(model, optimizer, rank=rank, sample=0.3, every=2)
+
+    straight = start()
+    expected = train(*straight[:2], 9)
+    first = start()
+    train(*first[:2], 4)
+    file = io.BytesIO()
+    torch.save([part.state_dict() for part in first], file)
+    file.seek(0)
+    second = start()
+    for part, state in zip(second, torch.load(file, weights_only=True), strict=True):
+        part.load_state_dict(state)
+    assert train(*second[:2], 5, 4) == expected[4:]
+    for name, layer in straight[2].layers.items():
+        assert all(map(torch.equal, layer.factors, second[2].layers[name].factors))
+
+
+def test_foreign_checkpoints_are_refused_and_change_nothing():
+    model = network()
+    decor = precondition(model, torch.optim.SGD(model.parameters(), 0.05))
+    other = network()
+    low = precondition(other, torch.optim.SGD(other.parameters(), 0.05), rank=3)
+    before = decor.layers["0"].factors[0].clone()
+    with pytest.raises(ValueError, match=r"R of 2 layers differ; expected \[\(12, 12\)\] for 0"):
+        decor.load_state_dict(low.state_dict())
+    with pytest.raises(ValueError, match="R of 2 layers differ"):
+        decor.load_state_dict({})
+    assert torch.equal(decor.layers["0"].factors[0], before)
+
+
+def test_the_model_may_move():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    decor = precondition(model, optimizer)
+    train(model, optimizer, 1)
+    model.float()
+    optimizer.zero_grad()
+    loss_of(model, batch(1, dtype=torch.float32)).backward()
+    optimizer.step()
+    assert decor.layers["0"].factors[0].isfinite().all()
+
+
+# What cannot be.
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        (lambda m: ((m, "adam"), {}), TypeError, "expected a torch.optim.Optimizer, got str"),
+        (lambda m: ((m, torch.optim.SGD(network().parameters(), 0.1)), {}), ValueError, "found none of them"),
+        (lambda m: ((m, torch.optim.SGD(m.parameters(), 0.1)), {"rank": 99}), ValueError, "0: rank"),
+        (lambda m: ((m, torch.optim.SGD(m.parameters(), 0.1)), {"lr": -1.0}), ValueError, "lr"),
+    ],
+)
+def test_bad_arguments_are_refused_and_leave_no_hooks(change, error, match):
+    model = network()
+    arguments, options = change(model)
+    with pytest.raises(error, match=match):
+        DecorPreconditioner(*arguments, None, everything, **options)
+    assert all(not m._forward_hooks for m in model.modules())
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    assert train(model, optimizer, 2)
+
+
+def test_tied_and_converted_models_are_refused():
+    model = network()
+    model[2].weight = nn.Parameter(torch.zeros(24, 12, dtype=torch.float64))
+    model[0].weight = model[2].weight
+    with pytest.raises(ValueError, match="tied"):
+        precondition(model, torch.optim.SGD(model.parameters(), 0.1))
+    model = dbpkern.decorrelate(network(), None, everything)
+    with pytest.raises(ValueError, match="decorrelated already"):
+        precondition(model, torch.optim.SGD(model.parameters(), 0.1))
+
+
+def test_a_closure_is_refused_before_anything_changes():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    precondition(model, optimizer)
+    loss = loss_of(model, batch(0))
+    loss.backward()
+    gradient = model[0].weight.grad.clone()
+    with pytest.raises(ValueError, match="without a closure"):
+        optimizer.step(lambda: loss)
+    assert torch.equal(model[0].weight.grad, gradient)
