@@ -1,26 +1,31 @@
 """Convergence: how soon each way to train reaches the loss that AdamW ends at.
 
-The matrix of `bench/matrix.py` is run, as many runs at a time as there are cores (--jobs), each a process
-with one thread that trains by `train/pretrain.py`'s own loop and then leaves one JSON file in
-FOLDER/PRESET/runs. Runs that have their file are skipped: the matrix can be filled over days, and what is
-there can be reported at any time. --time measures the time of a step of every arm, interleaved in one
+The matrix of `bench/matrix.py` is run, as many runs at a time as there are cores, or one on a GPU (--jobs).
+Each is a process with one thread that trains by `train/pretrain.py`'s own loop and then leaves one JSON file
+in FOLDER/PRESET/runs; NAME.log beside it shows how far it is, and stays if it fails. Runs that have their
+file are skipped: the matrix can be filled over days, Ctrl-C stops it, and what is there can be reported at
+any time. --list tells what is there. --time measures the time of a step of every arm, interleaved in one
 process; let the machine do nothing else then. `python -m bench curves FOLDER/PRESET` makes the report.
+
+The exit code is 1 if a run failed, and 2 if nothing could be started.
 """
 
 import argparse
 import json
 import math
 import os
-import statistics
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import asdict
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
+from timm.optim.kron import Kron, precond_update_prob_schedule
 from torch import nn
 
 from bench import measure, probe, record
@@ -28,10 +33,23 @@ from bench.baselines import PublishedRule
 from bench.matrix import ABLATIONS, ARMS, PRESETS, SEEDS, Run, every_arm
 from bench.options import count
 from train import pretrain, processes
+from train.data import DataConfig
 from train.loop import Diverged, Loop
-from train.plots import WINDOW
+from train.plots import WINDOW, trailing_mean
+from train.run_folder import RunFolder, to_json, write_atomically
 
 FOLDER = Path(__file__).parent / "reports" / "convergence"
+WORKER = (sys.executable, "-m", "bench", "convergence", "--worker")  # what makes a run
+FINISHED = "finished"
+LOG_TAIL = 2000  # characters of a failed run's log that are shown
+
+
+def rate(text: str) -> float:
+    """A learning rate, for argparse."""
+    value = float(text)
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+    return value
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,52 +62,182 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"of {', '.join(ARMS)} (default: all of them), or ablations: {', '.join(ABLATIONS)}",
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="(default: %(default)s)")
-    parser.add_argument("--rate", type=float, help="run all arms at this rate alone")
-    parser.add_argument("--jobs", type=count, default=os.cpu_count(), help="runs at a time (default: cores)")
+    parser.add_argument("--rate", type=rate, help="run all arms at this rate alone")
+    parser.add_argument("--jobs", type=count, help="runs at a time (default: cores; 1 on a GPU)")
     parser.add_argument("--source", help="images, as --data.source of train/pretrain.py")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="of the results (default: %(default)s)")
-    parser.add_argument(
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--list", action="store_true", help="tell which runs are there and which are not")
+    action.add_argument(
         "--time", type=count, metavar="ROUNDS", help="time the arms' steps and do nothing else"
     )
     parser.add_argument("--worker", help=argparse.SUPPRESS)  # the one run that this process is to make
 
 
-class Matrix:
-    """The results of a preset on disk."""
+@dataclass(frozen=True)
+class Result:
+    """What is kept of a run.
 
-    def __init__(self, folder: Path, preset: str) -> None:
+    Args:
+        run: which one.
+        outcome: "finished", or how it diverged.
+        settings: as `Run.settings` gave them when it was made.
+        losses: mean training losses of `stride` steps each.
+        seconds: spent in steps, on a machine that other runs may have shared.
+        evals: step, held-out loss (None if it is not finite) and accuracy of the probe.
+        energy: as in the `summary.json` of `train/pretrain.py`.
+        skipped_steps: steps that were left out because their loss was not finite.
+        jobs: how many runs there were at a time.
+        machine: header of `bench.record`.
+    """
+
+    run: Run
+    outcome: str
+    settings: dict[str, object]
+    losses: list[float]
+    seconds: float
+    evals: list[dict[str, float]]
+    energy: dict[str, object]
+    skipped_steps: int
+    jobs: int
+    machine: dict[str, object]
+
+    @property
+    def diverged(self) -> bool:
+        """Whether it did not come to its end with finite weights."""
+        return self.outcome != FINISHED
+
+    @property
+    def stride(self) -> int:
+        """Steps whose mean loss is one of `losses`."""
+        return self.settings["stride"]
+
+    @cached_property
+    def curve(self) -> list[float]:
+        """Training loss, mean of the last 50 steps, at every stride-th step."""
+        return trailing_mean(self.losses, WINDOW // self.stride)
+
+    @property
+    def final(self) -> float:
+        """Final training loss, mean of the last 50 steps; infinite if it diverged."""
+        return math.inf if self.diverged else self.curve[-1]
+
+
+def read(path: Path, preset: str) -> Result:
+    """Read the file of a run.
+
+    Raises:
+        ValueError: it is damaged, or not the file of a run of this preset; the message names it.
+    """
+    try:
+        content = json.loads(path.read_text())
+        result = Result(**content | {"run": Run(**content["run"])})
+        sound = (
+            all(isinstance(loss, float | int) and math.isfinite(loss) for loss in result.losses)
+            and isinstance(result.outcome, str)
+            and WINDOW % result.stride == 0
+            and (result.diverged or len(result.losses) * result.stride == result.settings["steps"])
+            and all({"step", "heldout_loss"} <= found.keys() for found in result.evals)
+        )
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
+        sound = False
+    if not sound:
+        raise ValueError(f"{path} is damaged: expected the JSON of a run of python -m bench convergence")
+    if (result.run.preset, f"{result.run.name}.json") != (preset, path.name):
+        raise ValueError(
+            f"{path} holds another run: {result.run.name} of {result.run.preset}, expected one of {preset} "
+            "under its own name"
+        )
+    if result.run.arm not in every_arm():
+        raise ValueError(f"{path} is of an arm that there is no more: {result.run.arm}")
+    return result
+
+
+def differences(result: Result, data: Mapping[str, object]) -> list[str]:
+    """In which settings a run was made otherwise than the matrix says now.
+
+    Args:
+        result: of the run.
+        data: as for `Run.config`; without a source, the run's own is right.
+    """
+    source = {"data.source": result.settings.get("data.source")}
+    now = result.run.settings(source | dict(data))
+    missing = "not there"
+    return [
+        f"{name} was {result.settings.get(name, missing)}, is {now.get(name, missing)}"
+        for name in sorted(now.keys() | result.settings.keys())
+        if now.get(name, missing) != result.settings.get(name, missing)
+    ]
+
+
+def best(sweep: Iterable[Result]) -> Result | None:
+    """The run with the lowest final loss; None if all have diverged."""
+    return min((r for r in sweep if not r.diverged), key=lambda r: r.final, default=None)
+
+
+class Matrix:
+    """The results of a preset on disk.
+
+    Args:
+        folder: of the results of all presets.
+        preset: name of one.
+        data: as for `Run.config`.
+
+    Attributes:
+        results: by run, those that are sound and of the settings that the matrix has now.
+        unusable: why the others are not used, by file.
+    """
+
+    def __init__(self, folder: Path, preset: str, data: Mapping[str, object]) -> None:
         self.preset = preset
         self.folder = folder / preset
         self.runs = self.folder / "runs"
+        self.data = dict(data)
+        self.results: dict[Run, Result] = {}
+        self.unusable: dict[Path, str] = {}
+        for path in sorted(self.runs.glob("*.json")):
+            try:
+                result = read(path, preset)
+            except ValueError as error:
+                self.unusable[path] = str(error)
+                continue
+            found = differences(result, self.data)
+            if found:
+                self.unusable[path] = f"{path} is of other settings: {'; '.join(found)}"
+            else:
+                self.results[result.run] = result
 
     def path(self, run: Run) -> Path:
         """The file of a run."""
         return self.runs / f"{run.name}.json"
 
-    def final(self, run: Run) -> float:
-        """Final training loss of a finished run: infinite if it diverged."""
-        losses = json.loads(self.path(run).read_text())["losses"]
-        final = statistics.fmean(losses[-WINDOW:])
-        return final if len(losses) == PRESETS[self.preset].settings["steps"] else math.inf
-
     def best_rate(self, arm: str, seed: int) -> float | None:
-        """The rate with the lowest final loss among the runs with this seed; None before all are there."""
+        """The best of an arm's rates with this seed; None before all are there, or if all diverged."""
         runs = [Run(self.preset, arm, rate, seed) for rate in ARMS[arm].rates]
-        if not all(self.path(run).exists() for run in runs):
+        if not all(run in self.results for run in runs):
             return None
-        return min(runs, key=self.final).rate
+        found = best(self.results[run] for run in runs)
+        return None if found is None else found.run.rate
+
+    def wanted(self, arms: Sequence[str], seeds: Sequence[int], rate: float | None) -> dict[Run, None]:
+        """The runs that are known to be part of the matrix, in the order in which they are worth it."""
+        found: list[Run] = []
+        for arm in arms:
+            if rate is None and arm in ARMS:
+                found += [Run(self.preset, arm, r, seeds[0]) for r in ARMS[arm].rates]
+            chosen = rate if rate is not None else self.best_rate(arm if arm in ARMS else "dbp", seeds[0])
+            if chosen is not None:
+                found += [Run(self.preset, arm, chosen, seed) for seed in seeds]
+        return dict.fromkeys(found)
 
     def missing(self, arms: Sequence[str], seeds: Sequence[int], rate: float | None) -> Iterator[Run]:
-        """The runs that can be made now, in the order in which they are worth it."""
-        wanted: list[Run] = []
-        for arm in arms:
-            tuned = arm if arm in ARMS else "dbp"
-            if rate is None and arm in ARMS:
-                wanted += [Run(self.preset, arm, r, seeds[0]) for r in ARMS[arm].rates]
-            chosen = rate if rate is not None else self.best_rate(tuned, seeds[0])
-            if chosen is not None:
-                wanted += [Run(self.preset, arm, chosen, seed) for seed in seeds]
-        yield from (run for run in dict.fromkeys(wanted) if not self.path(run).exists())
+        """Those of the wanted runs that have no file."""
+        return (run for run in self.wanted(arms, seeds, rate) if not self.path(run).exists())
+
+    def waiting(self, arms: Sequence[str], seeds: Sequence[int], rate: float | None) -> list[str]:
+        """The arms whose further seeds wait until a best rate is known."""
+        tuned = {arm: arm if arm in ARMS else "dbp" for arm in arms}
+        return [a for a in arms if rate is None and self.best_rate(tuned[a], seeds[0]) is None]
 
 
 def build_published(config: pretrain.Config, model: nn.Module) -> tuple:
@@ -106,8 +254,37 @@ def builder(run: Run) -> Callable:
     return build_published if every_arm()[run.arm].published else pretrain.build_optimizers
 
 
-def train(run: Run, data: dict[str, object]) -> dict[str, object]:
-    """Make one run in this process and return what is kept of it."""
+def losses(records: Iterable[Mapping]) -> list[float]:
+    """The training loss of every step in a log; a skipped step has that of the step before it, or the first.
+
+    Args:
+        records: as `train.run_folder.RunFolder.records` gives them.
+    """
+    found: list[float | None] = []
+    for step in records:
+        if step["kind"] != "eval":
+            found.append(step["loss"] if step["kind"] == "step" else (found or [None])[-1])
+    first = next((loss for loss in found if loss is not None), None)
+    return [] if first is None else [first if loss is None else loss for loss in found]
+
+
+def in_strides(values: Sequence[float], stride: int) -> list[float]:
+    """Means of `stride` values each, rounded; what does not fill a stride is left out."""
+    whole = range(0, len(values) - stride + 1, stride)
+    return [round(sum(values[i : i + stride]) / stride, 5) for i in whole]
+
+
+def train(run: Run, data: Mapping[str, object], jobs: int) -> Result:
+    """Make one run in this process.
+
+    Args:
+        run: which one.
+        data: as for `Run.config`.
+        jobs: how many runs there are at a time.
+
+    Raises:
+        train.loop.Interrupted: SIGTERM or Ctrl-C.
+    """
     torch.set_num_threads(1)
     preset = PRESETS[run.preset]
     with tempfile.TemporaryDirectory() as out:
@@ -115,98 +292,173 @@ def train(run: Run, data: dict[str, object]) -> dict[str, object]:
         procs = processes.start(config.device)
         loop, evaluator, batches = pretrain.prepare(config, procs, builder(run))
         evaluator.observes = False
-        evals: list[dict[str, float]] = []
 
-        def evaluate() -> dict[str, object]:
-            if loop.step:
-                found = {"step": loop.step, "heldout_loss": evaluator()["heldout_loss"]}
-                if preset.probe:
-                    found["probe"] = probe.accuracy(loop.model, preset.probe)
-                evals.append(found)
-            return {}
+        def evaluate() -> dict[str, float]:
+            found = {"heldout_loss": evaluator()["heldout_loss"]}
+            return found | ({"probe": probe.accuracy(loop.model, preset.probe)} if preset.probe else {})
 
         loop.evaluate = evaluate
-        outcome = "finished"
+        outcome = FINISHED
         try:
             loop.train(batches)
         except Diverged as error:
             outcome = str(error)
-        steps = [r for r in loop.run.records() if r["kind"] == "step"]
-        settings = asdict(config)
-    del settings["out"]
-    return {
-        "run": asdict(run),
-        "outcome": outcome,
-        "settings": settings,
-        "losses": [round(r["loss"], 5) for r in steps],
-        "seconds": loop.seconds,
-        "evals": evals,
-        "energy": loop.energy.summary(None),
-        "skipped_steps": loop.skipped,
-        "machine": record.header(["convergence", "--preset", run.preset], procs.device, config.precision),
-    }
-
-
-def _start(run: Run, path: Path, data: dict[str, object]) -> Run:
-    """Make one run in a process of its own; its file appears when it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    spec = json.dumps({"run": asdict(run), "data": data})
-    result = subprocess.run(
-        [sys.executable, "-m", "bench", "convergence", "--worker", spec],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[1],
+        records = list(RunFolder(out).records())
+    return Result(
+        run=run,
+        outcome=outcome,
+        settings=run.settings(data),
+        losses=in_strides(losses(records), preset.stride),
+        seconds=loop.seconds,
+        evals=[
+            {name: r[name] for name in ("step", "heldout_loss", "probe") if name in r}
+            for r in records
+            if r["kind"] == "eval"
+        ],
+        energy=loop.energy.summary(None),
+        skipped_steps=loop.skipped,
+        jobs=jobs,
+        machine=record.header(["convergence", "--preset", run.preset], procs.device, config.precision),
     )
-    if result.returncode:
-        raise RuntimeError(f"{run.name} failed:\n{result.stderr[-2000:]}")
-    writing = path.with_suffix(".writing")
-    writing.write_text(result.stdout.strip().splitlines()[-1] + "\n")
-    writing.replace(path)
-    return run
 
 
-def fill(matrix: Matrix, args: argparse.Namespace, arms: Sequence[str], data: dict) -> None:
-    """Make all missing runs."""
-    started: set[Run] = set()
-    running: set[Future] = set()
-    with ThreadPoolExecutor(args.jobs) as pool:
+def work(spec: Mapping) -> None:
+    """Make the run of a worker's specification, and write its file when it is whole."""
+    result = train(Run(**spec["run"]), spec["data"], spec["jobs"])
+    write_atomically(Path(spec["path"]), to_json(asdict(result)) + "\n")
+
+
+def _start(run: Run, path: Path, data: Mapping[str, object], jobs: int) -> subprocess.Popen:
+    """Let a process of its own make a run and write its file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    spec = {"run": asdict(run), "data": data, "jobs": jobs, "path": str(path.resolve())}
+    with path.with_suffix(".log").open("w") as log:
+        # In a session of its own: Ctrl-C is for this process, which then ends the others.
+        return subprocess.Popen([*WORKER, json.dumps(spec)], stdout=log, stderr=log, start_new_session=True)
+
+
+def _end(workers: Iterable[subprocess.Popen]) -> None:
+    workers = list(workers)
+    for worker in workers:
+        worker.terminate()
+    for worker in workers:
+        try:
+            worker.wait(30)
+        except subprocess.TimeoutExpired:
+            worker.kill()
+            worker.wait()
+
+
+def fill(matrix: Matrix, args: argparse.Namespace, arms: Sequence[str]) -> list[Run]:
+    """Make all missing runs; returns those that failed."""
+    running: dict[Run, subprocess.Popen] = {}
+    failed: list[Run] = []
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
         while True:
             for run in matrix.missing(arms, args.seeds, args.rate):
-                if len(running) >= args.jobs:
-                    break
-                if run not in started:
-                    started.add(run)
+                if len(running) < args.jobs and run not in running and run not in failed:
                     record.progress(f"{run.name}: started")
-                    running.add(pool.submit(_start, run, matrix.path(run), data))
+                    running[run] = _start(run, matrix.path(run), matrix.data, args.jobs)
             if not running:
-                return
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                run = future.result()
-                record.progress(f"{run.name}: final loss {matrix.final(run):.4f}")
+                return failed
+            time.sleep(0.2)
+            for run in [run for run, worker in running.items() if worker.poll() is not None]:
+                code = running.pop(run).returncode
+                if not _collect(matrix, run, code):
+                    failed.append(run)
+    finally:
+        _end(running.values())
+        signal.signal(signal.SIGTERM, previous)
 
 
-def time_steps(matrix: Matrix, arms: Sequence[str], rounds: int, data: dict) -> dict[str, object]:
-    """Seconds of a step of every arm, interleaved, and their ratios to the first arm's within a round."""
-    steps = []
+def _collect(matrix: Matrix, run: Run, code: int) -> bool:
+    """Take over what a worker left; whether it left a result."""
+    path = matrix.path(run)
+    log = path.with_suffix(".log")
+    try:
+        if code:
+            raise ValueError(f"exit code {code}\n{log.read_text(errors='replace')[-LOG_TAIL:]}")
+        result = read(path, matrix.preset)
+        found = differences(result, matrix.data)
+        if found:  # somebody has edited the matrix while it was filled
+            raise ValueError(f"{path} is of other settings: {'; '.join(found)}")
+    except (OSError, ValueError) as error:
+        record.progress(f"{run.name}: FAILED, see {log}: {error}")
+        return False
+    log.unlink()
+    matrix.results[run] = result
+    told = f"diverged: {result.outcome}" if result.diverged else f"final loss {result.final:.4f}"
+    record.progress(f"{run.name}: {told}")
+    return True
+
+
+def listing(matrix: Matrix, args: argparse.Namespace, arms: Sequence[str]) -> str:
+    """What is there of the runs that are asked for, and what is missing."""
+    lines, done = [], 0
+    wanted = matrix.wanted(arms, args.seeds, args.rate)
+    for run in wanted:
+        fate = "missing"
+        if run in matrix.results:
+            result = matrix.results[run]
+            done += 1
+            fate = "diverged" if result.diverged else f"done, final loss {result.final:.4f}"
+        elif matrix.path(run) in matrix.unusable:
+            fate = "not usable"
+        lines.append(f"{run.name}: {fate}")
+    lines.append(f"{done} of {len(wanted)} runs are there")
+    waiting = matrix.waiting(arms, args.seeds, args.rate)
+    if waiting:
+        lines.append(f"further runs wait until a best rate is known: {', '.join(waiting)}")
+    return "\n".join([*lines, *matrix.unusable.values()])
+
+
+def _cadence(loop: Loop, steps: int) -> int:
+    """Steps after which the work of a step repeats."""
+    if isinstance(loop.optimizer, Kron):
+        # It updates its preconditioner ever more seldom. Timed is its mean over the run, evenly spread.
+        updates, waited = 0, 0
+        for step in range(steps):
+            waited += 1
+            if waited >= 1 / precond_update_prob_schedule(step):
+                updates, waited = updates + 1, 0
+        every = round(steps / updates)
+        for group in loop.optimizer.param_groups:
+            group["preconditioner_update_probability"] = 1 / (every - 0.5)  # it compares 1/p with a count
+        return every
+    decor = loop.config["decor"]
+    return decor["every"] if decor["enable"] else 1
+
+
+def time_steps(matrix: Matrix, arms: Sequence[str], rounds: int) -> dict[str, object]:
+    """Seconds of a step of every arm, interleaved, and their ratios to the first arm's within a round.
+
+    A step is forward, backward and the optimizers', without the loading of data. Arms that do not do the same
+    at every step are timed over whole turns.
+    """
+    timed = []
     for name in arms:
         run = Run(matrix.preset, name, 1e-3, 0)
         with tempfile.TemporaryDirectory() as out:
-            config = run.config(out, data)
+            config = run.config(out, matrix.data)
             procs = processes.start(config.device)
             loop, _, batches = pretrain.prepare(config, procs, builder(run))
             batch = next(batches)
-        steps.append(_step(loop, batch))
+        timed.append((_step(loop, batch), math.lcm(4, _cadence(loop, config.steps))))
     times = []
     for turn in range(1 + rounds):
         record.progress(f"round {turn} of {rounds}{'' if turn else ', to warm up'}")
-        timed = measure.rotated_round(steps, turn, lambda step: measure.seconds(step, procs.device, 4))
-        times.append(timed)
+        times.append(
+            measure.rotated_round(timed, turn, lambda arm: measure.seconds(arm[0], procs.device, arm[1]))
+        )
     found = {}
     by_arm = list(zip(*times[1:], strict=True))
     for name, seconds in zip(arms, by_arm, strict=True):
-        ratio = measure.paired_ratio(seconds, by_arm[0])
-        found[name] = {"seconds": measure.quartiles(seconds)._asdict(), "ratio": ratio._asdict()}
+        found[name] = {
+            "seconds": measure.quartiles(seconds)._asdict(),
+            "ratio": measure.paired_ratio(seconds, by_arm[0])._asdict(),
+            "settings": Run(matrix.preset, name, 1e-3, 0).settings(matrix.data),
+        }
     return found
 
 
@@ -224,30 +476,90 @@ def _step(loop: Loop, batch: dict) -> Callable[[], None]:
     return step
 
 
-def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Fill the matrix, or time its arms; returns the exit code."""
-    if args.worker is not None:
-        spec = json.loads(args.worker)
-        print(json.dumps(train(Run(**spec["run"]), spec["data"])))
-        return 0
-    data = {} if args.source is None else {"data.source": args.source}
-    asked = list(ARMS) if args.arms is None else args.arms
-    arms = [name for a in asked for name in ABLATIONS.get(a, [a])]
-    unknown = [name for name in arms if name not in every_arm()]
-    if unknown:
-        record.progress(
-            f"convergence: expected some of {', '.join([*every_arm(), *ABLATIONS])}, got {unknown[0]}"
-        )
-        return 2
-    matrix = Matrix(args.folder, args.preset)
-    if args.time is None:
-        fill(matrix, args, arms, data)
-        return 0
+def _write_timing(matrix: Matrix, arms: Sequence[str], rounds: int, argv: Sequence[str]) -> None:
     measure.keep_freed_memory()
     arms = ["adamw", *(name for name in arms if name != "adamw")]
-    config = Run(args.preset, "adamw", 1e-3, 0).config("unused", data)
+    config = Run(matrix.preset, "adamw", 1e-3, 0).config("", matrix.data)
     head = record.header(argv, torch.device(config.device), config.precision)
+    timing = head | {"arms": time_steps(matrix, arms, rounds)}
     matrix.folder.mkdir(parents=True, exist_ok=True)
-    path = matrix.folder / "timing.json"
-    path.write_text(json.dumps(head | {"arms": time_steps(matrix, arms, args.time, data)}, indent=1) + "\n")
-    return 0
+    write_atomically(matrix.folder / "timing.json", json.dumps(timing, indent=1) + "\n")
+
+
+def choose_arms(asked: Sequence[str] | None) -> list[str]:
+    """The arms that names of arms and of families of ablations stand for; None for the main arms.
+
+    Raises:
+        ValueError: there is none of a name.
+    """
+    arms = [name for a in (ARMS if asked is None else asked) for name in ABLATIONS.get(a, [a])]
+    unknown = [name for name in arms if name not in every_arm()]
+    if unknown:
+        known = ", ".join([*every_arm(), *ABLATIONS])
+        raise ValueError(f"--arms: expected some of {known}, got {', '.join(unknown)}")
+    return list(dict.fromkeys(arms))
+
+
+def check_source(source: str | None) -> None:
+    """Raise ValueError or FileNotFoundError for images that no run would find."""
+    if source is None:
+        return
+    DataConfig(source)
+    kind, _, path = source.partition(":")
+    if kind == "folder" and not Path(path).expanduser().is_dir():
+        raise FileNotFoundError(f"--source: there is no folder {path}")
+
+
+def check_start(matrix: Matrix, args: argparse.Namespace, arms: Sequence[str]) -> None:
+    """Raise ValueError for what would make all runs fail, or mix runs that differ."""
+    preset = PRESETS[matrix.preset]
+    if min(args.seeds) < 0:
+        raise ValueError(f"--seeds: expected numbers of at least 0, got {min(args.seeds)}")
+    if preset.needs_source and args.source is None:
+        raise ValueError(f"{matrix.preset} needs --source folder:PATH or --source wds:PATTERN")
+    if preset.on_gpu and not torch.cuda.is_available():
+        raise ValueError(f"{matrix.preset} needs a GPU, and PyTorch finds none")
+    if args.time is not None:
+        return
+    unusable = [text for path, text in matrix.unusable.items() if path.stem.partition("_lr")[0] in arms]
+    if unusable:
+        raise ValueError("\n".join([*unusable, "move or delete these files, and their runs are made again"]))
+    ablations = [arm for arm in arms if arm not in ARMS]
+    if ablations and "dbp" not in arms and matrix.waiting(ablations, args.seeds, args.rate):
+        raise ValueError(
+            f"{', '.join(ablations)}: ablations run at the best rate of dbp, which is not known yet; "
+            "add dbp to --arms, or give a --rate"
+        )
+
+
+def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Fill the matrix, list it, or time its arms; returns the exit code."""
+    if args.worker is not None:
+        work(json.loads(args.worker))
+        return 0
+    preset = PRESETS[args.preset]
+    if args.jobs is None:
+        args.jobs = 1 if preset.on_gpu else os.cpu_count() or 1
+    try:
+        arms = choose_arms(args.arms)
+        check_source(args.source)
+        source = args.source if args.source or preset.needs_source else "photos"
+        matrix = Matrix(args.folder, args.preset, {} if source is None else {"data.source": source})
+        if args.list:
+            print(listing(matrix, args, arms))
+            return 0
+        check_start(matrix, args, arms)
+    except (ValueError, FileNotFoundError) as error:
+        record.progress(f"convergence: {error}")
+        return 2
+    if args.time is not None:
+        _write_timing(matrix, arms, args.time, argv)
+        return 0
+    try:
+        failed = fill(matrix, args, arms)
+    except KeyboardInterrupt:
+        record.progress("convergence: stopped; runs that were cut off are made again by the same command")
+        return 130
+    if failed:
+        record.progress(f"convergence: {len(failed)} runs failed: {', '.join(r.name for r in failed)}")
+    return 1 if failed else 0

@@ -7,12 +7,16 @@ setting of the arm "dbp" and run at that arm's best rate.
 
 import copy
 import dataclasses
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
+from train.plots import WINDOW
 from train.pretrain import Config
+from train.run_folder import NEUTRAL, flat
 
 SEEDS = (0, 1, 2)
+KEPT = 5_000  # losses of a run that its file holds, at most, where the window allows it
 
 
 @dataclass(frozen=True)
@@ -23,11 +27,32 @@ class Preset:
         settings: of `train.pretrain.Config`, by dotted name.
         evaluations: how often a run is evaluated, at equal intervals.
         probe: images of the linear probe, half of them to fit it; 0 for no probe.
+        needs_source: whether the images must be named; otherwise they are the photographs.
     """
 
     settings: Mapping[str, object]
     evaluations: int = 4
     probe: int = 800
+    needs_source: bool = False
+
+    @property
+    def steps(self) -> int:
+        """Length of a run."""
+        return self.settings["steps"]
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the runs need a GPU."""
+        return self.settings["device"] == "cuda"
+
+    @property
+    def stride(self) -> int:
+        """Steps whose losses are kept as one mean.
+
+        It divides the window, so that a trailing mean is the mean of whole strides, and the length of a run.
+        """
+        fitting = [k for k in range(1, WINDOW + 1) if WINDOW % k == 0 and self.steps % k == 0]
+        return next((k for k in fitting if self.steps <= k * KEPT), fitting[-1])
 
 
 @dataclass(frozen=True)
@@ -74,13 +99,18 @@ _IMAGENET = {
 PRESETS = {
     "photos": Preset(_PHOTOS),
     "photos-long": Preset(_PHOTOS | {"steps": 5000, "optim.warmup_steps": 100}, evaluations=10, probe=0),
-    "vit-s": Preset(_IMAGENET | {"model": "mae_vit_small"}, evaluations=10),
-    "vit-b": Preset(_IMAGENET | {"model": "mae_vit_base"}, evaluations=10),
+    "vit-s": Preset(_IMAGENET | {"model": "mae_vit_small"}, evaluations=10, needs_source=True),
+    "vit-b": Preset(_IMAGENET | {"model": "mae_vit_base"}, evaluations=10, needs_source=True),
 }
 
 _RATES = (2e-3, 3e-3, 5e-3, 8e-3)
 _DBP = {"decor.enable": True}
-_LAYERS = {"decor.enable": True, "decor.form": "auto", "decor.scale_free": False, "decor.eta": 1e-2}
+_LAYERS = _DBP | {
+    "decor.form": "auto",
+    "decor.scale_free": False,
+    "decor.eta": 1e-2,
+    "decor.follow": True,
+}
 
 ARMS = {
     "adamw": Arm("AdamW", {}, _RATES),
@@ -96,6 +126,7 @@ ARMS = {
     "dbp-rank32": Arm("DBP, rank 32", _DBP | {"decor.rank": 32}, _RATES),
     "dbp-muon": Arm("DBP with Muon", _DBP | {"optim.name": "muon"}, _RATES),
     "dbp-layers": Arm("DBP in the layers", _LAYERS, _RATES),
+    "dbp-layers-muon": Arm("DBP in the layers, with Muon", _LAYERS | {"optim.name": "muon"}, _RATES),
 }
 
 ABLATIONS = {
@@ -113,7 +144,7 @@ ABLATIONS = {
     },
     "rank": {f"rank-{r}": Arm(f"rank {r}", _DBP | {"decor.rank": r}) for r in (8, 16)},
     "rate": {f"eta-{eta:g}": Arm(f"eta {eta:g}", _DBP | {"decor.eta": eta}) for eta in (0.02, 0.15)},
-    "schedule": {"constant": Arm("constant eta", _DBP | {"decor.follow": False})},
+    "schedule": {"follow": Arm("eta follows the learning rate", _DBP | {"decor.follow": True})},
     "scale": {
         "unscaled": Arm("not scale-free, eta 0.01", _DBP | {"decor.scale_free": False, "decor.eta": 1e-2})
     },
@@ -145,15 +176,36 @@ class Run:
         Args:
             out: folder of the run.
             data: further settings, such as where the images are.
+
+        Raises:
+            ValueError: one of the settings has no such name.
         """
         arm, preset = every_arm()[self.arm], PRESETS[self.preset]
         config = Config(out)
-        steps = preset.settings["steps"]
-        common = {"seed": self.seed, "eval_every": steps // preset.evaluations, "checkpoint_every": steps}
+        common = {
+            "seed": self.seed,
+            "eval_every": max(1, preset.steps // preset.evaluations),
+            "checkpoint_every": preset.steps,
+        }
         for name, value in (preset.settings | common | dict(data) | dict(arm.settings)).items():
             assign(config, name, value)
         config.optim.blr = self.rate * 256 / config.batch_size
         return config
+
+    def settings(self, data: Mapping[str, object]) -> dict[str, object]:
+        """All that its numbers depend on, by dotted name and as JSON gives it back.
+
+        Args:
+            data: as for `config`.
+        """
+        arm = every_arm()[self.arm]
+        settings = flat(asdict(self.config("", data)))
+        settings = {k: v for k, v in settings.items() if k not in NEUTRAL or k == "eval_every"}
+        if not (arm.published or settings["decor.enable"]):
+            settings = {k: v for k, v in settings.items() if k == "decor.enable" or k[:6] != "decor."}
+        preset = PRESETS[self.preset]
+        settings |= {"probe": preset.probe, "stride": preset.stride, "published": arm.published}
+        return json.loads(json.dumps(settings))
 
 
 def assign(config: Config, name: str, value: object) -> None:
@@ -166,6 +218,6 @@ def assign(config: Config, name: str, value: object) -> None:
     *path, last = name.split(".")
     for part in path:
         target = getattr(target, part, None)
-    if last not in {f.name for f in dataclasses.fields(target)} if target is not None else True:
+    if not dataclasses.is_dataclass(target) or last not in {f.name for f in dataclasses.fields(target)}:
         raise ValueError(f"expected the name of a setting of train/pretrain.py, got {name!r}")
     setattr(target, last, copy.deepcopy(value))

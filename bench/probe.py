@@ -1,5 +1,8 @@
 """A linear probe: how well a frozen encoder's features tell the digits that ship with scikit-learn."""
 
+import math
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
@@ -10,6 +13,7 @@ from torch import Tensor
 
 from models.mae import MaskedAutoencoder
 
+DIGITS = 1797  # that scikit-learn has
 CHUNK = 100  # images a forward
 
 
@@ -26,7 +30,15 @@ def accuracy(model: MaskedAutoencoder, count: int) -> float:
     """Share of digits told right by ridge regression on the mean of the patch tokens.
 
     The first half of `count` digits fits it, the other half is told. Deterministic.
+
+    Returns:
+        A number in [0, 1]; NaN where a feature is not finite.
+
+    Raises:
+        ValueError: there are not so many digits.
     """
+    if not 2 <= count <= DIGITS:
+        raise ValueError(f"count: expected 2 to {DIGITS} digits, got {count}")
     device = next(model.parameters()).device
     images, labels = digits(count, model.patch_embed.img_size)
     training = model.training
@@ -34,6 +46,8 @@ def accuracy(model: MaskedAutoencoder, count: int) -> float:
     tokens = [model.forward_encoder(part.to(device), 0.0)[0] for part in images.split(CHUNK)]
     model.train(training)
     features = torch.cat([part[:, 1:].mean(1) for part in tokens]).cpu().double().numpy()
+    if not np.isfinite(features).all():
+        return math.nan
     half = count // 2
     classifier = make_pipeline(StandardScaler(), RidgeClassifier())
     classifier.fit(features[:half], labels[:half])

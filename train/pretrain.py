@@ -17,8 +17,7 @@ from typing import Literal
 import torch
 from jsonargparse import ArgumentParser
 from safetensors.torch import save
-from timm.optim import param_groups_weight_decay
-from timm.optim.kron import Kron
+from timm.optim import kron, param_groups_weight_decay
 from timm.optim.muon import Muon
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -96,7 +95,7 @@ class DecorConfig:
     sites: str | list[str] = "all"
     decoder: bool = True
     eta: float = 0.05
-    follow: bool = True
+    follow: bool = False
     scale_free: bool = True
     limit: float | None = 0.5
     every: int = 1
@@ -295,7 +294,10 @@ def build_optimizers(
     elif config.optim.name == "muon":
         optimizer = Muon(groups, lr=peak, betas=betas)
     else:
-        optimizer = Kron(groups, lr=peak, decoupled_decay=True, deterministic=True)
+        optimizer = kron.Kron(groups, lr=peak, decoupled_decay=True, deterministic=True)
+        # Compiled, as timm has them, its contractions of a 384 x 128 weight ask for 9 GB.
+        for name in ("_calc_A_and_conjB", "_q_terms", "_precond_grad", "_balance_Q"):
+            setattr(optimizer, name, getattr(kron, name))
     for group in optimizer.param_groups:
         group["initial_lr"] = peak
     if not config.decor.enable:
