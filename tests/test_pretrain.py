@@ -37,11 +37,12 @@ TINY = [
     "--checkpoint_every=4",
     "--device=cpu",
 ]
+SITES = ["--decor.sites=sublayers", "--decor.decoder=false"]
+# Decorrelated layers by the published rule; "--decor.enable=true" alone is what the options are by default.
 DBP = [
     "--decor.enable=true",
+    *SITES,
     "--decor.form=auto",
-    "--decor.sites=sublayers",
-    "--decor.decoder=false",
     "--decor.eta=0.002",
     "--decor.follow=false",
     "--decor.scale_free=false",
@@ -158,7 +159,7 @@ def test_the_same_configuration_gives_the_same_run(finished, tmp_path):
 
 def test_plain_and_decorrelated_arms_start_alike_and_see_the_same_data(finished, tmp_path):
     out = tmp_path / "plain"
-    pretrain.main([*TINY, f"--out={out}"])
+    pretrain.main([*TINY, *SITES, f"--out={out}"])
     assert losses(out)[1] == losses(finished)[1]
     assert losses(out)[24] != losses(finished)[24]
     assert (out / "files.txt").read_text() == (finished / "files.txt").read_text()
@@ -175,6 +176,42 @@ def wait_for_step(process: subprocess.Popen, out: Path, step: int) -> None:
         assert process.poll() is None, f"ended with {process.returncode} before step {step}"
         assert time.monotonic() < deadline, f"step {step} did not come"
         time.sleep(0.005)
+
+
+def test_by_default_dbp_works_around_the_optimizer_and_resumes_exactly(tmp_path):
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    settings = ["--decor.enable=true", "--decor.every=3"]
+    pretrain.main([*TINY, *settings, f"--out={straight}"])
+    run = command(*settings, f"--out={killed}", "--resume=auto")
+    process = subprocess.Popen(run, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for_step(process, killed, 14)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    pretrain.main([*TINY, *settings, f"--out={killed}", "--resume=auto"])
+    assert losses(killed) == losses(straight)
+    assert heldout(killed) == heldout(straight)
+    # The model is the plain one throughout: what is exported is what was trained.
+    state = load_file(straight / "encoder.safetensors")
+    assert not any(name.endswith((".R", ".Q", ".S")) for name in state)
+    plain = tmp_path / "plain"
+    pretrain.main([*TINY, f"--out={plain}"])
+    assert losses(plain)[1] == losses(straight)[1]
+    assert losses(plain)[24] != losses(straight)[24]
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "kron"])
+def test_rivals_train_and_resume_with_and_without_dbp(optimizer, tmp_path):
+    found = []
+    for name, settings in (("plain", []), ("dbp", ["--decor.enable=true"])):
+        out = tmp_path / name
+        rival = [f"--optim.name={optimizer}", "--optim.blr=0.06", *settings]
+        pretrain.main([*TINY, *rival, "--steps=6", f"--out={out}"])
+        found.append(losses(out))
+        shutil.rmtree(out / "checkpoints" / "step-00000006")
+        pretrain.main([*TINY, *rival, "--steps=6", f"--out={out}", "--resume=auto"])
+        assert losses(out) == found[-1]
+        assert found[-1][6] < found[-1][1]
+    assert found[0] != found[1]
 
 
 def test_a_run_killed_twice_gives_the_losses_of_one_never_killed(finished, tmp_path):
