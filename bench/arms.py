@@ -17,6 +17,7 @@ PRECISIONS = {
     "fp32": (torch.float32, None),
     "bf16": (torch.float32, torch.bfloat16),
 }
+METHODS = ("around", "ours", "published")
 RATE = 5e-4  # of R (arXiv 2510.14657)
 
 
@@ -25,13 +26,14 @@ class Arm:
 
     Args:
         case: the model.
-        method: "plain", "ours" or "published".
+        method: "plain", "ours" (decorrelated layers), "around" (`DecorPreconditioner`) or "published".
         sites: a preset of `dbpkern.decorrelate`; plain has no use for it.
         inputs: of the model, the same at every step.
         precision: a key of `PRECISIONS`.
         optimizer: makes the optimizer of the weights.
         lr: rate of R.
         kappa: weight of the unit-variance term.
+        rule: further options of `DecorSGD` or `DecorPreconditioner`.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Arm:
         optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer] = torch.optim.AdamW,
         lr: float = RATE,
         kappa: float = 0.0,
+        **rule: object,
     ) -> None:
         self.method, self.sites = method, sites
         self.inputs = inputs
@@ -55,10 +58,14 @@ class Arm:
         self.decor = None
         if method == "ours":
             dbpkern.decorrelate(self.model, sites, in_encoder)
-            self.decor = dbpkern.DecorSGD(self.model, lr, kappa)
+            self.decor = dbpkern.DecorSGD(self.model, lr, kappa, **rule)
         elif method == "published":
             published_convert(self.model, select(self.model, sites, in_encoder))
         self.optimizer = optimizer([p for p in self.model.parameters() if p.requires_grad])
+        if method == "around":
+            self.decor = dbpkern.DecorPreconditioner(
+                self.model, self.optimizer, sites, in_encoder, lr=lr, kappa=kappa, **rule
+            )
 
     def step(self, phase: Callable = contextlib.nullcontext) -> Tensor:
         """One training step; `phase(name)` is entered around its parts. Returns the loss."""
@@ -85,13 +92,15 @@ class Arm:
 
     def samples(self) -> list[Tensor]:
         """The sampled rows as they lie in memory between steps; images that are kept count as inputs."""
-        if self.method == "ours":
+        if self.decor is not None:
             return [rows for stack in self.decor._stacks for rows in stack.samples.values()]
         layers = published_layers(self.model).values()
         return [layer.z for layer in layers if isinstance(layer, PublishedLinear)]
 
     def R(self) -> dict[str, Tensor]:
         """Every R by layer name."""
+        if self.method == "around":
+            return {name: layer.factors[0] for name, layer in self.decor.layers.items()}
         if self.method == "ours":
             # The modules' buffers, not the optimizer's list, which is of its last step.
             return {name: self.model.get_submodule(name).R for name in self.decor.names}
@@ -99,5 +108,5 @@ class Arm:
 
 
 def methods(sites: Iterable[str]) -> list[tuple[str, str | None]]:
-    """Plain first, then ours and the published rule at each choice of sites."""
-    return [("plain", None)] + [(method, chosen) for chosen in sites for method in ("ours", "published")]
+    """Plain first, then both of ours and the published rule at each choice of sites."""
+    return [("plain", None)] + [(method, chosen) for chosen in sites for method in METHODS]

@@ -1,4 +1,8 @@
-"""The gate before every figure: ours and the published rule compute the same thing."""
+"""The gate before every figure: ours and the published rule compute the same thing.
+
+Decorrelated layers are held to the rule as it stands; `DecorPreconditioner` to the rule with
+`W <- W R_old R_new^-1` after each update, so that R does not change the network's function.
+"""
 
 import functools
 from collections.abc import Iterable
@@ -49,7 +53,7 @@ def compare(case: Case, sites: str, device: torch.device, precision: str) -> dic
     """Train ours and the published rule from one start on the same rows; returns how far they differ.
 
     Returns:
-        Relative differences of the losses, the change of the weights and that of R, the worst layer's.
+        Relative differences of the losses, the change of the weights and that of R, the worst of both ours.
 
     Raises:
         CheckFailed: converting the model changed its output.
@@ -58,35 +62,57 @@ def compare(case: Case, sites: str, device: torch.device, precision: str) -> dic
     # Not AdamW: it divides each gradient by its own size, which blows rounding up where a gradient is zero.
     # With these rates three steps change something.
     sgd = functools.partial(torch.optim.SGD, lr=0.1)
-    plain, ours, published = (
-        Arm(case, method, sites, inputs, precision, sgd, lr=0.02, kappa=0.1)
-        for method in ("plain", "ours", "published")
-    )
-    for arm in (ours, published):
+
+    def make(method: str, **rule: object) -> Arm:
+        return Arm(case, method, sites, inputs, precision, sgd, lr=0.02, kappa=0.1, **rule)
+
+    plain, published, kept = make("plain"), make("published"), make("published")
+    ours, around = make("ours", limit=None), make("around", limit=None, scale_free=False)
+    for arm in (ours, around, published):
         if not torch.equal(arm.output(), plain.output()):
             raise CheckFailed(
                 f"{case.name}, {sites}: with R = I, {arm.method} computes another output than plain"
             )
 
     rows = _Rows(case)
-    ours.decor._sampler.index = rows.index  # ours draws without replacement; here it must not
-    for layer in published_layers(published.model).values():
-        layer.draw = rows.draw
+    for arm in (ours, around):  # they draw without replacement; here they must not
+        arm.decor._sampler.index = rows.index
+    for arm in (published, kept):
+        for layer in published_layers(arm.model).values():
+            layer.draw = rows.draw
     losses = []
     for step in range(3):
         rows.step = step
-        losses.append((ours.step(), published.step()))
+        losses += [(ours.step(), published.step()), (around.step(), _step_in_place(kept))]
+    _fuse(kept)
 
-    starts = plain.model.parameters()
-    weights = zip(starts, ours.model.parameters(), published.model.parameters(), strict=True)
-    theirs = published.R()
+    sides = [(ours, published), (around, kept)]
+    weights = [zip(*(arm.model.parameters() for arm in (plain, *pair)), strict=True) for pair in sides]
+    Rs = [(R, theirs.R()[name]) for mine, theirs in sides for name, R in mine.R().items()]
     return {
         "loss": max(float(abs(a - b) / abs(b)) for a, b in losses),
-        "weights": _change(weights),
-        "R": max(
-            _change([(torch.eye(len(R), device=device), R, theirs[name])]) for name, R in ours.R().items()
-        ),
+        "weights": max(map(_change, weights)),
+        "R": max(_change([(torch.eye(len(a), device=device), a, b)]) for a, b in Rs),
     }
+
+
+@torch.no_grad()
+def _step_in_place(published: Arm) -> Tensor:
+    """A step of the published rule after which W makes up for the change of R; returns the loss."""
+    layers = published_layers(published.model).values()
+    before = [layer.R.clone() for layer in layers]
+    with torch.enable_grad():
+        loss = published.step()
+    for layer, R in zip(layers, before, strict=True):
+        W = layer.weight.flatten(1) @ R
+        layer.weight.copy_(torch.linalg.solve(layer.R.T, W.T).T.view_as(layer.weight))
+    return loss
+
+
+@torch.no_grad()
+def _fuse(published: Arm) -> None:
+    for layer in published_layers(published.model).values():
+        layer.weight.copy_((layer.weight.flatten(1) @ layer.R).view_as(layer.weight))
 
 
 def check(case: Case, sites: Iterable[str], device: torch.device, precision: str) -> dict[str, dict]:

@@ -19,7 +19,7 @@ from dbpkern import reference
 TINY = ["--case", "vit", "--width", "32", "--depth", "1", "--batch", "4"]
 # 4 images of 49 patches and a class token; a tenth of 196 patches and of 200 tokens is sampled.
 WIDTH, PATCHES, TOKENS, PATCH_VALUES, SAMPLED = 32, 196, 200, 768, 20
-ARMS = [("plain", None)] + [(m, s) for s in ("sublayers", "all") for m in ("ours", "published")]
+ARMS = [("plain", None)] + [(m, s) for s in ("sublayers", "all") for m in ("around", "ours", "published")]
 CPU = torch.device("cpu")
 TORCH = torch.__version__.partition("+")[0]
 ROOT = Path(__file__).parents[1]
@@ -197,9 +197,13 @@ def test_step(tmp_path, capsys):
     attention = (2 + 5) * 2 * 4 * 50**2 * WIDTH  # two products, five in the backward
     # Not every torch counts its attention for the CPU.
     assert plain["flops"] - linear - convolution in (0, attention)
-    # Fold and its gradient; z, z R and z^T (z R) of the samples.
+    # Fold and its gradient; z, z R and z^T (z R) of the samples, and z z^T for the limiter.
     sizes = ((PATCH_VALUES, WIDTH), (WIDTH, 3 * WIDTH), (WIDTH, 4 * WIDTH))  # patch embedding, qkv, fc1
-    assert ours["flops"] - plain["flops"] == sum((4 * o + 6 * SAMPLED) * d**2 for d, o in sizes)
+    extra = sum((4 * o + 6 * SAMPLED) * d**2 + 2 * SAMPLED**2 * d for d, o in sizes)
+    assert ours["flops"] - plain["flops"] == extra
+    # The gradient's way in and the change's way out; z, G and M R.
+    extra = sum((4 * o + 4 * SAMPLED) * d**2 + 2 * d**3 for d, o in sizes)
+    assert found["around", "sublayers"]["flops"] - plain["flops"] == extra
 
     out = capsys.readouterr().out
     assert f"torch {TORCH}" in out.splitlines()[0]
@@ -227,7 +231,7 @@ def test_memory(tmp_path):
         assert counts["optimizer"] == 2 * weights + 4 * len(list(model.parameters()))  # and step counters
         assert counts["R"] == 4 * sum(d * d for d in widths)
         # The published convolution keeps its images, which are the batch, instead of rows.
-        sampled = widths if method == "ours" else inner
+        sampled = inner if method == "published" else widths
         assert counts["samples"] == 4 * SAMPLED * sum(sampled)
         states = ("parameters", "gradients", "optimizer", "R", "samples")
         assert counts["peak"] >= sum(counts[part] for part in states) - counts["gradients"]
@@ -236,13 +240,18 @@ def test_memory(tmp_path):
     assert plain["scratch"] == 0
     # The folded weights of patch embedding, qkv and fc1 are kept for the backward, and nothing else.
     assert ours["saved"] - plain["saved"] == 4 * (PATCH_VALUES * WIDTH + (3 + 4) * WIDTH**2)
+    # Around the optimizer, the sampled rows alone.
+    sampled = PATCH_VALUES + 2 * WIDTH
+    assert found["around", "sublayers"]["saved"] - plain["saved"] == 4 * SAMPLED * sampled
     assert "| published | all       |" in done.stdout
 
 
 @pytest.mark.parametrize("command", ["step", "memory"])
 def test_a_wrong_rate_is_found(command: str, tmp_path, capsys, monkeypatch):
     right = dbpkern.DecorSGD
-    monkeypatch.setattr(dbpkern, "DecorSGD", lambda model, lr, kappa: right(model, 1.01 * lr, kappa))
+    monkeypatch.setattr(
+        dbpkern, "DecorSGD", lambda model, lr, kappa, **rule: right(model, 1.01 * lr, kappa, **rule)
+    )
     path = tmp_path / "record.json"
     assert main([command, *TINY, "--json", str(path)]) == 1
     captured = capsys.readouterr()
