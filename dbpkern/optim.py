@@ -3,7 +3,7 @@
 import math
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -63,6 +63,8 @@ class _Stack:
 
     halves = False
     """Whether all processes sample rows of 16 bits on GPUs; known where there are several processes."""
+    traffic: distributed.Traffic | None = None
+    """What this process sent in the last step, where there are several processes."""
 
     def __init__(self, sites: list[_Site]) -> None:
         self.sites = sites
@@ -87,8 +89,19 @@ class _Stack:
             for part, whole in zip(layer.factors, self.factors, strict=True)
         )
 
-    def step(self, step: _Step) -> None:
-        """Update every R from the rows sampled since the last step."""
+    def step(self, step: _Step) -> Iterator[None]:
+        """Update every R from the rows sampled since the last step; yields before each wait for others."""
+        if distributed.world_size() > 1:
+            yield from self.step_together(step)
+        else:
+            self.step_alone(step)
+
+    def step_alone(self, step: _Step) -> None:
+        """The step of one process."""
+        raise NotImplementedError
+
+    def step_together(self, step: _Step) -> Iterator[None]:
+        """The step of many processes; yields once it has sent what it needs the others for."""
         raise NotImplementedError
 
     def choose_rates(self, where: slice, step: _Step, size: Tensor, bound: Tensor | None) -> Tensor:
@@ -119,7 +132,7 @@ class _Stack:
         """Decorrelation losses `[L]` of the rows of all processes, and the numbers of rows `[L]`."""
         if distributed.world_size() > 1:
             # Sums of squares over rows that lie on different processes need the correlations themselves.
-            off, a, counts = self.correlations(0.0, stale)
+            off, a, counts = self.correlations(0.0, stale).wait()
             return _loss(off.square().sum((1, 2)), a, kappa), counts
         like = self.factors[0]
         losses, counts = like.new_zeros(len(self.sites)), like.new_zeros(len(self.sites))
@@ -128,17 +141,18 @@ class _Stack:
             counts[where] = rows.shape[1]
         return losses, counts
 
-    def correlations(self, kappa: float, stale: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """M `[L, d, d]`, a `[L, d]` and row counts `[L]`, of many processes.
+    def correlations(self, kappa: float, stale: bool = False, owner: bool = False) -> distributed.Transfer:
+        """M `[L, d, d]`, a `[L, d]` and row counts `[L]`, on their way from many processes.
 
-        Layers without rows here still take part: other processes may have some.
+        Layers without rows here still take part: other processes may have some. With `owner`, those of the
+        layers alone that this process owns.
         """
         L, d, _ = self.factors[0].shape
         M, a, counts = (self.factors[0].new_zeros(L, *shape) for shape in ((d, d), (d,), ()))
         for where, rows in self.runs(stale):
             M[where], a[where] = ops.correlation(self.decorrelated(where, rows), kappa)
             counts[where] = rows.shape[1]
-        return distributed.average_statistics(M, a, counts)
+        return distributed.average_statistics(M, a, counts, owner)
 
     def runs(self, stale: bool = False) -> list[tuple[slice, Tensor]]:
         """The samples: (which sites, their rows `[L', n, d]`) for each run of sites with equal n > 0.
@@ -177,12 +191,26 @@ class _Stack:
 class _FullStack(_Stack):
     """R `[L, d, d]`."""
 
-    def step(self, step: _Step) -> None:
+    def step_together(self, step: _Step) -> Iterator[None]:
         (R,) = self.factors
-        if distributed.world_size() > 1:
-            M, a, _ = self.correlations(step.kappa)
-            self._apply(slice(None), M, a, step)
-            return
+        L, d, _ = R.shape
+        mode = distributed.choose_mode(L, d, R.itemsize, R.device.type)
+        owner = mode == "owner"
+        statistics = self.correlations(step.kappa, owner=owner)
+        sent = statistics.sent
+        yield
+        M, a, _ = statistics.wait()
+        self._apply(distributed.own_layers(L) if owner else slice(None), M, a, step)
+        if owner:
+            gathered = distributed.gather_layers([R, self.caution, self.rates])
+            sent += gathered.sent
+            del statistics, M, a  # more than R itself; others may still compute
+            yield
+            gathered.wait()
+        self.traffic = distributed.Traffic((L, d, d), mode, sent)
+
+    def step_alone(self, step: _Step) -> None:
+        (R,) = self.factors
         runs = self.runs()
         plain = step.limit is None and not step.scale_free
         proposals = [
@@ -241,10 +269,16 @@ class _FullStack(_Stack):
 class _LowRankStack(_Stack):
     """Q `[L, d, r]` and S `[L, r, r]`."""
 
-    def step(self, step: _Step) -> None:
-        if distributed.world_size() > 1:
-            self._apply(slice(None), *self._statistics(), step)
-            return
+    def step_together(self, step: _Step) -> Iterator[None]:
+        # No owners: to send Q and S takes the bytes that they would save of the statistics, and the update is
+        # small, many short operations whose time hardly depends on the number of layers.
+        statistics = self._statistics()
+        yield
+        B, Y, c, _ = statistics.wait()
+        self._apply(slice(None), B, Y, c, step)
+        self.traffic = distributed.Traffic(tuple(Y.shape), "all-reduce", statistics.sent)
+
+    def step_alone(self, step: _Step) -> None:
         for where, rows in self.runs():
             self._apply(where, *self._of_rows(where, rows), step)
 
@@ -273,16 +307,15 @@ class _LowRankStack(_Stack):
         # 16-bit rows go as they are: the op widens them where it must.
         return ops.lowrank_statistics(rows if rows.itemsize < 4 else rows.to(Q.dtype), Q[where])
 
-    def _statistics(self) -> tuple[Tensor, Tensor, Tensor]:
-        """B, Y and c of the whole stack, over all processes."""
+    def _statistics(self) -> distributed.Transfer:
+        """B, Y, c and row counts of the whole stack, on their way from all processes."""
         Q, S = self.factors
         B, Y, c = torch.zeros_like(S), torch.zeros_like(Q), torch.zeros_like(Q[:, :, 0])
         counts = Q.new_zeros(len(Q))
         for where, rows in self.runs():
             B[where], Y[where], c[where] = self._of_rows(where, rows)
             counts[where] = rows.shape[1]
-        *averages, _ = distributed.average_lowrank_statistics(B, Y, c, counts)
-        return tuple(averages)
+        return distributed.average_lowrank_statistics(B, Y, c, counts)
 
     def decorrelated(self, where: slice, rows: Tensor) -> Tensor:
         Q, S = self.factors
@@ -519,6 +552,9 @@ class DecorSGD(torch.optim.Optimizer):
         """Update every R from the rows sampled since the last step; layers without rows keep theirs.
 
         With a process group initialised this is a collective: every process must call it.
+
+        Raises:
+            ValueError: a closure, or in the first step processes with other R, types of device or options.
         """
         if closure is not None:
             raise ValueError("DecorSGD.step: expected no closure: R is not a function of the task loss")
@@ -531,17 +567,47 @@ class DecorSGD(torch.optim.Optimizer):
         if not isinstance(step.lr, Tensor):
             check_lr(step.lr)
         if self._halves is None and distributed.world_size() > 1:
-            # Once: a process without rows cannot tell for itself, and all must compute alike.
-            samples = [rows for stack in stacks for _, rows in stack.runs()]
-            wide = not all(_for_tensor_cores(rows) for rows in samples)
-            device = stacks[0].factors[0].device
-            self._halves = device.type == "cuda" and not distributed.any_process(wide, device)
+            self._halves = self._agree(stacks)
         for stack in stacks:
             stack.halves = bool(self._halves)
-            stack.step(step)
+        # In turns: every stack has sent its statistics before the first waits for those of the others.
+        under_way, done = [stack.step(step) for stack in stacks], object()
+        while under_way:
+            under_way = [updates for updates in under_way if next(updates, done) is not done]
         for site in self._sites:
             site.slot.settle()
         self._sampler.advance()
+
+    def _agree(self, stacks: list[_Stack]) -> bool:
+        """Check that all processes have the same to do; returns whether all sample rows of 16 bits on GPUs.
+
+        Once: a process without rows cannot tell for itself, and all must compute alike. Otherwise processes
+        would wait for each other for ever.
+        """
+        device = stacks[0].factors[0].device
+        stacked = [
+            [(tuple(factor.shape), str(factor.dtype), factor.device.type) for factor in stack.factors]
+            for stack in stacks
+        ]
+        group = self.param_groups[0]
+        options = {name: group[name] for name in ("kappa", "scale_free", "limit")}
+        options["every"] = self._sampler.every
+        if distributed.differs(repr((stacked, options)), device):
+            raise ValueError(
+                "DecorSGD: expected the same R, types of device and options on all processes; this one has "
+                f"{stacked} and {options}, another has others"
+            )
+        samples = [rows for stack in stacks for _, rows in stack.runs()]
+        wide = not all(_for_tensor_cores(rows) for rows in samples)
+        return device.type == "cuda" and not distributed.any_process(wide, device)
+
+    def traffic(self) -> list[distributed.Traffic]:
+        """What this process sent in the last step that updated R, for each stack of R of one width.
+
+        In bytes, of the numbers that the collectives were given, by the formulas of a ring: see
+        `dbpkern.distributed`. Empty before the first step, and where no process group is initialised.
+        """
+        return [stack.traffic for stack in self._stacks if stack.traffic is not None]
 
     def rates(self) -> dict[str, Tensor]:
         """The eta of each R in the last step that updated it, after limit, as 0-d tensors by layer name."""

@@ -1,20 +1,25 @@
-"""What each process of test_distributed.py does; the results go to files, and the tests judge them."""
+"""What each process of test_distributed.py and test_statistics.py does.
+
+The results go to files, and the tests judge them.
+"""
 
 import contextlib
 import inspect
 import warnings
 from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
-from vits import HuggingFaceViT, captured, decorrelated, images, mlp, randomise
+from torch.utils.checkpoint import checkpoint
+from vits import HuggingFaceViT, captured, decorrelated, everything, images, mlp, randomise
 
 import dbpkern
-from dbpkern import DecorSGD
+from dbpkern import DecorPreconditioner, DecorSGD, distributed
 
 MICRO, STEPS, BATCH = 2, 3, 8
 
@@ -144,16 +149,169 @@ def messages(broadcast_buffers: bool) -> list[str]:
     return [str(w.message) for w in caught if "broadcast_buffers" in str(w.message)]
 
 
-def operators_of_a_step(low: int | None) -> list[str]:
+def forced(mode: str):
+    """Steps of full R in this mode, whatever it costs."""
+    return mock.patch.object(distributed, "choose_mode", return_value=mode)
+
+
+def operators_of_a_step(low: int | None, mode: str) -> list[str]:
+    """What a step runs, after the first, in which the processes compare what they are to do."""
     model = mlp(5, 5, 5, rank=low)
-    decor = DecorSGD(model, sample=1.0, limit=None)
-    model(torch.randn(9, 5)).sum().backward()
-    with profile(activities=[ProfilerActivity.CPU]) as recorded:
-        decor.step()
+    decor = DecorSGD(model, sample=1.0)
+    with forced(mode):
+        for _ in range(2):
+            model(torch.randn(9, 5)).sum().backward()
+            with profile(activities=[ProfilerActivity.CPU]) as recorded:
+                decor.step()
     return [event.name for event in recorded.events()]
 
 
-def run(rank: int, world: int, folder: str) -> None:
+class Blocks(nn.Module):
+    """Residual blocks that are recomputed in the backward; six inputs of 6 features and one of 5."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(5, 6), nn.Linear(6, 3)
+        self.blocks = nn.ModuleList(nn.Linear(6, 6) for _ in range(5))
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + checkpoint(lambda x, block=block: block(x).tanh(), x, use_reentrant=False)
+        return self.head(x)
+
+
+# Rows of both micro-batches of each step, over all processes. One process has all those of the third step.
+ROWS = [(13, 9), (8, 8), (4, 5), (7, 3)]
+ALONE = 2
+
+CASES = {
+    "plain": {"lr": 0.05, "kappa": 0.1, "limit": None},
+    "limited": {"lr": 2.0, "limit": 0.3},
+    "scale-free": {"lr": 0.3, "scale_free": True},
+    "every": {"lr": 0.05, "every": 2},
+    "low rank": {"lr": 0.05, "kappa": 0.1, "limit": None},
+    "low rank, limited, scale-free": {"lr": 2.0, "limit": 0.3, "scale_free": True},
+    "preconditioner": {"lr": 0.2},
+    "preconditioner, low rank": {"lr": 0.2, "rank": 2},
+}
+
+
+def modes_of(case: str) -> tuple[str, ...]:
+    return ("all-reduce",) if "low rank" in case else ("all-reduce", "owner")
+
+
+def uneven_training(case: str, rank: int = 0, world: int = 1) -> dict:
+    """Steps of accumulated micro-batches that no number of processes divides, with checkpointing."""
+    torch.manual_seed(4)
+    model = randomise(Blocks().double())
+    options = CASES[case] | {"sample": 1.0}
+    if "preconditioner" not in case:
+        dbpkern.decorrelate(model, None, everything, rank=2 if "low rank" in case else None)
+    net = parallel(model, False) if world > 1 else model
+    main = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    if "preconditioner" in case:
+        decor = DecorPreconditioner(model, main, None, everything, **options)
+    else:
+        decor = DecorSGD(model, **options)
+    rates, counts = [], []
+    for step, rows in enumerate(ROWS):
+        main.zero_grad()
+        for i, n in enumerate(rows):
+            x = torch.randn(n, 5, dtype=torch.float64)
+            x = x.tensor_split(world if step != ALONE else [n] * (world - 1))[rank]
+            with net.no_sync() if world > 1 and i == 0 else contextlib.nullcontext():
+                (net(x).square().sum() * world / sum(rows)).backward()
+        counts.append(captured(decor).get("stem", x[:0]).shape[0])
+        main.step()
+        if "preconditioner" not in case:
+            decor.step()
+        rates.append({name: rate.clone() for name, rate in decor.rates().items()})
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    for name, values in decor.state_dict().get("R", {}).items():
+        state |= {f"{name}.{i}.R": value.clone() for i, value in enumerate(values)}
+    return {"state": state, "rates": rates, "rows": counts}
+
+
+class Separate(nn.Module):
+    """Layers with inputs of their own: three of 4 features and two of 7."""
+
+    def __init__(self, low: int | None) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(d, 2).double() for d in (4, 4, 4, 7, 7))
+        dbpkern.decorrelate(self, None, everything, rank=low)
+
+    def forward(self, xs: list[Tensor]) -> Tensor:
+        return sum(layer(x).sum() for layer, x in zip(self.layers, xs, strict=True))
+
+
+def spoilt_steps(rank: int, low: int | None, mode: str) -> dict:
+    """In the second step rank 0 has no samples, and the last process' of the second layer are not finite."""
+    model = Separate(low)
+    decor = DecorSGD(model, lr=0.05, sample=1.0)
+    torch.manual_seed(rank)
+    steps = []
+    with forced(mode):
+        for step in range(3):
+            xs = [torch.randn(9, d, dtype=torch.float64) for d in (4, 4, 4, 7, 7)]
+            if step == 1 and rank == distributed.world_size() - 1:
+                xs[1][3, 2] = torch.inf
+            if step != 1 or rank:
+                model(xs).backward()
+            decor.step()
+            steps.append(
+                {
+                    "factors": factors(model),
+                    "caution": decor.caution(),
+                    "rates": {name: rate.clone() for name, rate in decor.rates().items()},
+                }
+            )
+    return {"steps": steps}
+
+
+def collectives_of_a_step(low: int | None, mode: str) -> dict:
+    """What a step starts and waits for, in order, with the bytes of the larger tensor; and what it counts."""
+    model = Separate(low)
+    decor = DecorSGD(model, lr=0.05, sample=1.0)
+    events: list[tuple[str, int]] = []
+
+    def recorded(name):
+        call = getattr(dist, name)
+
+        def start(output, *rest, **options):
+            work = call(output, *rest, **options)
+            number = sum(event != "wait" for event, _ in events)
+            events.append((name, max(tensor.nbytes for tensor in (output, *rest))))
+            return mock.Mock(wait=lambda: (events.append(("wait", number)), work.wait()))
+
+        return mock.patch.object(dist, name, start)
+
+    before = decor.traffic()
+    with forced(mode), contextlib.ExitStack() as stack:
+        for step in range(2):
+            model([torch.randn(9, d, dtype=torch.float64) for d in (4, 4, 4, 7, 7)]).backward()
+            if step == 1:
+                for name in ("all_reduce", "reduce_scatter_tensor", "all_gather_into_tensor"):
+                    stack.enter_context(recorded(name))
+            decor.step()
+    return {"before": before, "events": events, "traffic": [tuple(part) for part in decor.traffic()]}
+
+
+def refusals(rank: int) -> dict[str, str]:
+    """What steps say where processes have different things to do."""
+    messages = {}
+    for name, width, options in (("widths", 4 + (rank == 1), {}), ("options", 4, {"every": 1 + rank})):
+        model = mlp(width, 4, 4)
+        decor = DecorSGD(model, sample=1.0, **options)
+        model(torch.randn(9, width)).sum().backward()
+        try:
+            decor.step()
+        except ValueError as error:
+            messages[name] = str(error)
+    return messages
+
+
+def start(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -162,14 +320,43 @@ def run(rank: int, world: int, folder: str) -> None:
         world_size=world,
         timeout=timedelta(seconds=60),
     )
+
+
+def finish(results: dict, rank: int, folder: str) -> None:
+    torch.save(results, Path(folder) / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def run(rank: int, world: int, folder: str) -> None:
+    """What test_distributed.py judges."""
+    start(rank, world, folder)
     results = {
         "trained": {name: train(model, batches, rank, world) for name, (model, batches) in models().items()},
         "sampled": sampled_step(rank),
         "unequal": unequal_step(rank),
         "warnings": {flag: messages(flag) for flag in (True, False)},
         "lowrank": lowrank_step(rank),
-        "operators": {low: operators_of_a_step(low) for low in (None, 2)},
     }
-    torch.save(results, Path(folder) / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    finish(results, rank, folder)
+
+
+# Ranks of R (None: full) and modes of their steps.
+KINDS = [(None, "all-reduce"), (None, "owner"), (2, "all-reduce")]
+
+
+def run_statistics(rank: int, world: int, folder: str) -> None:
+    """What test_statistics.py judges."""
+    start(rank, world, folder)
+    results: dict = {"trained": {}, "refused": refusals(rank)}
+    for case in CASES:
+        for mode in modes_of(case):
+            with forced(mode):
+                results["trained"][case, mode] = uneven_training(case, rank, world)
+    for name, work in {
+        "spoilt": lambda *kind: spoilt_steps(rank, *kind),
+        "collectives": collectives_of_a_step,
+        "operators": operators_of_a_step,
+    }.items():
+        results[name] = {kind: work(*kind) for kind in KINDS}
+    finish(results, rank, folder)
