@@ -438,13 +438,15 @@ def time_steps(matrix: Matrix, arms: Sequence[str], rounds: int) -> dict[str, ob
     """
     timed = []
     for name in arms:
+        record.progress(f"{name}: building")
         run = Run(matrix.preset, name, 1e-3, 0)
         with tempfile.TemporaryDirectory() as out:
             config = run.config(out, matrix.data)
             procs = processes.start(config.device)
             loop, _, batches = pretrain.prepare(config, procs, builder(run))
             batch = next(batches)
-        timed.append((_step(loop, batch), math.lcm(4, _cadence(loop, config.steps))))
+        every = _cadence(loop, config.steps)
+        timed.append((_step(loop, batch), every * math.ceil(4 / every)))
     times = []
     for turn in range(1 + rounds):
         record.progress(f"round {turn} of {rounds}{'' if turn else ', to warm up'}")
@@ -549,12 +551,12 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
             print(listing(matrix, args, arms))
             return 0
         check_start(matrix, args, arms)
+        if args.time is not None:
+            _write_timing(matrix, arms, args.time, argv)
+            return 0
     except (ValueError, FileNotFoundError) as error:
         record.progress(f"convergence: {error}")
         return 2
-    if args.time is not None:
-        _write_timing(matrix, arms, args.time, argv)
-        return 0
     try:
         failed = fill(matrix, args, arms)
     except KeyboardInterrupt:

@@ -43,7 +43,11 @@ def accuracy(model: MaskedAutoencoder, count: int) -> float:
     images, labels = digits(count, model.patch_embed.img_size)
     training = model.training
     model.eval()
-    tokens = [model.forward_encoder(part.to(device), 0.0)[0] for part in images.split(CHUNK)]
+    order = torch.arange(model.patch_embed.num_patches, device=device, dtype=torch.float32)
+    tokens = [
+        model.forward_encoder(part.to(device), 0.0, order.expand(len(part), -1))[0]
+        for part in images.split(CHUNK)
+    ]
     model.train(training)
     features = torch.cat([part[:, 1:].mean(1) for part in tokens]).cpu().double().numpy()
     if not np.isfinite(features).all():

@@ -1,0 +1,586 @@
+"""The convergence matrix and its report: made-up curves, and real runs of a tiny preset."""
+
+import json
+import math
+import os
+import signal
+import sys
+import threading
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from PIL import Image
+from timm.optim import kron
+from torch import nn
+
+from bench import convergence, curves, matrix, probe
+from bench.__main__ import main
+from bench.convergence import FINISHED, Matrix, Result, read
+from bench.matrix import Preset, Run
+from models.mae import create_mae
+from train.compare import average
+from train.plots import trailing_mean
+
+SMALL = {
+    "model": "mae_vit_tiny",
+    "model_args": {
+        "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2,
+        "decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2,
+    },
+    "img_size": 16,
+    "batch_size": 32,
+    "device": "cpu",
+    "precision": "fp32",
+}  # fmt: skip
+MADE = Preset(SMALL | {"steps": 200, "optim.warmup_steps": 4}, evaluations=2)
+TINY = Preset(SMALL | {"steps": 8, "optim.warmup_steps": 2}, evaluations=2, probe=40)
+HEADER = {
+    "date": "2026-01-02T03:04:05+00:00",
+    "device": "cpu",
+    "machine": {
+        "cpu": "A processor",
+        "threads": 1,
+        "packages": {"torch": "2.9", "triton": None, "timm": "1.0"},
+        "dbpkern": "0.1",
+        "commit": "0123456789abcdef",
+    },
+}
+ENERGY = {"by_device": {}, "missing": {"cpu": "no counter", "kg_co2": "energy.country is not set"}}
+
+WORKER = f"""\
+import sys
+
+sys.path.insert(0, {os.path.dirname(__file__)!r})
+from test_bench_convergence import shrink
+from bench.__main__ import main
+
+shrink(dict.__setitem__)
+sys.exit(main(["convergence", "--worker", sys.argv[1]]))
+"""
+
+
+def shrink(setitem):
+    """Add tiny presets and leave two arms one rate."""
+    setitem(matrix.PRESETS, "made", MADE)
+    setitem(matrix.PRESETS, "tiny", TINY)
+    for name in ("adamw", "dbp"):
+        setitem(matrix.ARMS, name, replace(matrix.ARMS[name], rates=(3e-3,)))
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    shrink(monkeypatch.setitem)
+
+
+def write_worker(folder, monkeypatch, script=WORKER):
+    """Let workers know the tiny presets, or do something else altogether."""
+    path = folder / "worker.py"
+    path.write_text(script)
+    monkeypatch.setattr(convergence, "WORKER", (sys.executable, str(path)))
+
+
+def write_result(folder, arm, losses, *, rate=3e-3, seed=0, preset="made", **changes):
+    """The file of a made-up run."""
+    run = Run(preset, arm, rate, seed)
+    steps = matrix.PRESETS[preset].steps
+    evals = [
+        {"step": step, "heldout_loss": 2.0 + seed - step / 100, "probe": 0.5 + seed / 10 + step / 1000}
+        for step in (0, steps // 2, steps)
+    ]
+    result = {
+        "outcome": FINISHED,
+        "settings": run.settings({}),
+        "losses": [round(loss, 5) for loss in losses],
+        "seconds": 98765.432,
+        "evals": evals,
+        "energy": ENERGY,
+        "skipped_steps": 0,
+        "jobs": 1,
+        "machine": HEADER,
+    }
+    path = folder / preset / "runs" / f"{run.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(asdict(Result(run, **result | changes))))
+    return path
+
+
+def slope(seed):
+    """AdamW's curve: its last 50 losses have the mean 1.1225 + seed / 10."""
+    return [2 + seed / 10 - 0.005 * step for step in range(1, 201)]
+
+
+def drop(at):
+    """2 up to step `at`, 0.5 from there on."""
+    return [2.0] * at + [0.5] * (200 - at)
+
+
+def report_of(folder, preset="made", code=0):
+    assert main(["curves", str(folder / preset)]) == code
+    text = (folder / preset / "report.md").read_text()
+    return text, json.loads((folder / preset / "report.json").read_text())
+
+
+def line_of(text, title, heading="## Arms"):
+    """The cells of an arm's row in the table below a heading."""
+    below = text[text.index(heading) :].splitlines()
+    return next([c.strip() for c in x.split("|")[1:-1]] for x in below if x.startswith(f"| {title} "))
+
+
+def write_two_arms(folder, **changes):
+    for seed in (0, 1):
+        write_result(folder, "adamw", slope(seed), seed=seed, **changes)
+        write_result(folder, "dbp", drop(100 + 20 * seed), seed=seed, **changes)
+
+
+def test_report_has_the_steps_computed_by_hand(tmp_path):
+    write_two_arms(tmp_path)
+    text, found = report_of(tmp_path)
+    # AdamW ends at 1.1225 and 1.2225. k steps after its drop, a seed of DBP is at 2 - 0.03 k.
+    assert found["target"] == pytest.approx(1.1725)
+    # Averaged: 2 - 0.015 (k0 + k1) <= 1.1725 from k0 + k1 = 56 on, that is, 38 and 18.
+    assert found["arms"]["dbp"]["steps_to_target"] == 138
+    # Each by itself: 2 - 0.03 k <= 1.1225 from k = 30 on, <= 1.2225 from k = 26 on.
+    assert found["arms"]["dbp"]["steps_by_seed"] == {"0": 130, "1": 146}
+    assert found["arms"]["adamw"]["steps_to_target"] == 200
+    assert found["arms"]["adamw"]["final_loss"] == {
+        "mean": pytest.approx(1.1725),
+        "spread": pytest.approx(0.1),
+    }
+    assert found["arms"]["dbp"]["heldout_loss"] == {"mean": pytest.approx(0.5), "spread": pytest.approx(1)}
+    assert found["arms"]["dbp"]["probe"]["100"] == {"mean": pytest.approx(0.65), "spread": pytest.approx(0.1)}
+    cells = ["DBP", "0.003", "2 (fewer than 3)", "0.5000 (0.0000)", "0.5000 (1.0000)", "0.750 (0.100)"]
+    assert line_of(text, "DBP") == [*cells, "138 (69%)", "130, 146"]
+    assert "A processor, 1 threads; torch 2.9, timm 1.0; dbpkern 0.1, commit 0123456789ab; 4 runs" in text
+
+
+def test_clocks_of_the_runs_are_no_result_and_missing_times_are_told(tmp_path):
+    write_two_arms(tmp_path)
+    text, found = report_of(tmp_path)
+    assert found["arms"]["dbp"]["seconds_to_target"] is None
+    assert "There is no timing.json" in text
+    assert "98765" not in text + json.dumps(found)
+    assert line_of(text, "DBP", "## Costs") == ["DBP", "138 (69%)", "-", "-", "-"]
+    assert "No joules: adamw_lr0.003_seed0 has none (cpu: no counter)." in text
+
+
+def write_timing(folder, **settings):
+    timing = {}
+    for name, median in (("adamw", 0.010), ("dbp", 0.012)):
+        quartiles = {"low": median - 0.001, "median": median, "high": median + 0.001}
+        timing[name] = {
+            "seconds": quartiles,
+            "ratio": {"low": 100 * median - 0.1, "median": 100 * median, "high": 100 * median + 0.1},
+            "settings": Run("made", name, 1e-3, 0).settings({}) | settings,
+        }
+    (folder / "made" / "timing.json").write_text(json.dumps(HEADER | {"arms": timing}))
+
+
+def test_seconds_are_steps_times_the_median_of_timing_json(tmp_path):
+    write_two_arms(tmp_path)
+    write_timing(tmp_path)
+    text, found = report_of(tmp_path)
+    assert found["arms"]["dbp"]["seconds_to_target"] == pytest.approx(138 * 0.012)
+    cells = ["DBP", "138 (69%)", "12 [11, 13]", "1.200 [1.100, 1.300]", "1.7 (83%)"]
+    assert line_of(text, "DBP", "## Costs") == cells
+    write_timing(tmp_path, batch_size=7)
+    text, found = report_of(tmp_path)
+    assert found["arms"]["dbp"]["seconds_to_target"] is None
+    assert "timing.json is of other settings for adamw, dbp." in text
+
+
+def test_joules_need_a_counter_in_all_runs_and_one_run_at_a_time(tmp_path):
+    def energy(joules):
+        return {"by_device": {"gpu": joules, "cpu": 7.0}, "missing": {}}
+
+    write_result(tmp_path, "adamw", slope(0), energy=energy(100.0))
+    write_result(tmp_path, "dbp", drop(100), energy={"by_device": {"gpu": 120.0}, "missing": {}})
+    text, found = report_of(tmp_path)
+    assert found["energy"] == {"kinds": ["gpu"], "reason": None}
+    assert found["arms"]["dbp"]["joules_to_target"] == pytest.approx(120 * 130 / 200)
+    assert line_of(text, "DBP", "## Costs")[-1] == "78 (78%)"
+    write_result(tmp_path, "dbp", drop(100), energy=energy(120.0), jobs=2)
+    text, found = report_of(tmp_path)
+    assert found["arms"]["dbp"]["joules_to_target"] is None
+    assert "dbp_lr0.003_seed0 was one of 2 runs at a time" in text
+
+
+def test_a_curve_that_rises_again_has_not_reached_the_target():
+    assert curves.reach([3, 1, 3, 2, 2], 2) == 4
+    assert curves.reach([2, 2], 2) == 1
+    assert curves.reach([1, 1, 3], 2) is None
+    assert curves.reach([3, 1, math.nan, 1], 2) == 4
+    assert curves.reach([3, 1, math.nan], 2) is None
+    assert curves.reach([3, 2, 2], 2, stride=5) == 10
+
+
+def test_not_reached_and_diverged_are_told(tmp_path):
+    for seed in (0, 1, 2):
+        write_result(tmp_path, "adamw", slope(seed), seed=seed)
+    write_result(tmp_path, "dbp", [1.5] * 200)
+    outcome = "step 60: 10 steps in a row had a loss that is not finite"
+    for seed in (0, 1):
+        write_result(tmp_path, "muon", drop(50), seed=seed, rate=5e-3)
+    write_result(tmp_path, "muon", drop(50)[:60], seed=2, rate=5e-3, outcome=outcome)
+    write_result(tmp_path, "muon", [0.1] * 200, seed=0, rate=8e-3, outcome="the run ended not finite")
+    write_result(tmp_path, "kron", [], outcome=outcome)
+    text, found = report_of(tmp_path)
+    assert line_of(text, "AdamW")[2] == "3"
+    assert line_of(text, "DBP")[6:] == ["not reached", "not reached"]
+    # A seed without an end leaves no average, but the other seeds their own steps.
+    muon = line_of(text, "Muon")
+    assert (muon[2], muon[6], muon[7]) == ("3 (1 diverged)", "not reached", "80, 76, not reached")
+    assert muon[1] == "0.005, lowest tried"
+    assert found["arms"]["muon"]["final_loss"] == {"mean": 0.5, "spread": 0.0}
+    assert found["arms"]["muon"]["rates"] == {"0.005": 0.5, "0.008": None}
+    assert line_of(text, "Kron (PSGD)")[1] == "all diverged"
+    assert set(found["diverged"]) == {
+        "muon_lr0.005_seed2",
+        "muon_lr0.008_seed0",
+        "kron_lr0.003_seed0",
+    }
+    assert f"- muon_lr0.005_seed2: {outcome}" in text
+
+
+def test_best_rate_is_that_of_the_first_seed_and_its_edge_is_marked(tmp_path):
+    for rate, level in ((2e-3, 0.9), (3e-3, 0.8), (5e-3, 0.7), (8e-3, 0.75)):
+        write_result(tmp_path, "muon", [level] * 200, rate=rate)
+        write_result(tmp_path, "dbp-muon", [level - 100 * rate] * 200, rate=rate)
+    write_result(tmp_path, "muon", [0.1] * 200, rate=3e-3, seed=1)
+    results = Matrix(tmp_path, "made", {})
+    assert results.best_rate("muon", 0) == 5e-3
+    assert results.best_rate("muon", 1) is None
+    assert list(results.missing(["muon"], (0, 1, 2), None)) == [
+        Run("made", "muon", 5e-3, 1),
+        Run("made", "muon", 5e-3, 2),
+    ]
+    text, found = report_of(tmp_path)
+    assert (found["arms"]["muon"]["rate"], found["arms"]["muon"]["edge"]) == (5e-3, None)
+    assert (found["arms"]["dbp-muon"]["rate"], found["arms"]["dbp-muon"]["edge"]) == (8e-3, "highest")
+    assert line_of(text, "Muon", "## Rates") == ["Muon", "0", "0.9000", "0.8000", "0.7000", "0.7500"]
+    assert found["target"] is None
+    assert "There is no target" in text
+    assert line_of(text, "Muon")[-2:] == ["-", "-"]
+
+
+def test_ablations_stand_in_families_under_dbp_and_every_plot_is_drawn(tmp_path):
+    write_two_arms(tmp_path)
+    write_result(tmp_path, "dbp", [2.0] * 200, rate=5e-3)
+    write_result(tmp_path, "rank-8", drop(90))
+    write_timing(tmp_path)
+    text, _ = report_of(tmp_path)
+    section = text[text.index("## Ablation: rank") :]
+    assert line_of(section, "DBP", "##")[6] == "138 (69%)"
+    # Against both seeds' mean: 2 - 0.03 k <= 1.1725 from k = 28 on; against the first's 1.1225, from 30 on.
+    assert line_of(section, "rank 8", "##")[6:] == ["118 (59%)", "120"]
+    assert "## Ablation: every" not in text
+    for name in ("loss", "rates", "probe", "ablation_rank"):
+        assert f"({name}.png)" in text
+        with Image.open(tmp_path / "made" / f"{name}.png") as image:
+            assert len(image.convert("RGB").getcolors(10**6)) > 10
+    assert not (tmp_path / "made" / "ablation_every.png").exists()
+
+
+def test_kept_means_leave_the_curve_as_it_is(monkeypatch, tmp_path):
+    monkeypatch.setattr(matrix, "KEPT", 40)
+    assert MADE.stride == 5
+    assert Preset({"steps": 8, "device": "cpu"}).stride == 1
+    assert Preset({"steps": 5003, "device": "cpu"}).stride == 1  # a prime: nothing divides it
+    values = [math.sin(i / 7) + 2 for i in range(200)]
+    kept = convergence.in_strides(values, 5)
+    assert len(kept) == 40
+    assert trailing_mean(kept, 10) == pytest.approx(trailing_mean(values)[4::5], abs=1e-5)
+    assert convergence.in_strides(values[:13], 5) == pytest.approx(
+        [sum(values[:5]) / 5, sum(values[5:10]) / 5], abs=1e-5
+    )
+    for seed in (0, 1):
+        write_result(tmp_path, "adamw", convergence.in_strides(slope(seed), 5), seed=seed)
+        write_result(tmp_path, "dbp", convergence.in_strides(drop(100 + 20 * seed), 5), seed=seed)
+    text, found = report_of(tmp_path)
+    assert found["target"] == pytest.approx(1.1725)
+    assert found["arms"]["dbp"]["steps_to_target"] == 140  # 138, rounded up
+    assert "Losses are kept as means of 5 steps" in text
+
+
+def test_skipped_steps_take_the_loss_before_them():
+    records = [
+        {"kind": "eval", "step": 0, "heldout_loss": 3.0},
+        {"kind": "skip", "step": 1, "loss": None},
+        {"kind": "step", "step": 2, "loss": 2.0},
+        {"kind": "skip", "step": 3, "loss": 1e9},
+        {"kind": "step", "step": 4, "loss": 1.0},
+        {"kind": "skip", "step": 5, "loss": None},
+    ]
+    assert convergence.losses(records) == [2.0, 2.0, 2.0, 1.0, 1.0]
+    assert convergence.losses(records[:2]) == []
+
+
+def damage(path):
+    path.write_text(path.read_text()[:-200])
+
+
+def change(path, **settings):
+    content = json.loads(path.read_text())
+    content["settings"] |= settings
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (damage, "is damaged"),
+        (lambda path: path.write_text(path.read_text().replace("0.5,", "NaN,")), "is damaged"),
+        (lambda path: change(path, **{"decor.eta": 0.5}), "decor.eta was 0.5, is 0.05"),
+        (lambda path: change(path, **{"decor.old": 1}), "decor.old was 1, is not there"),
+        (lambda path: path.rename(path.with_name("dbp_lr0.003_seed7.json")), "holds another run"),
+    ],
+)
+def test_files_that_cannot_be_used_are_named_and_mixed_with_nothing(tmp_path, capsys, harm, message):
+    write_result(tmp_path, "adamw", slope(0))
+    path = write_result(tmp_path, "dbp", drop(100))
+    harm(path)
+    text, found = report_of(tmp_path, code=1)
+    assert "dbp" not in found["arms"]
+    (left_out,) = found["left_out"]
+    assert message in left_out
+    assert str(path.parent / "dbp_lr0.003_seed") in left_out
+    assert left_out in text
+    before = {p: p.read_bytes() for p in path.parent.iterdir()}
+    capsys.readouterr()
+    assert main(["convergence", "--preset", "made", "--arms", "dbp", "--folder", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in path.parent.iterdir()} == before
+
+
+def test_runs_of_several_sources_make_no_report(tmp_path, capsys):
+    write_result(tmp_path, "adamw", slope(0))
+    change(write_result(tmp_path, "dbp", drop(100)), **{"data.source": "folder:elsewhere"})
+    assert main(["curves", str(tmp_path / "made")]) == 2
+    assert "several sources: folder:elsewhere, photos" in capsys.readouterr().err
+
+
+def test_the_decorrelation_settings_of_an_arm_without_it_do_not_matter():
+    plain, dbp, published = (Run("made", arm, 1e-3, 0).settings({}) for arm in ("adamw", "dbp", "published"))
+    assert [name for name in plain if name.startswith("decor.")] == ["decor.enable"]
+    assert dbp["decor.eta"] == 0.05
+    assert published["decor.eta"] == 5e-4
+    assert published["published"]
+    with pytest.raises(ValueError, match=r"name of a setting.*'decor.speed'"):
+        matrix.assign(Run("made", "dbp", 1e-3, 0).config("", {}), "decor.speed", 1)
+    with pytest.raises(ValueError, match=r"name of a setting.*'seed.x'"):
+        matrix.assign(Run("made", "dbp", 1e-3, 0).config("", {}), "seed.x", 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--arms", "adamw", "sgd"], "expected some of adamw, muon, kron.* got sgd"),
+        (["--arms", "rank"], "ablations run at the best rate of dbp"),
+        (["--preset", "vit-s"], "vit-s needs --source folder:PATH"),
+        (["--source", "pictures"], "source must be 'photos'"),
+        (["--source", "folder:nowhere"], "there is no folder nowhere"),
+        (["--seeds", "0", "-1"], "at least 0, got -1"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_anything_is_written(tmp_path, capsys, options, message):
+    folder = tmp_path / "results"
+    assert main(["convergence", "--preset", "made", "--folder", str(folder), *options]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not folder.exists()
+
+
+def test_an_arm_that_cannot_be_built_is_not_timed(tmp_path, capsys):
+    command = ["convergence", "--preset", "made", "--folder", str(tmp_path), "--arms", "dbp-rank32"]
+    assert main([*command, "--time", "1"]) == 2
+    told = capsys.readouterr().err
+    assert "dbp-rank32: building" in told
+    assert "rank: expected an integer in [1, 16]" in told
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("options", [["--preset", "huge"], ["--rate", "0"], ["--jobs", "0"]])
+def test_the_command_line_refuses_values_out_of_range(capsys, options):
+    with pytest.raises(SystemExit) as stopped:
+        main(["convergence", *options])
+    assert stopped.value.code == 2
+    assert "photos" in capsys.readouterr().err or options[0] != "--preset"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("unknown", "preset of photos"), ("made", "there is no folder")]
+)
+def test_curves_says_what_it_expects(tmp_path, capsys, name, message):
+    assert main(["curves", str(tmp_path / name)]) == 2
+    assert message in capsys.readouterr().err
+
+
+KILLED = """\
+import json, os, signal, sys
+
+spec = json.loads(sys.argv[1])
+if spec["run"]["seed"] == 0:
+    open(spec["path"] + ".writing", "w").write("{")
+    print("something broke", file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+content = open(spec["path"].replace("seed1", "seed9")).read()
+open(spec["path"], "w").write(content.replace('"seed": 9', '"seed": 1'))
+"""
+
+
+def test_a_killed_worker_leaves_no_file_and_stops_no_other_run(tmp_path, capsys, monkeypatch):
+    write_worker(tmp_path, monkeypatch, KILLED)
+    write_result(tmp_path, "dbp", drop(100), seed=9)
+    command = [
+        "convergence",
+        "--preset",
+        "made",
+        "--folder",
+        str(tmp_path),
+        "--arms",
+        "dbp",
+        "--rate",
+        "3e-3",
+    ]
+    assert main([*command, "--seeds", "0", "1", "--jobs", "1"]) == 1
+    told = capsys.readouterr().err
+    assert "dbp_lr0.003_seed0: FAILED" in told
+    assert "something broke" in told
+    assert "dbp_lr0.003_seed1: final loss 0.5000" in told
+    assert "1 runs failed: dbp_lr0.003_seed0" in told
+    runs = tmp_path / "made" / "runs"
+    assert {path.name for path in runs.glob("*.json")} == {f"dbp_lr0.003_seed{seed}.json" for seed in (1, 9)}
+    assert (runs / "dbp_lr0.003_seed0.log").exists()
+    assert not (runs / "dbp_lr0.003_seed1.log").exists()
+
+
+WAITING = """\
+import json, os, sys, time
+
+spec = json.loads(sys.argv[1])
+open(spec["path"] + ".pid", "w").write(str(os.getpid()))
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_workers(tmp_path, capsys, monkeypatch, number):
+    write_worker(tmp_path, monkeypatch, WAITING)
+    runs = tmp_path / "made" / "runs"
+
+    def interrupt():
+        while sum(path.stat().st_size > 0 for path in runs.glob("*.pid")) < 2:
+            stop.wait(0.05)
+        os.kill(os.getpid(), number)
+
+    stop = threading.Event()
+    threading.Thread(target=interrupt, daemon=True).start()
+    before = signal.getsignal(signal.SIGTERM)
+    command = ["convergence", "--preset", "made", "--folder", str(tmp_path), "--arms", "dbp", "adamw"]
+    assert main([*command, "--jobs", "2"]) == 130
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert "stopped" in capsys.readouterr().err
+    for path in runs.glob("*.pid"):
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(path.read_text()), 0)
+    assert not list(runs.glob("*.json"))
+
+
+def test_a_tiny_matrix_is_filled_listed_continued_timed_and_reported(tmp_path, capsys, monkeypatch):
+    write_worker(tmp_path, monkeypatch)
+    command = ["convergence", "--preset", "tiny", "--arms", "adamw", "dbp", "--folder", str(tmp_path)]
+    seeds = ["--seeds", "0", "1"]
+    assert main([*command, *seeds, "--list"]) == 0
+    told = capsys.readouterr().out
+    assert "adamw_lr0.003_seed0: missing" in told
+    assert "0 of 2 runs are there" in told
+    assert "wait until a best rate is known: adamw, dbp" in told
+    runs = tmp_path / "tiny" / "runs"
+    assert main([*command, "--seeds", "0", "--jobs", "2"]) == 0
+    before = {path.name: path.stat().st_mtime_ns for path in runs.iterdir()}
+    assert set(before) == {"adamw_lr0.003_seed0.json", "dbp_lr0.003_seed0.json"}
+    assert main([*command, *seeds, "--jobs", "2"]) == 0
+    assert {name: (runs / name).stat().st_mtime_ns for name in before} == before
+    told = capsys.readouterr().err
+    names = {f"{arm}_lr0.003_seed{seed}" for arm in ("adamw", "dbp") for seed in (0, 1)}
+    assert {path.name for path in runs.iterdir()} == {f"{name}.json" for name in names}
+    assert told.count(": started") == 4
+    results = {name: read(runs / f"{name}.json", "tiny") for name in names}
+    for name, result in results.items():
+        assert f"{name}: final loss {result.final:.4f}" in told
+        assert (result.outcome, len(result.losses), result.jobs) == (FINISHED, 8, 2)
+        assert [item["step"] for item in result.evals] == [0, 4, 8]
+        assert all(0 <= item["probe"] <= 1 for item in result.evals)
+        assert len((runs / f"{name}.json").read_bytes()) < 10_000
+    finals = {result.final for result in results.values()}
+    assert len(finals) == 4
+    assert main([*command, *seeds, "--list"]) == 0
+    assert "4 of 4 runs are there" in capsys.readouterr().out
+    assert main([*command, "--time", "1"]) == 0
+    timing = json.loads((tmp_path / "tiny" / "timing.json").read_text())
+    assert list(timing["arms"]) == ["adamw", "dbp"]
+    assert timing["arms"]["adamw"]["ratio"]["median"] == 1
+    text, found = report_of(tmp_path, "tiny")
+    by_arm = {
+        arm: average([results[f"{arm}_lr0.003_seed{seed}"].losses for seed in (0, 1)])
+        for arm in ("adamw", "dbp")
+    }
+    assert found["target"] == pytest.approx(sum(by_arm["adamw"]) / 8)
+    below = [sum(by_arm["dbp"][: i + 1]) / (i + 1) <= found["target"] for i in range(8)]
+    expected = next((i + 1 for i in range(8) if all(below[i:])), None)
+    row = found["arms"]["dbp"]
+    assert row["steps_to_target"] == expected
+    if expected:
+        median = timing["arms"]["dbp"]["seconds"]["median"]
+        assert row["seconds_to_target"] == pytest.approx(expected * median)
+    assert line_of(text, "DBP", "## Costs")[1].split()[0] == ("not" if expected is None else str(expected))
+    assert "was one of 2 runs at a time" in text or "has none" in text
+
+
+class Repeating(nn.Module):
+    """Just enough of a training loop for `_cadence`."""
+
+    def __init__(self, optimizer, every=1):
+        super().__init__()
+        self.optimizer = optimizer
+        self.config = {"decor": {"enable": True, "every": every}}
+
+
+def test_arms_are_timed_over_whole_turns(monkeypatch):
+    weight = nn.Parameter(torch.ones(2))
+    adamw = torch.optim.AdamW([weight])
+    assert convergence._cadence(Repeating(adamw, every=10), 500) == 10
+    monkeypatch.setattr(kron, "has_dynamo", False)  # compiling takes longer than all the steps here
+
+    def updates(optimizer, steps):
+        found = 0
+        for _ in range(steps):
+            weight.grad = torch.ones(2)
+            optimizer.step()
+            found += optimizer.state[weight]["update_counter"] == 0
+        return found
+
+    steps = 1500
+    every = convergence._cadence(Repeating(convergence.Kron([weight])), steps)
+    assert every == round(steps / updates(convergence.Kron([weight]), steps))
+    timed = convergence.Kron([weight])
+    assert convergence._cadence(Repeating(timed), 500) == 1
+    assert updates(timed, 20) == 20
+    timed = convergence.Kron([weight])
+    every = convergence._cadence(Repeating(timed), 5000)
+    assert every > 1
+    assert updates(timed, 5 * every) == 5
+
+
+def test_the_probe_is_deterministic_and_refuses_what_is_not_finite():
+    torch.manual_seed(0)
+    model = create_mae("mae_vit_tiny", "mae", img_size=16, norm_pix_loss=True, **SMALL["model_args"])
+    first = probe.accuracy(model, 200)
+    assert 0.3 < first <= 1  # of ten digits
+    torch.rand(7)
+    assert probe.accuracy(model, 200) == first
+    assert model.training
+    with pytest.raises(ValueError, match="expected 2 to 1797 digits, got 2000"):
+        probe.accuracy(model, 2000)
+    with torch.no_grad():
+        model.cls_token.fill_(math.nan)
+    assert math.isnan(probe.accuracy(model, 200))
