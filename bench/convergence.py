@@ -36,7 +36,8 @@ from train import pretrain, processes
 from train.data import DataConfig
 from train.loop import Diverged, Loop
 from train.plots import WINDOW, trailing_mean
-from train.run_folder import RunFolder, to_json, write_atomically
+from train.pretrain import Config
+from train.run_folder import RunFolder, flat, to_json, write_atomically
 
 FOLDER = Path(__file__).parent / "reports" / "convergence"
 WORKER = (sys.executable, "-m", "bench", "convergence", "--worker")  # what makes a run
@@ -156,17 +157,21 @@ def read(path: Path, preset: str) -> Result:
 def differences(result: Result, data: Mapping[str, object]) -> list[str]:
     """In which settings a run was made otherwise than the matrix says now.
 
+    A setting that did not exist when the run was made was what it is by default.
+
     Args:
         result: of the run.
         data: as for `Run.config`; without a source, the run's own is right.
     """
     source = {"data.source": result.settings.get("data.source")}
     now = result.run.settings(source | dict(data))
+    default = flat(asdict(Config("")))
+    then = {name: default[name] for name in now.keys() & default.keys()} | result.settings
     missing = "not there"
     return [
-        f"{name} was {result.settings.get(name, missing)}, is {now.get(name, missing)}"
-        for name in sorted(now.keys() | result.settings.keys())
-        if now.get(name, missing) != result.settings.get(name, missing)
+        f"{name} was {then.get(name, missing)}, is {now.get(name, missing)}"
+        for name in sorted(now.keys() | then.keys())
+        if now.get(name, missing) != then.get(name, missing)
     ]
 
 

@@ -104,6 +104,7 @@ PRESETS = {
 }
 
 _RATES = (2e-3, 3e-3, 5e-3, 8e-3)
+_HIGHER = (5e-3, 8e-3, 1.2e-2)  # decorrelated, the best rate lies higher
 _DBP = {"decor.enable": True}
 _LAYERS = _DBP | {
     "decor.form": "auto",
@@ -122,10 +123,10 @@ ARMS = {
         _RATES,
         published=True,
     ),
-    "dbp": Arm("DBP", _DBP, _RATES),
-    "dbp-rank32": Arm("DBP, rank 32", _DBP | {"decor.rank": 32}, _RATES),
+    "dbp": Arm("DBP", _DBP, (2e-3, 3e-3, *_HIGHER)),
+    "dbp-rank32": Arm("DBP, rank 32", _DBP | {"decor.rank": 32}, _HIGHER),
     "dbp-muon": Arm("DBP with Muon", _DBP | {"optim.name": "muon"}, _RATES),
-    "dbp-layers": Arm("DBP in the layers", _LAYERS, _RATES),
+    "dbp-layers": Arm("DBP in the layers", _LAYERS, _HIGHER),
     "dbp-layers-muon": Arm("DBP in the layers, with Muon", _LAYERS | {"optim.name": "muon"}, _RATES),
 }
 
