@@ -125,6 +125,7 @@ ARMS = {
     ),
     "dbp": Arm("DBP", _DBP, (2e-3, 3e-3, *_HIGHER)),
     "dbp-rank32": Arm("DBP, rank 32", _DBP | {"decor.rank": 32}, _HIGHER),
+    "dbp-auto": Arm("DBP, sites by measurement", _DBP | {"decor.sites": "auto"}, _HIGHER),
     "dbp-muon": Arm("DBP with Muon", _DBP | {"optim.name": "muon"}, _RATES),
     "dbp-layers": Arm("DBP in the layers", _LAYERS, _HIGHER),
     "dbp-layers-muon": Arm("DBP in the layers, with Muon", _LAYERS | {"optim.name": "muon"}, _RATES),

@@ -11,6 +11,7 @@ from dbpkern import ops
 from dbpkern.convert import decorrelate, fuse
 from dbpkern.nn import DecorConv2d, DecorLinear, DecorMultiheadAttention
 from dbpkern.optim import DecorSGD
+from dbpkern.planning import Plan, plan
 from dbpkern.precondition import DecorPreconditioner
 
 __version__ = "0.1.0"
@@ -21,7 +22,9 @@ __all__ = [
     "DecorMultiheadAttention",
     "DecorPreconditioner",
     "DecorSGD",
+    "Plan",
     "decorrelate",
     "fuse",
     "ops",
+    "plan",
 ]

@@ -235,18 +235,26 @@ def share_inputs(chosen: Chosen, holders: Mapping[str, object]) -> None:
                 holders[name].factors = holders[first].factors
 
 
-def ranks_of(rank: int | Mapping[str, int] | None, chosen: Chosen) -> dict[str, int | None]:
-    """The rank of R for each chosen layer, None for a full one."""
+def ranks_of(rank: int | Mapping[str, int | None] | None, chosen: Chosen) -> dict[str, int | None]:
+    """The rank of R for each chosen layer, None for a full one; a layer's own goes before its site's."""
     if not isinstance(rank, Mapping):
         structure_of(rank)
         return dict.fromkeys(chosen, rank)
-    for site_rank in rank.values():
-        structure_of(site_rank)
+    for one in rank.values():
+        structure_of(one)
     sites = tuple(dict.fromkeys(site for _, site in chosen.values() if site is not None))
-    unknown = [site for site in rank if site not in sites]
+    unknown = [key for key in rank if key not in sites and key not in chosen]
     if unknown:
-        raise ValueError(f"rank: expected some of the chosen sites {sites} as keys, got {unknown[0]!r}")
-    return {name: rank.get(site) for name, (_, site) in chosen.items()}
+        raise ValueError(
+            f"rank: expected some of the chosen sites {sites} as keys, got {unknown[0]!r}, which is none of "
+            "the chosen layers either"
+        )
+    ranks = {name: rank.get(name, rank.get(site)) for name, (_, site) in chosen.items()}
+    for names in inputs_of(chosen):
+        if len({ranks[name] for name in names}) > 1:
+            given = ", ".join(f"{name}: {ranks[name]}" for name in names)
+            raise ValueError(f"rank: expected one rank for layers that read one input, got {given}")
+    return ranks
 
 
 def decorrelate(
@@ -254,7 +262,7 @@ def decorrelate(
     sites: str | Iterable[str] | None = "sublayers",
     filter: Filter | None = None,
     form: str = "auto",
-    rank: int | Mapping[str, int] | None = None,
+    rank: int | Mapping[str, int | None] | None = None,
 ) -> nn.Module:
     """Replace layers of a model by decorrelated ones, in place.
 
@@ -271,7 +279,8 @@ def decorrelate(
             `lambda name, module: not name.startswith("decoder")`.
         form: how the layers compute: "auto", "fold" or "apply", see `dbpkern.nn`.
         rank: None for a full R of `d^2` numbers in every layer; an integer r for `R = I + Q S Q^T` with
-            `d r + r^2` numbers; or ranks by site, as in `{"fc2": 128}`, where other sites get a full R.
+            `d r + r^2` numbers; or ranks by site or by layer's name, as in `{"fc2": 128}`, where others get
+            a full R.
 
     Returns:
         The model.
@@ -280,8 +289,8 @@ def decorrelate(
         TypeError: a rank that is no integer.
         ValueError: a site that matches nothing (the message lists what exists) or that cannot be served, a
             filter that leaves nothing, a model that is converted or sharded already, tied weights, an unknown
-            form, a rank below 1 or above a layer's width, ranks for a site that is not chosen. The model is
-            unchanged then, as it is after a TypeError.
+            form, a rank below 1 or above a layer's width, ranks for a site or layer that is not chosen, or
+            several for layers that share an R. The model is unchanged then, as it is after a TypeError.
     """
     check_form(form)
     check_stock(model)

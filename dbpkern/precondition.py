@@ -10,12 +10,22 @@ R then makes its step, which leaves V and so the function of the network as they
 `W <- W R_old R_new^-1` of a decorrelated layer, without R's inverse.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from dbpkern.convert import Filter, check_stock, check_weights, ranks_of, select, share_inputs
+from dbpkern.convert import (
+    Chosen,
+    Filter,
+    check_stock,
+    check_weights,
+    inputs_of,
+    ranks_of,
+    select,
+    share_inputs,
+)
 from dbpkern.nn import structure_of
 from dbpkern.optim import DecorSGD
 from dbpkern.rows import count_patches, count_tokens, take_patches, take_tokens
@@ -146,6 +156,38 @@ class PreconditionedLayer:
         return {**self.__dict__, "_key": None, "_before": None}
 
 
+@contextmanager
+def unsampled(model: nn.Module) -> Iterator[None]:
+    """Let nothing that the model does meanwhile count as a sample for a `DecorPreconditioner`."""
+    hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
+    owners = [getattr(hook, "__self__", None) for hook in hooks]
+    keys = [(owner, owner._key) for owner in owners if isinstance(owner, PreconditionedLayer)]
+    for layer, _ in keys:
+        layer._key = None
+    try:
+        yield
+    finally:
+        for layer, key in keys:
+            layer._key = key
+
+
+def _hold(chosen: Chosen, ranks: Mapping[str, int | None]) -> dict[str, PreconditionedLayer]:
+    """The chosen layers, each with an R that is the identity."""
+    layers: dict[str, PreconditionedLayer] = {}
+    try:
+        for name, (module, _) in chosen.items():
+            try:
+                layers[name] = PreconditionedLayer(module, ranks[name])
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+    except ValueError:
+        for layer in layers.values():
+            layer.remove()
+        raise
+    share_inputs(chosen, layers)
+    return layers
+
+
 class DecorPreconditioner(DecorSGD):
     """Decorrelated backpropagation with any optimizer, in one line and without a change of the model.
 
@@ -188,7 +230,7 @@ class DecorPreconditioner(DecorSGD):
         optimizer: torch.optim.Optimizer,
         sites: str | Iterable[str] | None = "all",
         filter: Filter | None = None,
-        rank: int | Mapping[str, int] | None = None,
+        rank: int | Mapping[str, int | None] | None = None,
         lr: float | Tensor = 0.05,
         kappa: float = 0.0,
         sample: float = 0.1,
@@ -205,19 +247,13 @@ class DecorPreconditioner(DecorSGD):
         ranks = ranks_of(rank, chosen)
         check_weights(model, chosen)
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        self.layers: dict[str, PreconditionedLayer] = {}
+        self.layers = _hold(chosen, ranks)
         try:
-            for name, (module, _) in chosen.items():
-                try:
-                    self.layers[name] = PreconditionedLayer(module, ranks[name])
-                except ValueError as error:
-                    raise ValueError(f"{name}: {error}") from None
             if not any(id(layer.weight) in known for layer in self.layers.values()):
                 raise ValueError(
                     f"optimizer: expected one with the weights of the chosen layers ({next(iter(chosen))}, "
                     "...), found none of them; make it from this model's parameters"
                 )
-            share_inputs(chosen, self.layers)
             self._start(list(self.layers.items()), lr, kappa, sample, seed, scale_free, limit, every, follow)
         except (TypeError, ValueError):
             for layer in self.layers.values():
@@ -241,6 +277,51 @@ class DecorPreconditioner(DecorSGD):
         for layer in self.layers.values():
             layer.leave()
         self.step()
+
+    def replan(
+        self,
+        model: nn.Module,
+        sites: str | Iterable[str] | None = "all",
+        filter: Filter | None = None,
+        rank: int | Mapping[str, int | None] | None = None,
+    ) -> None:
+        """Choose other layers, between two steps; the function of the network stays as it is.
+
+        Layers that stay chosen with the same rank keep their R, new ones start from the identity. Moments of
+        the optimizer stay, too: those of a layer that comes or goes are of the other coordinates at first.
+
+        Args:
+            model: of this object.
+            sites: as for `decorrelate`, like all that follow.
+            filter: which layers of them.
+            rank: of their R.
+
+        Raises:
+            TypeError: a rank that is no integer.
+            ValueError: as `decorrelate` does for sites, filters and ranks; nothing is changed then.
+        """
+        check_stock(model)
+        chosen = select(model, sites, filter)
+        ranks = ranks_of(rank, chosen)
+        check_weights(model, chosen)
+        layers = _hold(chosen, ranks)
+        caution = self.caution()
+        with torch.no_grad():
+            for names in inputs_of(chosen):
+                structure = layers[names[0]].structure
+                old = [self.layers[name] for name in names if name in self.layers]
+                kept = next((layer for layer in old if layer.structure == structure), None)
+                if kept is not None:
+                    for factor, value in zip(layers[names[0]].factors, kept.factors, strict=True):
+                        factor.copy_(value)
+        for layer in self.layers.values():
+            layer.remove()
+        self.layers = layers
+        self._sites = self._make_sites(list(layers.items()))
+        for site in self._sites:
+            site.caution.fill_(caution.get(site.name, 1.0))
+        self._stacks = []
+        self._refresh()
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Restore `state_dict()`.

@@ -97,10 +97,13 @@ class Loop:
         model: The model whose state is saved.
         optimizer: Of the weights.
         decor: Of the decorrelation matrices, None for plain backpropagation.
+        ranks: The layers that a plan chose, with the ranks of their R; None where nothing was planned.
         loss: `loss(model, batch) -> 0-d tensor`, with `model` wrapped for what the run needs.
         evaluate: `evaluate() -> record`, called on every process. Its "pictures" (name: `[3, H, W]` in
             [0, 1]) go to TensorBoard and its "unreadable" (file: reason) to those of the run.
         rate: Learning rate by step.
+        recheck: Called once after a tenth of the steps, if given, on every process; the record goes to the
+            log.
         total_steps: Length of the run.
         batch_size: Samples per step, over all processes and micro-batches; for images/s.
         accumulation: Micro-batches per step.
@@ -121,9 +124,11 @@ class Loop:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     decor: DecorSGD | None
+    ranks: dict[str, int | None] | None
     loss: Callable[[nn.Module, dict], Tensor]
     evaluate: Callable[[], dict]
     rate: Callable[[int], float]
+    recheck: Callable[[], dict] | None
     total_steps: int
     batch_size: int
     accumulation: int
@@ -160,6 +165,7 @@ class Loop:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "decor": None if self.decor is None else self.decor.state_dict(),
+            "ranks": self.ranks,
         }
 
     def load(self, path: Path, outline: dict) -> None:
@@ -221,6 +227,8 @@ class Loop:
                     self._train_step(model, parameters, batches, bar)
                     if profiler is not None:
                         profiler.step()
+                    if self.recheck is not None and self.step == math.ceil(self.total_steps / 10):
+                        self._record("plan", self.recheck())
                     last = self.step == self.total_steps
                     if last or self.step % self.eval_every == 0:
                         self._evaluate()

@@ -21,6 +21,7 @@ from timm.optim import kron, param_groups_weight_decay
 from timm.optim.muon import Muon
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from tqdm import tqdm
 
 import dbpkern
 from dbpkern import diagnostics
@@ -29,7 +30,7 @@ from dbpkern.env import collect
 from models.mae import create_mae, num_kept
 from train import checkpoint, plots, processes
 from train.augment import denormalize
-from train.data import DataConfig, StepSampler, build_data, build_loader, to_images
+from train.data import DataConfig, StepSampler, TrainingSet, build_data, build_loader, to_images
 from train.energy import EnergyConfig, carbon_intensity
 from train.loop import Diverged, Interrupted, Loop
 from train.processes import Processes
@@ -77,7 +78,8 @@ class DecorConfig:
         form: "optimizer" maps gradients and updates around the optimizer (dbpkern.DecorPreconditioner);
             "auto", "fold" and "apply" put decorrelated layers into the model, see docs/method.md.
         sites: Which layers of a block: "sublayers" (patch embedding, qkv, fc1), "all", or a list of
-            patch_embed, qkv, proj, fc1, fc2.
+            patch_embed, qkv, proj, fc1, fc2. "auto" chooses layers and ranks by measurements, see budget.
+        budget: For sites "auto": the part of a step's time that decorrelation may take.
         decoder: Whether to decorrelate the decoder, too.
         eta: Rate of the decorrelation step.
         follow: Whether eta follows the schedule of the learning rate.
@@ -93,6 +95,7 @@ class DecorConfig:
     enable: bool = False
     form: Literal["optimizer", "auto", "fold", "apply"] = "optimizer"
     sites: str | list[str] = "all"
+    budget: float = 0.05
     decoder: bool = True
     eta: float = 0.05
     follow: bool = False
@@ -107,6 +110,16 @@ class DecorConfig:
     def in_layers(self) -> bool:
         """Whether the model has decorrelated layers."""
         return self.enable and self.form != "optimizer"
+
+    @property
+    def planned(self) -> bool:
+        """Whether a plan chooses the layers."""
+        return self.enable and self.sites == "auto"
+
+    @property
+    def observed(self) -> str | list[str]:
+        """The sites whose inputs evaluation observes in a model without decorrelated layers."""
+        return "all" if self.sites == "auto" else self.sites
 
     def accepts(self, name: str, module: nn.Module) -> bool:
         """The filter for `dbpkern.decorrelate`: leaves the decoder out unless it is asked for."""
@@ -220,6 +233,10 @@ class Config:
                 f"parallel: {self.optim.name} works on whole matrices, which fsdp shares out; "
                 "expected --optim.name adamw or --parallel ddp"
             )
+        if self.decor.sites == "auto" and self.decor.rank is not None:
+            raise ValueError(
+                f'decor.rank: sites "auto" choose the ranks, too; expected null, got {self.decor.rank}'
+            )
         if self.energy.country is not None:
             carbon_intensity(self.energy.country)
 
@@ -265,8 +282,18 @@ def open_run(config: Config, procs: Processes) -> tuple[RunFolder, tuple[Path, d
     return run, (path, state)
 
 
-def build_model(config: Config) -> nn.Module:
-    """The model of a configuration, with decorrelated layers if it asks for them."""
+def chosen_by(config: Config, ranks: Mapping[str, int | None] | None) -> tuple:
+    """Sites, filter and rank for `dbpkern.decorrelate`: the planned layers, or what the options say."""
+    if ranks is None:
+        return config.decor.sites, config.decor.accepts, config.decor.rank
+    return None, lambda name, module: name in ranks, ranks
+
+
+def build_model(config: Config, ranks: Mapping[str, int | None] | None = None) -> nn.Module:
+    """The model of a configuration, with decorrelated layers if it asks for them.
+
+    Where a plan chooses them, they are those of `ranks`, and there are none before it has.
+    """
     torch.manual_seed(config.seed)
     model = create_mae(
         config.model,
@@ -275,18 +302,22 @@ def build_model(config: Config) -> nn.Module:
         norm_pix_loss=config.norm_pix_loss,
         **config.model_args,
     )
-    if config.decor.in_layers:
-        decor = config.decor
-        dbpkern.decorrelate(model, decor.sites, decor.accepts, decor.form, decor.rank)
+    decor = config.decor
+    if decor.in_layers and (ranks is not None or not decor.planned):
+        sites, accepts, rank = chosen_by(config, ranks)
+        dbpkern.decorrelate(model, sites, accepts, decor.form, rank)
     else:
-        select(model, config.decor.sites, config.decor.accepts)  # raises now: evaluation observes them
+        select(model, decor.observed, decor.accepts)  # raises now: evaluation observes them
     return model
 
 
 def build_optimizers(
-    config: Config, model: nn.Module
+    config: Config, model: nn.Module, ranks: Mapping[str, int | None] | None = None
 ) -> tuple[torch.optim.Optimizer, dbpkern.DecorSGD | None]:
-    """The optimizer of the weights, and that of R where the run decorrelates; one step makes both."""
+    """The optimizer of the weights, and that of R where the run decorrelates; one step makes both.
+
+    With a plan, `ranks` are its layers.
+    """
     groups = param_groups_weight_decay(model, config.optim.weight_decay)
     peak, betas = config.peak_lr, config.optim.betas
     if config.optim.name == "adamw":
@@ -314,7 +345,7 @@ def build_optimizers(
         "follow": optimizer if c.follow else None,
     }
     if not c.in_layers:
-        return optimizer, dbpkern.DecorPreconditioner(model, optimizer, c.sites, c.accepts, c.rank, **rule)
+        return optimizer, dbpkern.DecorPreconditioner(model, optimizer, *chosen_by(config, ranks), **rule)
     decor = dbpkern.DecorSGD(model, **rule)
     optimizer.register_step_post_hook(lambda *_: decor.step())
     return optimizer, decor
@@ -331,6 +362,77 @@ def check_sample(config: Config, num_patches: int, slices: int) -> None:
             f"decor.sample: {config.decor.sample} of the {rows} rows of a micro-batch gives no rows; "
             f"expected at least {1 / rows:.2g}"
         )
+
+
+def make_plan(
+    config: Config, model: nn.Module, loss: Callable, training: TrainingSet, procs: Processes
+) -> dbpkern.Plan:
+    """Measure a model on the run's first batches, which are read anew, and choose layers and ranks.
+
+    Args:
+        config: What the run was started with.
+        model: Without decorrelated layers.
+        loss: As of `Loop`.
+        training: The images.
+        procs: This process among the others.
+
+    Raises:
+        ValueError: as `dbpkern.plan`.
+    """
+    calls = 4
+    decor = config.decor
+    order = order_of(config, training, procs, calls)
+    loader = build_loader(training, order, config.data.workers, pin_memory=procs.device.type == "cuda")
+    batches = iter(loader)
+    autocast = autocast_of(config, procs.device)
+
+    def step() -> None:
+        for _ in range(config.accumulation):
+            batch = next(batches)
+            batch = {k: v.to(procs.device) for k, v in batch.items() if isinstance(v, Tensor)}
+            with torch.autocast(procs.device.type, autocast, enabled=autocast is not None):
+                value = loss(model, batch) / config.accumulation
+            value.backward()
+
+    plan = dbpkern.plan(
+        model,
+        step,
+        decor.budget,
+        calls,
+        filter=decor.accepts,
+        sample=decor.sample,
+        every=decor.every,
+        form="layers" if decor.in_layers else "optimizer",
+        seed=config.seed,
+    )
+    if procs.is_main:
+        tqdm.write(f"pretrain: sites by measurement\n{plan}")
+    return plan
+
+
+def order_of(
+    config: Config, training: TrainingSet, procs: Processes, total: int, start: int = 0
+) -> StepSampler:
+    """The samples of this process in the steps from `start` to `total`."""
+    return StepSampler(
+        len(training),
+        config.batch_size,
+        config.seed,
+        total,
+        start,
+        config.accumulation,
+        procs.rank,
+        procs.world_size,
+        training.shards,
+        config.data.shard_window,
+    )
+
+
+def autocast_of(config: Config, device: torch.device) -> torch.dtype | None:
+    """dtype of mixed precision, None for none."""
+    auto = "bf16" if device.type == "cuda" else "fp32"
+    precision = auto if config.precision == "auto" else config.precision
+    return torch.bfloat16 if precision == "bf16" else None
 
 
 class Evaluator:
@@ -369,7 +471,9 @@ class Evaluator:
             decor = self.config.decor
             observes = first and self.observes
             watch = (
-                diagnostics.observe(self.model, decor.sites, decor.accepts) if observes else nullcontext({})
+                diagnostics.observe(self.model, decor.observed, decor.accepts)
+                if observes
+                else nullcontext({})
             )
             with watch as layers:
                 loss, pred, mask = self.model(images, self.config.mask_ratio, noise)
@@ -400,9 +504,11 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
-def export_encoder(config: Config, weights: dict[str, Tensor], path: Path) -> None:
+def export_encoder(
+    config: Config, ranks: Mapping[str, int | None] | None, weights: dict[str, Tensor], path: Path
+) -> None:
     """Write the fused encoder of a model's `weights` under timm's names."""
-    stock = build_model(config)
+    stock = build_model(config, ranks)
     stock.load_state_dict(weights)
     if config.decor.in_layers:
         dbpkern.fuse(stock)
@@ -426,7 +532,7 @@ def write_results(config: Config, loop: Loop, evaluator: Evaluator, weights: dic
             history.setdefault(name, {})[record["step"]] = value
     what = "z = R x" if config.decor.in_layers else "x"
     diagnostics.plot_losses(history, run.path / "correlation.png", f"Decorrelation loss of {what}, held out")
-    export_encoder(config, weights, run.path / "encoder.safetensors")
+    export_encoder(config, loop.ranks, weights, run.path / "encoder.safetensors")
     final = [r["loss"] for r in steps[-plots.WINDOW :]]
     summary = {
         "steps": loop.step,
@@ -463,13 +569,22 @@ def prepare(
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by cuBLAS, read at its start
         torch.use_deterministic_algorithms(True)
-    model = build_model(config)
-    if config.parallel == "fsdp":
-        procs.shard(model, [*model.blocks, *model.decoder_blocks])
-    model.to(procs.device)
-    optimizer, decor = optimizers(config, model)
+
+    def build(ranks: Mapping[str, int | None] | None) -> nn.Module:
+        model = build_model(config, ranks)
+        if config.parallel == "fsdp":
+            procs.shard(model, [*model.blocks, *model.decoder_blocks])
+        return model.to(procs.device)
+
+    model = build(None)
+    if not config.decor.planned:
+        optimizer, decor = optimizers(config, model)  # raises before anything is read
     patches = model.patch_embed
     training, held_out = build_data(config.data, patches.img_size, patches.num_patches, config.seed)
+
+    def loss(model: nn.Module, batch: dict) -> Tensor:
+        return model(to_images(batch, patches.img_size), config.mask_ratio, batch["noise"])[0]
+
     per_epoch = len(training) / config.batch_size
     total = config.steps or max(1, round(config.epochs * per_epoch))
     warmup = config.optim.warmup_steps
@@ -484,24 +599,33 @@ def prepare(
     files = "".join(f"{name}\n" for name in training.files)
     if found is not None and run.files.is_file() and run.files.read_text() != files:
         raise ValueError(f"data: the training images are no longer those of {run.files}; restore them")
-    sampler = StepSampler(
-        len(training),
-        config.batch_size,
-        config.seed,
-        total,
-        0 if found is None else found[1]["step"],
-        config.accumulation,
-        procs.rank,
-        procs.world_size,
-        training.shards,
-        config.data.shard_window,
-    )
+    sampler = order_of(config, training, procs, total, 0 if found is None else found[1]["step"])
     check_sample(config, patches.num_patches, procs.world_size * config.accumulation)
     batches = build_loader(training, sampler, config.data.workers, pin_memory=procs.device.type == "cuda")
+    ranks = None
+    if config.decor.planned:
+        if found is not None:
+            ranks = found[1]["ranks"]
+        else:
+            ranks = make_plan(config, model, loss, training, procs).ranks
+        if not ranks:
+            raise ValueError(
+                f"decor.budget: no layer could be chosen for {config.decor.budget:g} of a step; expected a "
+                "larger budget, or --decor.enable false"
+            )
+        if config.decor.in_layers:
+            model = build(ranks)
+        optimizer, decor = optimizers(config, model, ranks)
     evaluator = Evaluator(config, model, held_out, procs)
-    precision = config.precision
-    if precision == "auto":
-        precision = "bf16" if procs.device.type == "cuda" else "fp32"
+
+    def recheck() -> dict:
+        plan = make_plan(config, model, loss, training, procs)
+        if plan.ranks:  # or the layers of before stay
+            decor.replan(model, None, plan.accepts, plan.ranks)
+            loop.ranks = plan.ranks
+        chosen = [f"{group.name}: {group.chosen}" for group in plan.groups if group.chosen is not None]
+        return {"overhead": plan.cost, "chosen": chosen}
+
     loop = Loop(
         config=asdict(config),
         processes=procs,
@@ -509,15 +633,15 @@ def prepare(
         model=model,
         optimizer=optimizer,
         decor=decor,
-        loss=lambda model, batch: model(
-            to_images(batch, patches.img_size), config.mask_ratio, batch["noise"]
-        )[0],
+        ranks=ranks,
+        loss=loss,
         evaluate=evaluator,
         rate=lambda step: warmup_cosine(step, total, warmup, config.peak_lr, config.optim.min_lr),
+        recheck=recheck if config.decor.planned and not config.decor.in_layers else None,
         total_steps=total,
         batch_size=config.batch_size,
         accumulation=config.accumulation,
-        autocast=torch.bfloat16 if precision == "bf16" else None,
+        autocast=autocast_of(config, procs.device),
         clip_grad=config.optim.clip_grad,
         eval_every=config.eval_every,
         checkpoint_every=config.checkpoint_every,

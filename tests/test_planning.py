@@ -1,0 +1,589 @@
+"""plan: what it measures and counts, what it chooses, and that it leaves no trace; replan; whole runs."""
+
+import copy
+import itertools
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import planning_worker
+import pytest
+import torch
+from planning_worker import RHO, N, Net, rows, stepper
+from torch import nn
+from torch.multiprocessing import start_processes
+from torch.utils.flop_counter import FlopCounterMode
+from vits import HuggingFaceViT, decorrelated, everything, images, mlp, timm_vit
+
+import dbpkern
+from dbpkern import DecorPreconditioner, planning
+from train import pretrain
+from train.run_folder import RunFolder
+
+ROOT = Path(__file__).parent.parent
+FREE = planning.Price(ratio=1.0, entry=0.0, each=0.0, group=0.0)
+
+
+@pytest.fixture
+def flops_alone(monkeypatch):
+    """Costs are FLOPs, as in models much larger than these."""
+    monkeypatch.setattr(planning, "FULL", FREE)
+    monkeypatch.setattr(planning, "LOW_RANK", FREE)
+
+
+def planned(budget: float = 1e9, **options) -> dbpkern.Plan:
+    model = Net()
+    return dbpkern.plan(model, stepper(model), budget, **{"ranks": ()} | options)
+
+
+# What is measured.
+
+
+def test_the_correlation_is_the_mean_squared_coefficient_and_independent_features_have_none():
+    alike, apart = planned(calls=8).groups
+    assert alike.correlation == pytest.approx(RHO**2, rel=0.05)
+    assert apart.correlation == 0.0
+    assert (alike.width, alike.outputs, alike.tokens) == (32, 8, N)
+
+
+def test_scales_and_more_rows_than_are_measured_do_not_matter():
+    model = Net()
+    scales = torch.logspace(-2, 2, 48)
+    group, _ = dbpkern.plan(model, stepper(model, lambda seed: rows(seed, 4000) * scales), 1e9).groups
+    assert group.correlation == pytest.approx(RHO**2, rel=0.05)
+    assert group.tokens == 4000
+
+
+def test_a_rank_is_worth_the_share_of_the_spectrum_that_it_holds():
+    model = mlp_of(32, 8)
+
+    def make(seed: int) -> torch.Tensor:
+        """Two blocks of 16 features, each with a part of its own in common: two strong directions."""
+        g = torch.Generator().manual_seed(seed)
+        common = torch.randn(2000, 2, generator=g).repeat_interleave(16, 1)
+        return RHO**0.5 * common + (1 - RHO) ** 0.5 * torch.randn(2000, 32, generator=g)
+
+    (group,) = dbpkern.plan(model, stepper(model, make), 1e9, ranks=(1, 2)).groups
+    full, one, two = (option.benefit for option in group.options)
+    assert one / full == pytest.approx(0.5 * 15 / 16, rel=0.03)
+    assert two / full == pytest.approx(15 / 16, rel=0.03)
+
+
+def mlp_of(*widths: int) -> nn.Module:
+    return nn.Sequential(*(nn.Linear(d, o) for d, o in itertools.pairwise(widths)))
+
+
+# What is chosen.
+
+
+def test_correlated_inputs_are_chosen_and_independent_ones_never():
+    plan = planned()
+    assert plan.ranks == {"alike": None}
+    assert plan.accepts("alike", nn.Linear(1, 1))
+    assert not plan.accepts("apart", nn.Linear(1, 1))
+
+
+def test_no_budget_chooses_nothing_and_says_what_the_least_would_cost():
+    plan = planned(0.0)
+    assert plan.ranks == {}
+    assert plan.cost == 0.0
+    least = f"alike with R full, takes {100 * plan.groups[0].options[0].cost:.2f} %"
+    assert f"the least, {least}, above the budget of 0 % of a step" in str(plan)
+
+
+def test_nothing_to_remove_is_said():
+    model = Net()
+    plan = dbpkern.plan(model, stepper(model), 1e9, filter=lambda name, module: name == "apart")
+    assert "none of 1 layers: their inputs show no correlations" in str(plan)
+
+
+def test_without_a_limit_every_layer_of_a_vit_gets_a_full_R():
+    model = timm_vit()
+    plan = dbpkern.plan(model, stepper(model, lambda seed: images(16)), 1e9)
+    assert set(plan.ranks.values()) == {None}
+    names = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    # Noise has no correlations between pixels.
+    assert plan.ranks.keys() == names - {"patch_embed.proj"}
+
+
+def test_the_budget_is_kept_and_more_of_it_never_buys_less(flops_alone):
+    model = timm_vit()
+    step = stepper(model, lambda seed: images(16))
+    previous = -1.0
+    for budget in (0.02, 0.05, 0.1, 0.2, 0.5):
+        plan = dbpkern.plan(model, step, budget, ranks=(2, 4), calls=1)
+        assert plan.cost <= budget
+        benefit = sum(group.chosen.benefit for group in plan.groups if group.chosen)
+        assert benefit >= previous
+        previous = benefit
+    assert {len(names) for group in plan.groups for names in group.layers} == {1}
+
+
+def test_the_most_benefit_for_the_cost_comes_first_and_ranks_fill_what_is_left():
+    options = [
+        planning.Option(None, 0.08, 8.0),
+        planning.Option(4, 0.02, 3.0),
+        planning.Option(8, 0.03, 3.1),
+    ]
+    wide = planning.Group("wide", (("wide",),), 9, 9, 1.0, 0.5, tuple(options))
+    small = planning.Group("small", (("small",),), 9, 9, 1.0, 0.5, (planning.Option(None, 0.02, 2.9),))
+
+    def choose(budget: float) -> list[str]:
+        return [str(group.chosen or "none") for group in planning._choose([wide, small], budget)]
+
+    assert choose(0.01) == ["none", "none"]
+    assert choose(0.02) == ["rank 4", "none"]
+    assert choose(0.04) == ["rank 4", "full"]
+    assert choose(0.05) == ["rank 8", "full"]
+    assert choose(0.11) == ["full", "full"]
+
+
+def test_ties_go_by_name():
+    option = planning.Option(None, 0.5, 1.0)
+    b, a = (planning.Group(name, ((name,),), 9, 9, 1.0, 0.5, (option,)) for name in "ba")
+    for groups in ([b, a], [a, b]):
+        chosen = [group.name for group in planning._choose(groups, 0.5) if group.chosen]
+        assert chosen == ["a"]
+
+
+def test_equal_layers_of_all_blocks_are_one_group_and_shared_inputs_have_one_R():
+    model = HuggingFaceViT()
+    plan = dbpkern.plan(model, stepper(model, lambda seed: images(8)), 1e9, ranks=())
+    groups = {group.name: group for group in plan.groups}
+    projections = groups["encoder.layer.*.attention.attention.{query,key,value}"]
+    assert (projections.width, projections.outputs, len(projections.layers)) == (24, 72, 2)
+    assert "encoder.layer.*.output.dense" in groups
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    decor = DecorPreconditioner(model, optimizer, None, plan.accepts, plan.ranks)
+    assert set(decor.layers) == plan.ranks.keys()
+    assert len(decor.names) == len(plan.ranks) - 2 * 2
+
+
+@pytest.mark.parametrize("form", planning.FORMS)
+def test_a_plan_serves_both_forms(form):
+    model = timm_vit()
+    plan = dbpkern.plan(model, stepper(model, lambda seed: images(8)), 0.5, ranks=(3,), form=form, calls=1)
+    plan = planning.Plan(
+        tuple(
+            planning.replace(group, chosen=group.options[i % len(group.options)])
+            for i, group in enumerate(plan.groups)
+        ),
+        1.0,
+    )
+    assert set(plan.ranks.values()) == {3, None}
+    if form == "layers":
+        dbpkern.decorrelate(model, None, plan.accepts, rank=plan.ranks)
+        layers = decorrelated(model)
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        layers = DecorPreconditioner(model, optimizer, None, plan.accepts, plan.ranks).layers
+    assert {name: getattr(layer.structure, "rank", None) for name, layer in layers.items()} == plan.ranks
+
+
+# What it costs.
+
+
+def test_costs_are_the_operations_that_decorrelation_adds(flops_alone):
+    o, d, n, sampled = 8, 32, N, 100
+    group, _ = planned(sample=0.25, every=5, ranks=(2,), calls=1).groups
+    plain = 4 * n * o * (32 + 16)  # forward and dW; nobody asks for dX
+    full, low = group.options
+    assert full.cost * plain == pytest.approx(4 * o * d**2 + (4 * sampled * d**2 + 2 * d**3) / 5)
+    update = 4 * sampled * d * 2 + 2 * sampled * 2**2 + 16 * d * 2**2 + 35 * 2**3
+    assert low.cost * plain == pytest.approx(8 * o * d * 2 + 4 * o * 2**2 + update / 5)
+
+
+@pytest.mark.parametrize("rank", [None, 4])
+def test_costs_are_those_of_a_real_step(flops_alone, rank):
+    model = Net()
+    only = {"filter": lambda name, module: name == "alike", "sample": 0.25}
+    group = dbpkern.plan(model, stepper(model), 1e9, ranks=() if rank is None else (rank,), **only).groups[0]
+    with FlopCounterMode(display=False) as plain:
+        stepper(model)()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    keep = DecorPreconditioner(model, optimizer, None, only["filter"], rank, sample=0.25)
+    with FlopCounterMode(display=False) as counter:
+        optimizer.zero_grad()
+        stepper(model)()
+        optimizer.step()
+    added = counter.get_total_flops() - plain.get_total_flops()
+    assert group.options[-1].cost * plain.get_total_flops() == pytest.approx(added, rel=0.05)
+    assert keep.layers
+
+
+def test_decorrelated_layers_apply_R_where_that_is_cheaper(flops_alone):
+    model = mlp_of(32, 64)
+
+    def cost(form: str) -> float:
+        step = stepper(model, lambda seed: rows(seed, 10)[:, :32])
+        plan = dbpkern.plan(model, step, 1e9, ranks=(), form=form, every=10**9)
+        return plan.groups[0].options[0].cost * 4 * 10 * 32 * 64
+
+    assert cost("optimizer") == pytest.approx(4 * 64 * 32**2, rel=1e-3)
+    assert cost("layers") == pytest.approx(4 * 10 * 32**2, rel=1e-3)
+
+
+def test_the_device_s_price_is_added(monkeypatch):
+    monkeypatch.setattr(planning, "FULL", FREE)
+    bare = planned(calls=1).groups[0].options[0].cost
+    monkeypatch.setattr(planning, "FULL", planning.Price(ratio=2.0, entry=10.0, each=700.0, group=300.0))
+    plain = 4 * N * 8 * 48
+    expected = 2 * bare + (10 * 32 * 8 + 1000) / plain
+    assert planned(calls=1).groups[0].options[0].cost == pytest.approx(expected)
+
+
+# Determinism, and no trace.
+
+
+class Noisy(nn.Module):
+    """Random numbers, running statistics, a part in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.drop = nn.Linear(48, 24), nn.BatchNorm1d(24), nn.Dropout(0.3)
+        self.second, self.frozen = nn.Linear(24, 8), nn.Linear(8, 8)
+        self.frozen.eval()
+
+    def forward(self, x):
+        return self.frozen(self.second(self.drop(self.norm(self.first(x)))))
+
+
+def test_the_same_seed_gives_the_same_plan_bit_for_bit():
+    model = Noisy()
+    plans = []
+    for seed in (0, 0, 1):
+        torch.randn(7)  # what was drawn before does not matter
+        plans.append(dbpkern.plan(model, stepper(model), 3.0, ranks=(2, 5), seed=seed))
+    assert plans[0] == plans[1]
+    assert plans[0] != plans[2]
+
+
+def test_the_model_its_gradients_and_random_numbers_are_as_before():
+    model = Noisy()
+    stepper(model)()
+    before = copy.deepcopy(model.state_dict())
+    gradients = {name: (p.grad, p.grad.clone()) for name, p in model.named_parameters()}
+    modes = {name: module.training for name, module in model.named_modules()}
+    random = torch.random.get_rng_state()
+
+    def step():
+        model.train()
+        stepper(model)()
+
+    dbpkern.plan(model, step, 1.0)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is gradients[name][0]
+        assert torch.equal(parameter.grad, gradients[name][1])
+    assert modes == {name: module.training for name, module in model.named_modules()}
+    assert torch.equal(random, torch.random.get_rng_state())
+    assert all(not m._forward_pre_hooks and not m._forward_hooks for m in model.modules())
+
+
+def trained(interrupt=None) -> tuple[nn.Module, DecorPreconditioner]:
+    """Six steps; `interrupt(model, decor)` before the fourth."""
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    decor = DecorPreconditioner(model, optimizer, None, everything, sample=0.3, every=2)
+    for seed in range(6):
+        if seed == 3 and interrupt is not None:
+            interrupt(model, decor)
+        optimizer.zero_grad()
+        (model(rows(seed)) - rows(seed)[:, :8]).square().mean().backward()
+        optimizer.step()
+    return model, decor
+
+
+def same(one: tuple[nn.Module, DecorPreconditioner], other: tuple[nn.Module, DecorPreconditioner]) -> bool:
+    (a, R), (b, S) = one, other
+    pairs = zip([*a.parameters(), *R._factors()], [*b.parameters(), *S._factors()], strict=True)
+    return all(torch.equal(x, y) for x, y in pairs)
+
+
+def test_a_preconditioner_at_work_samples_nothing_meanwhile():
+    found = []
+    asked = trained(lambda model, decor: found.append(dbpkern.plan(model, stepper(model), 1e9)))
+    assert same(asked, trained())
+    assert found[0].ranks.keys() == {"alike"}  # inputs are what they were without R
+
+
+def test_a_step_of_an_optimizer_is_refused_before_it_changes_a_weight():
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    before = copy.deepcopy(model.state_dict())
+
+    def step():
+        stepper(model)()
+        optimizer.step()
+
+    with pytest.raises(ValueError, match=r"forward and backward alone, but it calls SGD\.step\(\)"):
+        dbpkern.plan(model, step)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    optimizer.step()  # refused no longer
+
+
+# What cannot be.
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"budget": -0.1}, "budget: expected a part of the step's time, at least 0, got -0.1"),
+        ({"budget": float("nan")}, "budget: .* got nan"),
+        ({"calls": 0}, "calls: expected a whole number, at least 1, got 0"),
+        ({"every": 1.5}, "every: .* got 1.5"),
+        ({"ranks": (8, 0)}, r"ranks\[1\]: expected a whole number, at least 1, got 0"),
+        ({"sample": 0.0}, r"sample: expected a fraction in \(0, 1\], got 0.0"),
+        ({"form": "fold"}, r"form: expected one of \('optimizer', 'layers'\), got 'fold'"),
+        ({"filter": lambda name, module: False}, "the filter leaves no layer"),
+    ],
+)
+def test_bad_arguments(options, match):
+    model = Net()
+    with pytest.raises(ValueError, match=match):
+        dbpkern.plan(model, stepper(model), **options)
+
+
+def test_a_step_that_is_no_function():
+    with pytest.raises(TypeError, match="step: expected a function, got Tensor"):
+        dbpkern.plan(Net(), torch.zeros(3))
+
+
+@pytest.mark.parametrize(
+    "step",
+    [lambda model: model(rows(0)), lambda model: None, lambda model: Net()(rows(0)).sum().backward()],
+    ids=["no backward", "nothing", "another model"],
+)
+def test_a_step_without_a_backward_of_the_model(step):
+    model = Net()
+    with pytest.raises(ValueError, match=r"no layer's weight got a gradient \(alike, \.\.\.\)"):
+        dbpkern.plan(model, lambda: step(model))
+
+
+def test_models_without_candidates():
+    with pytest.raises(ValueError, match="none of the known sites"):
+        dbpkern.plan(nn.LayerNorm(3), lambda: None)
+    with pytest.raises(ValueError, match=r"plan: expected a model with trained nn\.Linear"):
+        dbpkern.plan(Net().requires_grad_(False), lambda: None)
+
+
+def test_decorrelated_models_are_refused():
+    model = mlp(4, 3)
+    with pytest.raises(ValueError, match="decorrelated already"):
+        dbpkern.plan(model, lambda: None)
+
+
+def test_tied_weights_and_layers_that_do_not_run_are_no_candidates():
+    model = nn.ModuleDict({name: nn.Linear(16, 16) for name in ("a", "b", "c", "d")})
+    model["b"].weight = model["a"].weight
+
+    def step():
+        x = torch.randn(99, 1).expand(99, 16)
+        (model["a"](x) + model["b"](x) + model["c"](x)).sum().backward()
+
+    plan = dbpkern.plan(model, step, 1e9)
+    assert [group.name for group in plan.groups] == ["c"]
+
+
+# The table.
+
+
+def test_the_table_shows_every_group_and_the_running_total():
+    model = timm_vit()
+    plan = dbpkern.plan(model, stepper(model, lambda seed: images(16)), 1e9, ranks=(4,))
+    title, *lines, summary = str(plan).splitlines()
+    assert title.split()[:5] == ["layers", "count", "width", "outputs", "tokens"]
+    cells = [re.split(r"\s{2,}", line.strip()) for line in lines]
+    assert [c[0] for c in cells] == [group.name for group in plan.groups]
+    by_name = {c[0]: c[1:] for c in cells}
+    assert by_name["blocks.*.attn.qkv"][:4] == ["2", "24", "72", str(16 * 17)]
+    assert by_name["patch_embed.proj"][5:7] == ["none", "0.00"]
+    assert by_name["blocks.*.mlp.fc2"][5] == "full"
+    totals = [float(c[-1]) for c in cells]
+    assert totals == sorted(totals)
+    assert totals[-1] == pytest.approx(100 * plan.cost, abs=0.01)
+    assert summary.startswith(f"{len(plan.ranks)} of 10 layers, ")
+
+
+# Ranks by layer.
+
+
+def test_a_layer_s_own_rank_goes_before_its_site_s():
+    given = {"fc2": 3, "blocks.1.mlp.fc2": 5, "blocks.0.mlp.fc1": 2}
+    model = dbpkern.decorrelate(timm_vit(), "all", rank=given)
+    ranks = {name: getattr(layer.structure, "rank", None) for name, layer in decorrelated(model).items()}
+    assert {name: rank for name, rank in ranks.items() if rank} == {
+        "blocks.0.mlp.fc1": 2,
+        "blocks.0.mlp.fc2": 3,
+        "blocks.1.mlp.fc2": 5,
+    }
+
+
+def test_layers_that_share_an_R_have_one_rank():
+    name = "encoder.layer.0.attention.attention"
+    with pytest.raises(ValueError, match=rf"one rank for layers that read one input, got {name}.query: 3"):
+        dbpkern.decorrelate(HuggingFaceViT(), "all", rank={f"{name}.query": 3})
+
+
+# Other layers in the middle of a run.
+
+
+def test_the_same_choice_again_changes_nothing():
+    again = trained(lambda model, decor: decor.replan(model, None, everything))
+    assert same(again, trained())
+
+
+def test_layers_that_stay_keep_R_and_new_ones_start_from_the_identity():
+    x, seen = rows(77), {}
+
+    def exchange(model: nn.Module, decor: DecorPreconditioner) -> None:
+        seen["R"] = decor.layers["alike"].factors[0].clone()
+        seen["y"] = model(x)
+        decor.replan(model, None, lambda name, module: name == "alike")
+        assert list(decor.layers) == ["alike"]
+        assert not model.apart._forward_hooks
+        decor.replan(model, None, everything, {"apart": 3})
+        assert torch.equal(decor.layers["alike"].factors[0], seen["R"])
+        assert torch.equal(decor.layers["apart"].factors[1], torch.zeros(3, 3))
+        assert torch.equal(model(x), seen["y"])
+
+    _, decor = trained(exchange)
+    assert not torch.equal(seen["R"], torch.eye(32))
+    assert not torch.equal(decor.layers["alike"].factors[0], seen["R"])
+    assert decor.layers["apart"].factors[1].abs().max() > 0
+    assert decor.state_dict()["sampling"]["step"] == 6
+    assert [len(f) for f in decor.state_dict()["R"].values()] == [1, 2]
+
+
+def test_shared_R_survive_and_the_optimizer_keeps_its_moments():
+    model = HuggingFaceViT()
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    name = "encoder.layer.0.attention.attention"
+    decor = DecorPreconditioner(model, optimizer, None, lambda n, m: n.startswith(f"{name}.v"), sample=1.0)
+    model(images()).square().mean().backward()
+    optimizer.step()
+    R = decor.layers[f"{name}.value"].factors[0].clone()
+    moments = [m.clone() for state in optimizer.state.values() for m in state.values()]
+    decor.replan(model, "qkv")
+    for part in ("query", "key", "value"):
+        assert torch.equal(decor.layers[f"{name}.{part}"].factors[0], R)
+    kept = [m for state in optimizer.state.values() for m in state.values()]
+    assert all(torch.equal(a, b) for a, b in zip(moments, kept, strict=True))
+
+
+def test_a_choice_that_cannot_be_changes_nothing():
+    def refuse(model: nn.Module, decor: DecorPreconditioner) -> None:
+        for options, match in (
+            ({"filter": lambda name, module: False}, "leaves no layer"),
+            ({"filter": everything, "rank": 17}, "apart: rank: .* got 17"),
+        ):
+            with pytest.raises(ValueError, match=match):
+                decor.replan(model, None, **options)
+        assert all(len(module._forward_hooks) == 1 for module in (model.alike, model.apart))
+
+    assert same(trained(refuse), trained())
+
+
+# Several processes.
+
+
+def test_processes_with_different_data_make_one_plan_of_all(tmp_path):
+    multiprocessing.set_forkserver_preload(["torch", "dbpkern"])
+    start_processes(planning_worker.run, (2, str(tmp_path)), nprocs=2, start_method="forkserver")
+    first, second = ((tmp_path / f"{rank}.txt").read_text() for rank in range(2))
+    assert first == second
+    model = Net()
+    parts = [planning_worker.other_data(model, rank) for rank in range(2)]
+    together = dbpkern.plan(model, lambda: [part() for part in parts], 0.5, ranks=(2,)).groups[0]
+    assert float(first.splitlines()[-1]) == pytest.approx(together.correlation, rel=1e-5)
+    assert f"tokens={together.tokens / 2}" in first
+
+
+# Whole runs.
+
+RUN = [
+    "--model=mae_vit_tiny",
+    "--model_args={patch_size: 8, embed_dim: 32, depth: 2, num_heads: 2, decoder_embed_dim: 16,"
+    " decoder_depth: 1, decoder_num_heads: 2}",
+    "--img_size=32",
+    "--batch_size=8",
+    "--steps=20",
+    "--optim.warmup_steps=2",
+    "--optim.blr=0.03",
+    "--eval_every=20",
+    "--checkpoint_every=3",
+    "--device=cpu",
+    "--decor.enable=true",
+    "--decor.sites=auto",
+    "--resume=auto",
+]
+
+
+def records(out: Path, kind: str) -> list[dict]:
+    return [record for record in RunFolder(out).records() if record["kind"] == kind]
+
+
+def test_a_planned_run_killed_and_resumed_gives_the_losses_of_one_never_killed(tmp_path, capsys):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    pretrain.main([*RUN, "--decor.budget=40", f"--out={whole}"])
+    assert capsys.readouterr().out.count("sites by measurement") == 2
+    (plan,) = records(whole, "plan")
+    assert plan["step"] == 2
+    assert plan["chosen"]
+    assert 0 < plan["overhead"] <= 40
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train" / "pretrain.py"), *RUN, "--decor.budget=40", f"--out={killed}"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while len(records(killed, "step")) < 7:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    pretrain.main([*RUN, "--decor.budget=40", f"--out={killed}"])
+    said = capsys.readouterr().out
+    assert "resuming from" in said
+    assert "sites by measurement" not in said  # both plans were made before
+    losses = [[(r["step"], r["loss"]) for r in records(out, "step")] for out in (whole, killed)]
+    assert losses[0] == losses[1]
+    assert records(killed, "plan") == [plan]
+
+
+def test_a_planned_run_with_decorrelated_layers_exports_its_encoder(tmp_path):
+    out = tmp_path / "run"
+    layers = ["--decor.form=auto", "--decor.eta=0.001", "--decor.scale_free=false", "--steps=3"]
+    pretrain.main([*RUN, "--decor.budget=40", f"--out={out}", *layers])
+    assert not records(out, "plan")  # only around the optimizer
+    saved = out / "checkpoints" / "step-00000003" / "state.pt"
+    state = torch.load(saved, map_location="cpu", weights_only=True)
+    assert state["ranks"]
+    for name, rank in state["ranks"].items():
+        assert f"{name}.{'R' if rank is None else 'Q'}" in state["model"]
+    assert (out / "encoder.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--decor.budget=0", "decor.budget: no layer could be chosen for 0 of a step"),
+        ("--decor.budget=-1", "budget: expected a part of the step's time, at least 0, got -1.0"),
+        ("--decor.rank=4", 'decor.rank: sites "auto" choose the ranks, too; expected null, got 4'),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_before_anything_is_written(tmp_path, capsys, option, message):
+    with pytest.raises(SystemExit) as stopped:
+        pretrain.main([*RUN, option, f"--out={tmp_path / 'run'}"])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
