@@ -267,7 +267,7 @@ def losses(records: Iterable[Mapping]) -> list[float]:
     """
     found: list[float | None] = []
     for step in records:
-        if step["kind"] != "eval":
+        if step["kind"] in ("step", "skip"):
             found.append(step["loss"] if step["kind"] == "step" else (found or [None])[-1])
     first = next((loss for loss in found if loss is not None), None)
     return [] if first is None else [first if loss is None else loss for loss in found]

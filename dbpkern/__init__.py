@@ -1,5 +1,9 @@
 """Fast decorrelated backpropagation for vision transformers.
 
+decor = dbpkern.DecorPreconditioner(model, optimizer)     # around any optimizer; nothing else changes
+
+or with layers that compute W R x:
+
 dbpkern.decorrelate(model)                  # in place: layers that whiten their inputs with a learned R
 decor = dbpkern.DecorSGD(model)             # updates every R
 ...

@@ -669,11 +669,12 @@ class DecorSGD(torch.optim.Optimizer):
         Raises:
             ValueError: it was made for another number of layers, or by another optimizer.
         """
-        if "sampling" not in state_dict:
-            raise ValueError(
-                "DecorSGD.load_state_dict: expected the state of a DecorSGD, got another optimizer's"
-            )
         ours = ("sampling", "caution")
+        if any(key not in state_dict for key in ours):
+            raise ValueError(
+                "DecorSGD.load_state_dict: expected the state of a DecorSGD of this version, got one without "
+                f"{' and '.join(key for key in ours if key not in state_dict)}"
+            )
         super().load_state_dict({k: v for k, v in state_dict.items() if k not in ours})
         for site in self._sites:
             site.slot.clear()

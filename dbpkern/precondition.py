@@ -221,7 +221,7 @@ class DecorPreconditioner(DecorSGD):
     Raises:
         TypeError: `optimizer` is no optimizer, or a rank no integer.
         ValueError: as `decorrelate` does for sites, filters and ranks, as `DecorSGD` does for numbers, or
-            the optimizer has none of the chosen layers' weights.
+            the optimizer lacks a chosen layer's weight that trains.
     """
 
     def __init__(
@@ -246,14 +246,9 @@ class DecorPreconditioner(DecorSGD):
         chosen = select(model, sites, filter)
         ranks = ranks_of(rank, chosen)
         check_weights(model, chosen)
-        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        self.layers = _hold(chosen, ranks)
+        self._optimizer = optimizer
+        self.layers = self._take(chosen, ranks)
         try:
-            if not any(id(layer.weight) in known for layer in self.layers.values()):
-                raise ValueError(
-                    f"optimizer: expected one with the weights of the chosen layers ({next(iter(chosen))}, "
-                    "...), found none of them; make it from this model's parameters"
-                )
             self._start(list(self.layers.items()), lr, kappa, sample, seed, scale_free, limit, every, follow)
         except (TypeError, ValueError):
             for layer in self.layers.values():
@@ -262,6 +257,28 @@ class DecorPreconditioner(DecorSGD):
         self._hooks = (
             optimizer.register_step_pre_hook(self._enter),
             optimizer.register_step_post_hook(self._leave),
+        )
+
+    def _take(self, chosen: Chosen, ranks: Mapping[str, int | None]) -> dict[str, PreconditionedLayer]:
+        """The chosen layers, each with an R that is the identity, if the optimizer has their weights."""
+        layers = _hold(chosen, ranks)
+        known = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+        # One that does not train may be missing. The gradient of another would be mapped, and its change not.
+        strange = [name for name, layer in layers.items() if layer.trains and id(layer.weight) not in known]
+        if strange:
+            for layer in layers.values():
+                layer.remove()
+            raise ValueError(
+                "optimizer: expected one with the weights of all chosen layers that train, it lacks "
+                f"{len(strange)} of {len(layers)} ({strange[0]}, ...); make it from this model's parameters, "
+                "or leave the others out with filter"
+            )
+        return layers
+
+    def __getstate__(self) -> dict:
+        raise TypeError(
+            "a DecorPreconditioner cannot be copied or pickled: its hooks are on one optimizer; make a new "
+            "one for the copy, and load state_dict()"
         )
 
     def _enter(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
@@ -298,13 +315,14 @@ class DecorPreconditioner(DecorSGD):
 
         Raises:
             TypeError: a rank that is no integer.
-            ValueError: as `decorrelate` does for sites, filters and ranks; nothing is changed then.
+            ValueError: as `decorrelate` does for sites, filters and ranks, or the optimizer lacks a weight;
+                nothing is changed then.
         """
         check_stock(model)
         chosen = select(model, sites, filter)
         ranks = ranks_of(rank, chosen)
         check_weights(model, chosen)
-        layers = _hold(chosen, ranks)
+        layers = self._take(chosen, ranks)
         caution = self.caution()
         with torch.no_grad():
             for names in inputs_of(chosen):

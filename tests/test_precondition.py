@@ -400,7 +400,7 @@ def test_the_model_may_move():
     ("change", "error", "match"),
     [
         (lambda m: ((m, "adam"), {}), TypeError, "expected a torch.optim.Optimizer, got str"),
-        (lambda m: ((m, torch.optim.SGD(network().parameters(), 0.1)), {}), ValueError, "found none of them"),
+        (lambda m: ((m, torch.optim.SGD(network().parameters(), 0.1)), {}), ValueError, "it lacks 2 of 2"),
         (lambda m: ((m, torch.optim.SGD(m.parameters(), 0.1)), {"rank": 99}), ValueError, "0: rank"),
         (lambda m: ((m, torch.optim.SGD(m.parameters(), 0.1)), {"lr": -1.0}), ValueError, "lr"),
     ],
@@ -413,6 +413,25 @@ def test_bad_arguments_are_refused_and_leave_no_hooks(change, error, match):
     assert all(not m._forward_hooks for m in model.modules())
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
     assert train(model, optimizer, 2)
+
+
+def test_weights_that_another_optimizer_steps_are_refused():
+    model = network()
+    first = torch.optim.SGD(model[0].parameters(), 0.1)
+    with pytest.raises(ValueError, match=r"it lacks 1 of 2 \(2, ...\)"):
+        precondition(model, first)
+    decor = DecorPreconditioner(model, first, None, lambda name, module: name == "0")
+    with pytest.raises(ValueError, match="it lacks 1 of 2"):
+        decor.replan(model, None, everything)
+    assert list(decor.layers) == ["0"]
+    assert not model[2]._forward_hooks
+
+
+def test_a_copy_would_have_no_hooks():
+    model = network()
+    decor = precondition(model, torch.optim.SGD(model.parameters(), 0.1))
+    with pytest.raises(TypeError, match="make a new one"):
+        copy.deepcopy(decor)
 
 
 def test_tied_and_converted_models_are_refused():

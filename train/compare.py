@@ -59,6 +59,7 @@ def read(path: str | Path) -> Run:
     for record in folder.records():
         if record["kind"] == "eval":
             run.heldout.append((record["step"], record["heldout_loss"]))
+        if record["kind"] not in ("step", "skip"):
             continue
         if record["step"] != len(run.seconds) + 1:
             raise ValueError(

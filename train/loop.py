@@ -20,8 +20,9 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from dbpkern import DecorSGD
+from dbpkern import DecorPreconditioner, DecorSGD
 from dbpkern.nn import Decorrelated
+from dbpkern.precondition import PreconditionedLayer
 from dbpkern.sampling import derive_seed
 from train import checkpoint
 from train.energy import KINDS, Meter
@@ -37,16 +38,20 @@ class Interrupted(Exception):
     """The run was asked to stop (SIGTERM or Ctrl-C), and saved its state if that was sound."""
 
 
-def health(model: nn.Module) -> dict[str, float]:
+def health(model: nn.Module, decor: DecorSGD | None = None) -> dict[str, float]:
     """The largest absolute entry of every parameter and R by name, one wait for the device.
+
+    R are those of decorrelated layers and of `decor`, if it is a `DecorPreconditioner`.
 
     A collective where weights are sharded.
     """
     tensors = dict(model.named_parameters())
     for name, module in model.named_modules():
         if isinstance(module, Decorrelated):
-            names = (f"{name}.{factor}" for factor in module.structure.names)
-            tensors |= dict(zip(names, module.factors, strict=True))
+            tensors |= _factors(name, module)
+    if isinstance(decor, DecorPreconditioner):
+        for name, layer in decor.layers.items():
+            tensors |= _factors(name, layer)
     peaks = torch.stack([_peak(t.detach()) for t in tensors.values() if t.numel()])
     if any(isinstance(t, DTensor) for t in tensors.values()):
         # No maximum of several processes can be relied on to keep a NaN.
@@ -54,16 +59,20 @@ def health(model: nn.Module) -> dict[str, float]:
     return dict(zip((n for n, t in tensors.items() if t.numel()), peaks.tolist(), strict=True))
 
 
+def _factors(name: str, layer: Decorrelated | PreconditionedLayer) -> dict[str, Tensor]:
+    return {f"{name}.{factor}": t for factor, t in zip(layer.structure.names, layer.factors, strict=True)}
+
+
 def _peak(tensor: Tensor) -> Tensor:
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return local.abs().amax().float() if local.numel() else local.new_zeros((), dtype=torch.float32)
 
 
-def blame(model: nn.Module) -> str:
+def blame(model: nn.Module, decor: DecorSGD | None = None) -> str:
     """Which layer made the loss non-finite, as far as its state shows, and what to try."""
-    peaks = health(model)
+    peaks = health(model, decor)
     broken = [name for name, peak in peaks.items() if not math.isfinite(peak)]
-    matrices = [name for name in peaks if name.endswith(".R")]
+    matrices = [name for name in peaks if name.endswith((".R", ".Q", ".S"))]
     # R goes first where it goes: its entries grow by factors while weights still look ordinary.
     wild = [name for name in broken if name in matrices]
     if not wild and matrices:
@@ -237,7 +246,9 @@ class Loop:
                     if self._stop and not last:
                         raise Interrupted(self._last_checkpoint())
             if not self._finite():
-                raise Diverged(f"the run ended in a state that is not finite: {blame(self.model)}")
+                raise Diverged(
+                    f"the run ended in a state that is not finite: {blame(self.model, self.decor)}"
+                )
         finally:
             bar.close()
             for s, handler in previous.items():
@@ -337,7 +348,7 @@ class Loop:
             raise Diverged(
                 f"step {self.step}: {self._bad} steps in a row had a loss or gradient that is not finite "
                 f"(loss {loss}, gradient norm {norm}) and were skipped. "
-                f"Likely cause: {blame(self.model)}. {self._last_checkpoint()}"
+                f"Likely cause: {blame(self.model, self.decor)}. {self._last_checkpoint()}"
             )
 
     def _last_checkpoint(self) -> str:
@@ -345,7 +356,7 @@ class Loop:
         return f"The last good checkpoint is {saved[-1]}" if saved else "No checkpoint was saved"
 
     def _finite(self) -> bool:
-        return all(math.isfinite(peak) for peak in health(self.model).values())
+        return all(math.isfinite(peak) for peak in health(self.model, self.decor).values())
 
     def _evaluate(self) -> None:
         record = self.evaluate()
@@ -364,7 +375,7 @@ class Loop:
         if self._finite():
             checkpoint.save(self.run.checkpoints, self.step, self.state_dict(), self.keep, self.processes)
             return
-        reason = blame(self.model)
+        reason = blame(self.model, self.decor)
         if self.processes.is_main:
             tqdm.write(f"step {self.step}: not saved, {reason}")
 

@@ -242,8 +242,11 @@ class Config:
 
 
 def check_same_run(old: Mapping, new: Mapping, where: str) -> None:
-    """Raise ValueError naming the settings in which two configurations differ."""
-    old, new = flat(old), flat(new)
+    """Raise ValueError naming the settings in which two configurations differ.
+
+    A setting that did not exist when the old one was written was what it is by default.
+    """
+    old, new = flat(asdict(Config(""))) | flat(old), flat(new)
     differing = [
         f"{name} was {old.get(name)!r}, is {new.get(name)!r}"
         for name in sorted(old.keys() | new.keys())

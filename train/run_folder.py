@@ -2,7 +2,7 @@
 
 config.yaml            what the run was started with
 files.txt              the training images, one a line
-log.jsonl              one record a line: {"kind": "step" | "eval" | "skip", "step": ..., ...}
+log.jsonl              one record a line: {"kind": "step" | "skip" | "eval" | "plan", "step": ..., ...}
 tb/                    the same for TensorBoard, with pictures
 checkpoints/           see train.checkpoint
 summary.json, *.png    written at the end
