@@ -74,7 +74,10 @@ class _Stack:
             )
         for site, *factors in zip(sites, *self.factors, strict=True):
             site.bind(tuple(factors))
-        self.caution = torch.stack([site.caution.to(self.factors[0]) for site in sites])
+        like = self.factors[0]
+        self.caution = torch.stack(
+            [torch.ones_like(like[0, 0, 0]) if c.is_meta else c.to(like) for c in (s.caution for s in sites)]
+        )
         for site, caution in zip(sites, self.caution, strict=True):
             site.caution = caution
         self.rates = torch.zeros_like(self.caution)
@@ -218,8 +221,7 @@ class _FullStack(_Stack):
         ]  # before any R changes
         for (where, rows), proposed in zip(runs, proposals, strict=True):
             if proposed is not None:
-                torch._foreach_copy_(list(R[where]), proposed)
-                self.rates[where] = step.lr
+                self._take_over(where, torch.stack(proposed), step)
                 continue
             z = self.decorrelated(where, rows)
             n, d = z.shape[1:]
@@ -233,6 +235,15 @@ class _FullStack(_Stack):
                 ops.update_(R[where], z, rates, step.kappa)
             else:
                 self._apply(where, *ops.correlation(z, step.kappa), step)
+
+    def _take_over(self, where: slice, proposed: Tensor, step: _Step) -> None:
+        """Step the sites `where` to the R `[L', d, d]` that their forwards have made by `step`."""
+        R = self.factors[0][where]
+        size = proposed.abs().sum((1, 2))
+        rates = self.choose_rates(where, step, size, None)
+        share = (self.caution[where] * size.isfinite())[:, None, None]  # R moves in proportion to its rate
+        self.rates[where] = rates
+        R.copy_(torch.where(share > 0, torch.lerp(R, proposed, share), R))
 
     def _apply(self, where: slice, M: Tensor, a: Tensor, step: _Step) -> None:
         """Step the sites `where` by their M `[L', d, d]`, which is used up, and a `[L', d]`."""
@@ -348,6 +359,7 @@ def _bound_of_rows(z: Tensor, kappa: float) -> Tensor:
 
     `||offdiag G|| <= ||G|| <= ||z z^T||_F / n`, and the term of the variances adds at most kappa.
     """
+    z = z.float() if z.dtype == torch.float16 else z  # its squares leave that range
     gram = torch.bmm(z, z.mT).div_(z.shape[1])
     return torch.linalg.matrix_norm(gram.to(torch.promote_types(z.dtype, torch.float32))) + kappa
 
@@ -545,7 +557,6 @@ class DecorSGD(torch.optim.Optimizer):
         """Forget the rows sampled since the last step, for steps that are to be skipped."""
         for site in self._sites:
             site.slot.clear()
-        self._sampler.advance()
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> None:
@@ -591,7 +602,7 @@ class DecorSGD(torch.optim.Optimizer):
         ]
         group = self.param_groups[0]
         options = {name: group[name] for name in ("kappa", "scale_free", "limit")}
-        options["every"] = self._sampler.every
+        options |= {"every": self._sampler.every, "lr": float(group["lr"])}
         if distributed.differs(repr((stacked, options)), device):
             raise ValueError(
                 "DecorSGD: expected the same R, types of device and options on all processes; this one has "

@@ -63,6 +63,7 @@ class PreconditionedLayer:
         self._factors = self.structure.start(self.weight[0].numel(), dtype, self.weight.device)
         self._key: Tensor | None = None
         self._before: Tensor | None = None
+        self._mapped: tuple[Tensor, int] | None = None
         self._hook = layer.register_forward_hook(self._sample, with_kwargs=True)
 
     @property
@@ -113,6 +114,13 @@ class PreconditionedLayer:
         if self._key is None or not layer.training or not torch.is_grad_enabled() or not self.trains:
             return None
         x = args[0] if args else kwargs["query" if isinstance(layer, nn.MultiheadAttention) else "input"]
+        if isinstance(layer, nn.MultiheadAttention):
+            others = [*args[1:3], *(kwargs[name] for name in ("key", "value") if name in kwargs)]
+            if any(other is not x for other in others):
+                raise ValueError(
+                    "DecorPreconditioner serves self-attention alone: expected the same tensor as query, key "
+                    "and value; keep cross-attention out with filter"
+                )
         y = output[0] if isinstance(output, tuple) else output
         if torch.compiler.is_compiling():
             tied = Tap.apply(y, x.detach(), self._key)
@@ -127,14 +135,21 @@ class PreconditionedLayer:
 
     @torch.no_grad()
     def enter(self) -> None:
-        """Bring the gradient to the coordinates of z, and remember V; nothing without a gradient."""
+        """Bring the gradient to the coordinates of z, and remember V; nothing without a gradient.
+
+        Nor a second time, where `leave` did not come in between and the gradient is the one mapped before.
+        """
         if self.weight.grad is None:
+            self._before = self._mapped = None
             return
         gradient = _local(self.weight.grad)
+        if self._mapped is not None and self._mapped[0] is gradient and self._mapped[1] == gradient._version:
+            return
         self._before = _local(self.weight).clone()
         R = self.factors
         mapped = self.structure.transform(gradient.flatten(1).to(R[0].dtype), *R)
         gradient.copy_(mapped.view_as(gradient))
+        self._mapped = (gradient, gradient._version)
 
     @torch.no_grad()
     def leave(self) -> None:
@@ -144,7 +159,7 @@ class PreconditionedLayer:
         V, before, R = _local(self.weight), self._before, self.factors
         change = (V - before).flatten(1).to(R[0].dtype)
         V.copy_(before + self.structure.fold(change, None, *R).view_as(V))
-        self._before = None
+        self._before = self._mapped = None
 
     def remove(self) -> None:
         """Leave the layer without hook."""
@@ -153,7 +168,13 @@ class PreconditionedLayer:
 
     def __getstate__(self) -> dict:
         # A copy of the model does not send its samples to the original's optimizer.
-        return {**self.__dict__, "_key": None, "_before": None}
+        return {**self.__dict__, "_key": None, "_before": None, "_mapped": None}
+
+
+def _preconditioned(module: nn.Module) -> bool:
+    """Whether samples of the module's input go to a `DecorPreconditioner`."""
+    owners = (getattr(hook, "__self__", None) for hook in module._forward_hooks.values())
+    return any(isinstance(owner, PreconditionedLayer) and owner.slot_key is not None for owner in owners)
 
 
 @contextmanager
@@ -180,7 +201,7 @@ def _hold(chosen: Chosen, ranks: Mapping[str, int | None]) -> dict[str, Precondi
                 layers[name] = PreconditionedLayer(module, ranks[name])
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
-    except ValueError:
+    except BaseException:
         for layer in layers.values():
             layer.remove()
         raise
@@ -246,14 +267,20 @@ class DecorPreconditioner(DecorSGD):
         chosen = select(model, sites, filter)
         ranks = ranks_of(rank, chosen)
         check_weights(model, chosen)
+        taken = [name for name, (module, _) in chosen.items() if _preconditioned(module)]
+        if taken:
+            raise ValueError(
+                f"{taken[0]}: another DecorPreconditioner holds this layer; remove() that one first"
+            )
         self._optimizer = optimizer
         self.layers = self._take(chosen, ranks)
         try:
             self._start(list(self.layers.items()), lr, kappa, sample, seed, scale_free, limit, every, follow)
-        except (TypeError, ValueError):
+        except BaseException:
             for layer in self.layers.values():
                 layer.remove()
             raise
+        self._entered = False
         self._hooks = (
             optimizer.register_step_pre_hook(self._enter),
             optimizer.register_step_post_hook(self._leave),
@@ -284,16 +311,29 @@ class DecorPreconditioner(DecorSGD):
     def _enter(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         if any(argument is not None for argument in (*args[1:], *kwargs.values())):  # args[0]: the optimizer
             raise ValueError(
-                "DecorPreconditioner: expected optimizer.step() without a closure, whose gradients would "
-                "come after they were mapped"
+                "DecorPreconditioner: expected optimizer.step() without a closure or other arguments: its "
+                "gradients would come after they were mapped"
             )
+        self._entered = True
         for layer in self.layers.values():
             layer.enter()
 
     def _leave(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        if not self._entered:
+            return  # a step() that calls super().step() runs the hooks of both
+        self._entered = False
         for layer in self.layers.values():
             layer.leave()
-        self.step()
+        self._opt_called = True  # for a scheduler of eta, which warns otherwise
+        super().step()
+
+    def step(self, closure: None = None) -> None:
+        """R's step is part of the optimizer's: there is nothing to call.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError("DecorPreconditioner: expected optimizer.step() alone, which updates R, too")
 
     def replan(
         self,
@@ -340,6 +380,8 @@ class DecorPreconditioner(DecorSGD):
             site.caution.fill_(caution.get(site.name, 1.0))
         self._stacks = []
         self._refresh()
+        self._checked, self._halves = False, None  # looked at anew in the next step
+        torch._dynamo.reset()  # compiled code does not see hooks that came later
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Restore `state_dict()`.

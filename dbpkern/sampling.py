@@ -189,7 +189,9 @@ class Slot:
 
     @torch.no_grad()
     def add_rows(self, rows: Tensor) -> None:
-        """Take rows that were sampled in a forward."""
+        """Take rows that were sampled in a forward, on a step that is due."""
+        if not self.sampler.due:
+            return
         self._begin()
         self._keep(rows)
         self.proposal = None  # it would lack these rows

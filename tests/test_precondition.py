@@ -455,3 +455,87 @@ def test_a_closure_is_refused_before_anything_changes():
     with pytest.raises(ValueError, match="without a closure"):
         optimizer.step(lambda: loss)
     assert torch.equal(model[0].weight.grad, gradient)
+
+
+def test_a_second_one_is_refused_until_the_first_is_removed():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    first = precondition(model, optimizer)
+    with pytest.raises(ValueError, match=r"0: another DecorPreconditioner holds this layer; remove\(\)"):
+        precondition(model, optimizer)
+    train(model, optimizer, 1)
+    first.remove()
+    precondition(model, optimizer)
+
+
+def test_an_optimizer_whose_step_calls_another_maps_once():
+    class Outer(torch.optim.SGD):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    models = network(), network()
+    torch.optim.SGD(models[0].parameters(), 0.05)  # from now on both steps run hooks
+    optimizers = torch.optim.SGD(models[0].parameters(), 0.05), Outer(models[1].parameters(), 0.05)
+    decors = [precondition(m, o, every=2) for m, o in zip(models, optimizers, strict=True)]
+    assert train(models[0], optimizers[0], 6) == train(models[1], optimizers[1], 6)
+    assert torch.equal(*(decor.layers["0"].factors[0] for decor in decors))
+
+
+def test_a_step_that_failed_can_be_tried_again():
+    class Fails(torch.optim.SGD):
+        fails = False
+
+        @torch.no_grad()
+        def step(self, closure=None):
+            if self.fails:
+                raise MemoryError
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.sub_(p.grad, alpha=0.05)
+
+    models = network(), network()
+    optimizers = [Fails(m.parameters(), 0.05) for m in models]
+    decors = [precondition(m, o) for m, o in zip(models, optimizers, strict=True)]
+    for model, optimizer in zip(models, optimizers, strict=True):
+        train(model, optimizer, 2)
+        optimizer.zero_grad()
+        loss_of(model, batch(2)).backward()
+    optimizers[1].fails = True
+    with pytest.raises(MemoryError):
+        optimizers[1].step()
+    optimizers[1].fails = False
+    for optimizer in optimizers:
+        optimizer.step()
+    torch.testing.assert_close(models[0][0].weight, models[1][0].weight)
+    torch.testing.assert_close(*(decor.layers["0"].factors[0] for decor in decors))
+
+
+def test_R_steps_with_the_optimizer_alone():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    decor = precondition(model, optimizer)
+    with pytest.raises(RuntimeError, match=r"expected optimizer.step\(\) alone"):
+        decor.step()
+
+
+def test_cross_attention_is_refused():
+    attention = nn.MultiheadAttention(8, 2, batch_first=True)
+    model = nn.ModuleDict({"attention": attention})
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    DecorPreconditioner(model, optimizer, None, lambda name, module: name == "attention")
+    x = torch.randn(2, 3, 8)
+    attention(x, x, x)[0].sum().backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match="self-attention alone"):
+        attention(x, torch.randn(2, 3, 8), x)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_dropping_the_rows_in_every_step_does_not_stop_R(every):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    decor = precondition(model, optimizer, every=every)
+    for step in range(6):
+        decor.zero_grad()
+        train(model, optimizer, 1, step)
+    assert (decor.layers["0"].factors[0] - torch.eye(D)).abs().max() > 0.01

@@ -297,6 +297,23 @@ def test_samples_that_are_not_finite_leave_R_alone_and_halve_its_rate(value, opt
     assert float(decor.rates()[decor.names[0]]) <= 0.005 * (1 + 1e-12)
 
 
+def test_an_R_made_in_the_forward_is_not_taken_over_if_it_is_not_finite():
+    torch.manual_seed(0)
+    model = mlp(D, 64, dtype=torch.float64, form="apply")
+    decor = DecorSGD(model, 0.01, sample=1.0, limit=None)
+    feed(model, decor, ill_conditioned(32))
+    kept = R_of(model).clone()
+    bad = ill_conditioned(32)
+    bad[0] = torch.inf
+    feed(model, decor, bad)
+    assert torch.equal(R_of(model), kept)
+    assert list(decor.caution().values()) == [0.5]
+    x = ill_conditioned(32, seed=1)
+    feed(model, decor, x)
+    expected = reference.update(kept[None], reference.transform(x, kept)[None], 0.005)[0]
+    torch.testing.assert_close(R_of(model), expected, rtol=1e-12, atol=1e-14)
+
+
 def test_one_layer_alone_is_careful():
     model = nn.ModuleDict({"a": mlp(D, 4, form="fold"), "b": mlp(D, 4, form="fold")})
     decor = DecorSGD(model, 0.01, sample=1.0)

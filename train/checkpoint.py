@@ -173,7 +173,7 @@ def load(path: Path, processes: Processes) -> dict:
         files = _files(path)
         for name in processes.share(sorted(files)):
             _check(path / name, files[name])
-    except CheckpointError as found:
+    except (CheckpointError, OSError) as found:
         error = str(found)
     for message in processes.gather(error):
         if message is not None:
