@@ -55,8 +55,8 @@ class OptimConfig:
         warmup_epochs: Length of the linear warm-up.
         warmup_steps: The same in steps; overrides warmup_epochs.
         weight_decay: Of weights with two or more dimensions; biases and norms have none.
-        betas: Of AdamW, Muon's included.
-        clip_grad: Largest norm of the gradient; null for no limit.
+        betas: Of AdamW; the first is Muon's momentum, too.
+        clip_grad: Largest norm of the gradient, before R maps it; null for no limit.
     """
 
     name: Literal["adamw", "muon", "kron"] = "adamw"
@@ -84,8 +84,8 @@ class DecorConfig:
         eta: Rate of the decorrelation step.
         follow: Whether eta follows the schedule of the learning rate.
         scale_free: Whether the step is free of the variances of z.
-        limit: Of eta times the largest eigenvalue of each layer's M; null for no limit.
-        every: Steps from one update of R to the next.
+        limit: Of eta times an upper bound of the eigenvalues of each layer's M; null for no limit.
+        every: Steps from one update of R to the next, which has that many times eta.
         kappa: Weight in [0, 1] of the unit-variance term.
         sample: Part of the rows, in (0, 1], that the statistics are taken from.
         rank: For a low-rank R: one rank for all sites, or ranks by site, such as {fc2: 64}; the others get
@@ -326,7 +326,7 @@ def build_optimizers(
     if config.optim.name == "adamw":
         optimizer = torch.optim.AdamW(groups, lr=peak, betas=betas)
     elif config.optim.name == "muon":
-        optimizer = Muon(groups, lr=peak, betas=betas)
+        optimizer = Muon(groups, lr=peak, momentum=betas[0], betas=betas)
     else:
         optimizer = kron.Kron(groups, lr=peak, decoupled_decay=True, deterministic=True)
         # Compiled, as timm has them, its contractions of a 384 x 128 weight ask for 9 GB.
