@@ -381,7 +381,7 @@ class DecorPreconditioner(DecorSGD):
         self._stacks = []
         self._refresh()
         self._checked, self._halves = False, None  # looked at anew in the next step
-        torch._dynamo.reset()  # compiled code does not see hooks that came later
+        torch.compiler.reset()  # compiled code does not see hooks that came later
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Restore `state_dict()`.
