@@ -3,7 +3,7 @@
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -240,9 +240,8 @@ class _FullStack(_Stack):
         """Step the sites `where` to the R `[L', d, d]` that their forwards have made by `step`."""
         R = self.factors[0][where]
         size = proposed.abs().sum((1, 2))
-        rates = self.choose_rates(where, step, size, None)
+        self.choose_rates(where, step, size, None)
         share = (self.caution[where] * size.isfinite())[:, None, None]  # R moves in proportion to its rate
-        self.rates[where] = rates
         R.copy_(torch.where(share > 0, torch.lerp(R, proposed, share), R))
 
     def _apply(self, where: slice, M: Tensor, a: Tensor, step: _Step) -> None:
@@ -653,6 +652,11 @@ class DecorSGD(torch.optim.Optimizer):
             losses |= {s.name: v for s, v, n in zip(stack.sites, values, counts.tolist(), strict=True) if n}
         return {name: losses[name] for name in self.names if name in losses}
 
+    def _restore_caution(self, caution: Mapping[str, float]) -> None:
+        """Set what `caution()` has told; layers that it does not name are as at the start."""
+        for site in self._sites:
+            site.caution.fill_(caution.get(site.name, 1.0))
+
     def _warn_of_silent_layers(self) -> None:
         if self._checked:
             return
@@ -689,7 +693,7 @@ class DecorSGD(torch.optim.Optimizer):
         super().load_state_dict({k: v for k, v in state_dict.items() if k not in ours})
         for site in self._sites:
             site.slot.clear()
-            site.caution.fill_(state_dict["caution"].get(site.name, 1.0))
+        self._restore_caution(state_dict["caution"])
         self._sampler.seek(**state_dict["sampling"])
 
     def __getstate__(self) -> dict:
@@ -707,8 +711,7 @@ class DecorSGD(torch.optim.Optimizer):
         self._sampler = Sampler(*sampling)
         self._sampler.seek(self._sampler.seed, step)
         self._sites = self._make_sites(layers)
-        for site in self._sites:
-            site.caution.fill_(caution.get(site.name, 1.0))
+        self._restore_caution(caution)
         self._stacks = []
         self._checked = True
         self._halves = None

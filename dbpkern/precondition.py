@@ -143,13 +143,14 @@ class PreconditionedLayer:
             self._before = self._mapped = None
             return
         gradient = _local(self.weight.grad)
-        if self._mapped is not None and self._mapped[0] is gradient and self._mapped[1] == gradient._version:
+        before, version = self._mapped or (None, None)
+        if before is self.weight.grad and version == gradient._version:
             return
         self._before = _local(self.weight).clone()
         R = self.factors
         mapped = self.structure.transform(gradient.flatten(1).to(R[0].dtype), *R)
         gradient.copy_(mapped.view_as(gradient))
-        self._mapped = (gradient, gradient._version)
+        self._mapped = (self.weight.grad, gradient._version)
 
     @torch.no_grad()
     def leave(self) -> None:
@@ -171,18 +172,16 @@ class PreconditionedLayer:
         return {**self.__dict__, "_key": None, "_before": None, "_mapped": None}
 
 
-def _preconditioned(module: nn.Module) -> bool:
-    """Whether samples of the module's input go to a `DecorPreconditioner`."""
+def _sampled_by(module: nn.Module) -> list[PreconditionedLayer]:
+    """What samples the module's input for a `DecorPreconditioner`."""
     owners = (getattr(hook, "__self__", None) for hook in module._forward_hooks.values())
-    return any(isinstance(owner, PreconditionedLayer) and owner.slot_key is not None for owner in owners)
+    return [o for o in owners if isinstance(o, PreconditionedLayer) and o.slot_key is not None]
 
 
 @contextmanager
 def unsampled(model: nn.Module) -> Iterator[None]:
     """Let nothing that the model does meanwhile count as a sample for a `DecorPreconditioner`."""
-    hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
-    owners = [getattr(hook, "__self__", None) for hook in hooks]
-    keys = [(owner, owner._key) for owner in owners if isinstance(owner, PreconditionedLayer)]
+    keys = [(layer, layer._key) for module in model.modules() for layer in _sampled_by(module)]
     for layer, _ in keys:
         layer._key = None
     try:
@@ -221,7 +220,7 @@ class DecorPreconditioner(DecorSGD):
     their state_dict stay those of the plain model: nothing has to be fused at the end. R is in the state_dict
     of this object.
 
-    The optimizer's weight decay acts in the coordinates of z, like the rest of its change.
+    The optimizer's weight decay is mapped like the rest of its change: V decays by `lr wd V R`.
 
     Args:
         model: any model; layers that share an input, like separate q, k and v projections, share R.
@@ -267,7 +266,7 @@ class DecorPreconditioner(DecorSGD):
         chosen = select(model, sites, filter)
         ranks = ranks_of(rank, chosen)
         check_weights(model, chosen)
-        taken = [name for name, (module, _) in chosen.items() if _preconditioned(module)]
+        taken = [name for name, (module, _) in chosen.items() if _sampled_by(module)]
         if taken:
             raise ValueError(
                 f"{taken[0]}: another DecorPreconditioner holds this layer; remove() that one first"
@@ -376,8 +375,7 @@ class DecorPreconditioner(DecorSGD):
             layer.remove()
         self.layers = layers
         self._sites = self._make_sites(list(layers.items()))
-        for site in self._sites:
-            site.caution.fill_(caution.get(site.name, 1.0))
+        self._restore_caution(caution)
         self._stacks = []
         self._refresh()
         self._checked, self._halves = False, None  # looked at anew in the next step
