@@ -30,7 +30,7 @@ from torch import nn
 
 from bench import measure, probe, record
 from bench.baselines import PublishedRule
-from bench.matrix import ABLATIONS, ARMS, PRESETS, SEEDS, Run, every_arm
+from bench.matrix import ABLATIONS, ARMS, PRESETS, REFERENCE, SEEDS, Run, every_arm
 from bench.options import count
 from train import pretrain, processes
 from train.data import DataConfig
@@ -230,7 +230,7 @@ class Matrix:
         for arm in arms:
             if rate is None and arm in ARMS:
                 found += [Run(self.preset, arm, r, seeds[0]) for r in ARMS[arm].rates]
-            chosen = rate if rate is not None else self.best_rate(arm if arm in ARMS else "dbp", seeds[0])
+            chosen = rate if rate is not None else self.best_rate(arm if arm in ARMS else REFERENCE, seeds[0])
             if chosen is not None:
                 found += [Run(self.preset, arm, chosen, seed) for seed in seeds]
         return dict.fromkeys(found)
@@ -241,7 +241,7 @@ class Matrix:
 
     def waiting(self, arms: Sequence[str], seeds: Sequence[int], rate: float | None) -> list[str]:
         """The arms whose further seeds wait until a best rate is known."""
-        tuned = {arm: arm if arm in ARMS else "dbp" for arm in arms}
+        tuned = {arm: arm if arm in ARMS else REFERENCE for arm in arms}
         return [a for a in arms if rate is None and self.best_rate(tuned[a], seeds[0]) is None]
 
 
@@ -532,10 +532,10 @@ def check_start(matrix: Matrix, args: argparse.Namespace, arms: Sequence[str]) -
     if unusable:
         raise ValueError("\n".join([*unusable, "move or delete these files, and their runs are made again"]))
     ablations = [arm for arm in arms if arm not in ARMS]
-    if ablations and "dbp" not in arms and matrix.waiting(ablations, args.seeds, args.rate):
+    if ablations and REFERENCE not in arms and matrix.waiting(ablations, args.seeds, args.rate):
         raise ValueError(
-            f"{', '.join(ablations)}: ablations run at the best rate of dbp, which is not known yet; "
-            "add dbp to --arms, or give a --rate"
+            f"{', '.join(ablations)}: ablations run at the best rate of {REFERENCE}, which is not known "
+            f"yet; add {REFERENCE} to --arms, or give a --rate"
         )
 
 

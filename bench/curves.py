@@ -20,14 +20,13 @@ from matplotlib.figure import Figure
 
 from bench import record
 from bench.convergence import Matrix, Result, best
-from bench.matrix import ABLATIONS, ARMS, PRESETS, Run, every_arm
+from bench.matrix import ABLATIONS, ARMS, PRESETS, REFERENCE, Run, every_arm
 from train.compare import average, mean
 from train.energy import KINDS
 from train.plots import WINDOW
 from train.run_folder import to_json, write_atomically
 
 BASE = "adamw"  # sets the target
-REFERENCE = "dbp"  # of the ablations
 ENOUGH = 3  # seeds
 COLOURS = {name: f"C{i}" for i, name in enumerate(ARMS)}
 

@@ -2,7 +2,7 @@
 
 A run is named by (preset, arm, rate, seed). The main arms are run at several rates with the first seed; each
 arm's best rate, by its final training loss, is then run with the other seeds, too. Ablations change one
-setting of the arm "dbp" and run at that arm's best rate.
+setting of the arm `REFERENCE` and run at that arm's best rate.
 """
 
 import copy
@@ -105,13 +105,15 @@ PRESETS = {
 
 _RATES = (2e-3, 3e-3, 5e-3, 8e-3)
 _HIGHER = (5e-3, 8e-3, 1.2e-2)  # decorrelated, the best rate lies higher
-_DBP = {"decor.enable": True}
-_LAYERS = _DBP | {
+_DEFAULT = {"decor.enable": True}
+_FULL = _DEFAULT | {"decor.sites": "all", "decor.rank": None, "decor.every": 1, "decor.sample": 0.1}
+_LAYERS = _FULL | {
     "decor.form": "auto",
     "decor.scale_free": False,
     "decor.eta": 1e-2,
     "decor.follow": True,
 }
+REFERENCE = "dbp-full"  # of the ablations
 
 ARMS = {
     "adamw": Arm("AdamW", {}, _RATES),
@@ -123,32 +125,47 @@ ARMS = {
         _RATES,
         published=True,
     ),
-    "dbp": Arm("DBP", _DBP, (2e-3, 3e-3, *_HIGHER)),
-    "dbp-rank32": Arm("DBP, rank 32", _DBP | {"decor.rank": 32}, _HIGHER),
-    "dbp-auto": Arm("DBP, sites by measurement", _DBP | {"decor.sites": "auto"}, _HIGHER),
-    "dbp-muon": Arm("DBP with Muon", _DBP | {"optim.name": "muon"}, _RATES),
+    "dbp-full": Arm("DBP, full R at every site", _FULL, (2e-3, 3e-3, *_HIGHER)),
+    "dbp-auto": Arm(
+        "DBP, sites by measurement", _DEFAULT | {"decor.sites": "auto", "decor.rank": None}, _HIGHER
+    ),
     "dbp-layers": Arm("DBP in the layers", _LAYERS, _HIGHER),
     "dbp-layers-muon": Arm("DBP in the layers, with Muon", _LAYERS | {"optim.name": "muon"}, _RATES),
 }
 
 ABLATIONS = {
     "sample": {
-        f"sample-{share}": Arm(f"sample {share} %", _DBP | {"decor.sample": share / 100})
+        f"sample-{share}": Arm(f"sample {share} %", _FULL | {"decor.sample": share / 100})
         for share in (2, 5, 20)
     },
-    "every": {f"every-{k}": Arm(f"every {k} steps", _DBP | {"decor.every": k}) for k in (2, 4, 10)},
+    "every": {f"every-{k}": Arm(f"every {k} steps", _FULL | {"decor.every": k}) for k in (2, 4, 10)},
     "sites": {
-        "sublayers": Arm("sublayer sites", _DBP | {"decor.sites": "sublayers"}),
-        "encoder": Arm("encoder alone", _DBP | {"decor.decoder": False}),
+        "sublayers": Arm("sublayer sites", _FULL | {"decor.sites": "sublayers"}),
+        "encoder": Arm("encoder alone", _FULL | {"decor.decoder": False}),
         "encoder-sublayers": Arm(
-            "encoder alone, sublayer sites", _DBP | {"decor.decoder": False, "decor.sites": "sublayers"}
+            "encoder alone, sublayer sites", _FULL | {"decor.decoder": False, "decor.sites": "sublayers"}
         ),
     },
-    "rank": {f"rank-{r}": Arm(f"rank {r}", _DBP | {"decor.rank": r}) for r in (8, 16)},
-    "rate": {f"eta-{eta:g}": Arm(f"eta {eta:g}", _DBP | {"decor.eta": eta}) for eta in (0.02, 0.15)},
-    "schedule": {"follow": Arm("eta follows the learning rate", _DBP | {"decor.follow": True})},
+    "rank": {
+        "rank-8": Arm("rank 8", _FULL | {"decor.rank": 8}),
+        "rank-eighth": Arm("rank 1/8 of the width", _FULL | {"decor.rank": 0.125}),
+        "rank-quarter": Arm("rank 1/4 of the width", _FULL | {"decor.rank": 0.25}),
+    },
+    "cheap": {
+        "eighth-every-4": Arm("rank 1/8, every 4 steps", _FULL | {"decor.rank": 0.125, "decor.every": 4}),
+        "quarter-every-4": Arm("rank 1/4, every 4 steps", _FULL | {"decor.rank": 0.25, "decor.every": 4}),
+        "mixed-every-4": Arm(
+            "sublayers full, others rank 1/8, every 4 steps",
+            _FULL | {"decor.rank": {"proj": 0.125, "fc2": 0.125}, "decor.every": 4},
+        ),
+        "sublayers-every-4": Arm(
+            "sublayer sites, every 4 steps", _FULL | {"decor.sites": "sublayers", "decor.every": 4}
+        ),
+    },
+    "rate": {f"eta-{eta:g}": Arm(f"eta {eta:g}", _FULL | {"decor.eta": eta}) for eta in (0.02, 0.15)},
+    "schedule": {"follow": Arm("eta follows the learning rate", _FULL | {"decor.follow": True})},
     "scale": {
-        "unscaled": Arm("not scale-free, eta 0.01", _DBP | {"decor.scale_free": False, "decor.eta": 1e-2})
+        "unscaled": Arm("not scale-free, eta 0.01", _FULL | {"decor.scale_free": False, "decor.eta": 1e-2})
     },
 }
 

@@ -1,5 +1,6 @@
 """Convert a model to decorrelated layers and back."""
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 
@@ -41,6 +42,7 @@ _CONVERTERS = {
 }
 
 Filter = Callable[[str, nn.Module], bool]
+Rank = int | float | None
 Chosen = Mapping[str, tuple[nn.Module, str | None]]
 """Layers by name, with the site at which each stands, if known."""
 
@@ -235,13 +237,32 @@ def share_inputs(chosen: Chosen, holders: Mapping[str, object]) -> None:
                 holders[name].factors = holders[first].factors
 
 
-def ranks_of(rank: int | Mapping[str, int | None] | None, chosen: Chosen) -> dict[str, int | None]:
+def _check_rank(rank: Rank) -> None:
+    """Raise TypeError or ValueError for what is no rank of any layer."""
+    if not isinstance(rank, float):
+        structure_of(rank)
+    elif not 0 < rank < 1:
+        raise ValueError(f"rank: expected an integer, or a part of the width in (0, 1), got {rank}")
+
+
+def _in_numbers(rank: Rank, module: nn.Module) -> int | None:
+    """The rank that a part of the width stands for in this layer: a multiple of 8, as tensor cores like it."""
+    if not isinstance(rank, float):
+        return rank
+    if isinstance(module, nn.MultiheadAttention):
+        d = module.embed_dim
+    else:
+        d = module.weight[0].numel()
+    return min(d, 8 * math.ceil(rank * d / 8))
+
+
+def ranks_of(rank: Rank | Mapping[str, Rank], chosen: Chosen) -> dict[str, int | None]:
     """The rank of R for each chosen layer, None for a full one; a layer's own goes before its site's."""
     if not isinstance(rank, Mapping):
-        structure_of(rank)
-        return dict.fromkeys(chosen, rank)
+        _check_rank(rank)
+        return {name: _in_numbers(rank, module) for name, (module, _) in chosen.items()}
     for one in rank.values():
-        structure_of(one)
+        _check_rank(one)
     sites = tuple(dict.fromkeys(site for _, site in chosen.values() if site is not None))
     unknown = [key for key in rank if key not in sites and key not in chosen]
     if unknown:
@@ -249,7 +270,9 @@ def ranks_of(rank: int | Mapping[str, int | None] | None, chosen: Chosen) -> dic
             f"rank: expected some of the chosen sites {sites} as keys, got {unknown[0]!r}, which is none of "
             "the chosen layers either"
         )
-    ranks = {name: rank.get(name, rank.get(site)) for name, (_, site) in chosen.items()}
+    ranks = {
+        name: _in_numbers(rank.get(name, rank.get(site)), module) for name, (module, site) in chosen.items()
+    }
     for names in inputs_of(chosen):
         if len({ranks[name] for name in names}) > 1:
             given = ", ".join(f"{name}: {ranks[name]}" for name in names)
@@ -262,7 +285,7 @@ def decorrelate(
     sites: str | Iterable[str] | None = "sublayers",
     filter: Filter | None = None,
     form: str = "auto",
-    rank: int | Mapping[str, int | None] | None = None,
+    rank: Rank | Mapping[str, Rank] = None,
 ) -> nn.Module:
     """Replace layers of a model by decorrelated ones, in place.
 
@@ -279,14 +302,15 @@ def decorrelate(
             `lambda name, module: not name.startswith("decoder")`.
         form: how the layers compute: "auto", "fold" or "apply", see `dbpkern.nn`.
         rank: None for a full R of `d^2` numbers in every layer; an integer r for `R = I + Q S Q^T` with
-            `d r + r^2` numbers; or ranks by site or by layer's name, as in `{"fc2": 128}`, where others get
-            a full R.
+            `d r + r^2` numbers; a number in (0, 1) for that part of each layer's width d, rounded up to a
+            multiple of 8; or ranks by site or by layer's name, as in `{"fc2": 128}`, where others get a full
+            R.
 
     Returns:
         The model.
 
     Raises:
-        TypeError: a rank that is no integer.
+        TypeError: a rank that is no number.
         ValueError: a site that matches nothing (the message lists what exists) or that cannot be served, a
             filter that leaves nothing, a model that is converted or sharded already, tied weights, an unknown
             form, a rank below 1 or above a layer's width, ranks for a site or layer that is not chosen, or

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dbpkern.convert import (
     Chosen,
     Filter,
+    Rank,
     check_stock,
     check_weights,
     inputs_of,
@@ -239,7 +240,7 @@ class DecorPreconditioner(DecorSGD):
         follow: an optimizer, this or another, whose learning rate scales eta.
 
     Raises:
-        TypeError: `optimizer` is no optimizer, or a rank no integer.
+        TypeError: `optimizer` is no optimizer, or a rank no number.
         ValueError: as `decorrelate` does for sites, filters and ranks, as `DecorSGD` does for numbers, or
             the optimizer lacks a chosen layer's weight that trains.
     """
@@ -250,7 +251,7 @@ class DecorPreconditioner(DecorSGD):
         optimizer: torch.optim.Optimizer,
         sites: str | Iterable[str] | None = "all",
         filter: Filter | None = None,
-        rank: int | Mapping[str, int | None] | None = None,
+        rank: Rank | Mapping[str, Rank] = None,
         lr: float | Tensor = 0.05,
         kappa: float = 0.0,
         sample: float = 0.1,
@@ -339,7 +340,7 @@ class DecorPreconditioner(DecorSGD):
         model: nn.Module,
         sites: str | Iterable[str] | None = "all",
         filter: Filter | None = None,
-        rank: int | Mapping[str, int | None] | None = None,
+        rank: Rank | Mapping[str, Rank] = None,
     ) -> None:
         """Choose other layers, between two steps; the function of the network stays as it is.
 
@@ -353,7 +354,7 @@ class DecorPreconditioner(DecorSGD):
             rank: of their R.
 
         Raises:
-            TypeError: a rank that is no integer.
+            TypeError: a rank that is no number.
             ValueError: as `decorrelate` does for sites, filters and ranks, or the optimizer lacks a weight;
                 nothing is changed then.
         """

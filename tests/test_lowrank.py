@@ -1346,7 +1346,9 @@ def test_ranks_by_site():
             r"rank: expected some of the chosen sites \('patch_embed', 'qkv', 'fc1'\) as keys, got 'fc2'",
         ),
         ({"rank": {"blocks": 3}}, ValueError, "chosen sites .* got 'blocks'"),
-        ({"rank": 3.0}, TypeError, "rank: expected an integer or None, got float"),
+        ({"rank": 3.0}, ValueError, r"rank: expected an integer, or a part of the width in \(0, 1\), got 3.0"),
+        ({"rank": {"fc1": 0.0}}, ValueError, r"rank: .* in \(0, 1\), got 0.0"),
+        ({"rank": math.nan}, ValueError, r"rank: .* in \(0, 1\), got nan"),
         ({"rank": {"fc1": "3"}}, TypeError, "rank: .* got str"),
     ],
 )

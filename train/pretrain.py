@@ -88,8 +88,8 @@ class DecorConfig:
         every: Steps from one update of R to the next, which has that many times eta.
         kappa: Weight in [0, 1] of the unit-variance term.
         sample: Part of the rows, in (0, 1], that the statistics are taken from.
-        rank: For a low-rank R: one rank for all sites, or ranks by site, such as {fc2: 64}; the others get
-            a full R.
+        rank: For a low-rank R: a number of dimensions or, below 1, a part of each layer's width; one for all
+            sites, or by site, such as {fc2: 64}, where the others get a full R.
     """
 
     enable: bool = False
@@ -104,7 +104,7 @@ class DecorConfig:
     every: int = 1
     kappa: float = 0.0
     sample: float = 0.1
-    rank: int | dict[str, int] | None = None
+    rank: int | float | dict[str, int | float] | None = None
 
     @property
     def in_layers(self) -> bool:
