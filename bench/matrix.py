@@ -148,6 +148,7 @@ ABLATIONS = {
     },
     "rank": {
         "rank-8": Arm("rank 8", _FULL | {"decor.rank": 8}),
+        "rank-twelfth": Arm("rank 1/12 of the width", _FULL | {"decor.rank": 1 / 12}),
         "rank-eighth": Arm("rank 1/8 of the width", _FULL | {"decor.rank": 0.125}),
         "rank-quarter": Arm("rank 1/4 of the width", _FULL | {"decor.rank": 0.25}),
     },
@@ -158,6 +159,13 @@ ABLATIONS = {
             "sublayers full, others rank 1/8, every 4 steps",
             _FULL | {"decor.rank": {"proj": 0.125, "fc2": 0.125}, "decor.every": 4},
         ),
+        **{
+            f"mixed-16-every-{k}": Arm(
+                f"sublayers full, others rank 16, every {k} steps",
+                _FULL | {"decor.rank": {"proj": 16, "fc2": 16}, "decor.every": k},
+            )
+            for k in (2, 4)
+        },
         "sublayers-every-4": Arm(
             "sublayer sites, every 4 steps", _FULL | {"decor.sites": "sublayers", "decor.every": 4}
         ),

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dbpkern.convert import Filter, as_decorrelated, check_kind, select
 from dbpkern.nn import Decorrelated
+from dbpkern.precondition import PreconditionedLayer, preconditioned
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,10 +27,10 @@ if TYPE_CHECKING:
 class Layer:
     """Second moments of one layer's input, before and after R, over the rows seen so far.
 
-    A stock layer is seen as if its R were the identity.
+    A stock layer whose R no `DecorPreconditioner` holds is seen as if it were the identity.
     """
 
-    def __init__(self, name: str, layer: Decorrelated) -> None:
+    def __init__(self, name: str, layer: Decorrelated | PreconditionedLayer) -> None:
         self.name = name
         self.R = layer.dense_R().detach().to(torch.float64, copy=True)
         self.rows = 0
@@ -123,7 +124,7 @@ def observe(
 
     Args:
         model: a converted model, whose decorrelated layers are observed, or a stock one, whose layers
-            `sites` and `filter` choose as in `decorrelate`, with R = I.
+            `sites` and `filter` choose as in `decorrelate`, with the R of their `DecorPreconditioner`, or I.
         sites: as in `decorrelate`; for stock models alone.
         filter: as in `decorrelate`.
 
@@ -141,7 +142,7 @@ def observe(
     for name, module in found.items():
         check_kind(name, module)
     # Whatever may fail comes before the first hook.
-    sources = {name: as_decorrelated(module) for name, module in found.items()}
+    sources = {name: preconditioned(module) or as_decorrelated(module) for name, module in found.items()}
     layers = {name: Layer(name, source) for name, source in sources.items()}
     handles = []
     for name, module in found.items():

@@ -52,6 +52,8 @@ class PreconditionedLayer:
     """
 
     shared: object | None = None
+    live: bool
+    """Whether a `DecorPreconditioner` has this layer; a copy of the model brings ones that none has."""
 
     def __init__(self, layer: nn.Module, rank: int | None) -> None:
         self.layer = layer
@@ -62,6 +64,7 @@ class PreconditionedLayer:
             raise ValueError("expected one in_proj_weight for q, k and v, got kdim or vdim of their own")
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         self._factors = self.structure.start(self.weight[0].numel(), dtype, self.weight.device)
+        self.live = True
         self._key: Tensor | None = None
         self._before: Tensor | None = None
         self._mapped: tuple[Tensor, int] | None = None
@@ -163,6 +166,10 @@ class PreconditionedLayer:
         V.copy_(before + self.structure.fold(change, None, *R).view_as(V))
         self._before = self._mapped = None
 
+    def dense_R(self) -> Tensor:
+        """R as a matrix, `[d, d]`, whatever holds it."""
+        return self.structure.matrix(*self.factors)
+
     def remove(self) -> None:
         """Leave the layer without hook."""
         self._hook.remove()
@@ -170,20 +177,21 @@ class PreconditionedLayer:
 
     def __getstate__(self) -> dict:
         # A copy of the model does not send its samples to the original's optimizer.
-        return {**self.__dict__, "_key": None, "_before": None, "_mapped": None}
+        return {**self.__dict__, "live": False, "_key": None, "_before": None, "_mapped": None}
 
 
-def _sampled_by(module: nn.Module) -> list[PreconditionedLayer]:
-    """What samples the module's input for a `DecorPreconditioner`."""
+def preconditioned(module: nn.Module) -> PreconditionedLayer | None:
+    """What holds the module's R for a `DecorPreconditioner`, if any does."""
     owners = (getattr(hook, "__self__", None) for hook in module._forward_hooks.values())
-    return [o for o in owners if isinstance(o, PreconditionedLayer) and o.slot_key is not None]
+    return next((o for o in owners if isinstance(o, PreconditionedLayer) and o.live), None)
 
 
 @contextmanager
 def unsampled(model: nn.Module) -> Iterator[None]:
     """Let nothing that the model does meanwhile count as a sample for a `DecorPreconditioner`."""
-    keys = [(layer, layer._key) for module in model.modules() for layer in _sampled_by(module)]
-    for layer, _ in keys:
+    layers = [layer for layer in map(preconditioned, model.modules()) if layer is not None]
+    keys = [(layer, layer._key) for layer in layers]
+    for layer in layers:
         layer._key = None
     try:
         yield
@@ -267,7 +275,7 @@ class DecorPreconditioner(DecorSGD):
         chosen = select(model, sites, filter)
         ranks = ranks_of(rank, chosen)
         check_weights(model, chosen)
-        taken = [name for name, (module, _) in chosen.items() if _sampled_by(module)]
+        taken = [name for name, (module, _) in chosen.items() if preconditioned(module) is not None]
         if taken:
             raise ValueError(
                 f"{taken[0]}: another DecorPreconditioner holds this layer; remove() that one first"

@@ -10,7 +10,7 @@ from torch import nn
 from vits import MODELS, decorrelated, everything, images, make, mlp, shake
 
 import dbpkern
-from dbpkern import DecorSGD, diagnostics
+from dbpkern import DecorPreconditioner, DecorSGD, diagnostics
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -52,12 +52,19 @@ def agrees(layer, x, R):
         np.testing.assert_allclose(getattr(layer, name), expected, rtol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("converted", [False, True])
+@pytest.mark.parametrize("method", ["stock", "layers", "around"])
 @pytest.mark.parametrize("kind", MODELS)
-def test_statistics_by_their_definition(kind, converted):
+def test_statistics_by_their_definition(kind, method):
     model = make(kind).eval()
-    if converted:
+    held = {}
+    if method == "layers":
         shake(dbpkern.decorrelate(model))
+        held = decorrelated(model)
+    elif method == "around":
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        held = DecorPreconditioner(model, optimizer, "sublayers").layers
+        for layer in held.values():
+            layer.factors[0].add_(0.1 * torch.randn_like(layer.factors[0]))
     rows = {name: [] for name in NAMES[kind]}
     for name in rows:
         module = model.get_submodule(name)
@@ -74,7 +81,7 @@ def test_statistics_by_their_definition(kind, converted):
     assert seen == dict.fromkeys(rows, 2)
     for name, parts in rows.items():
         x = torch.cat(parts)
-        R = decorrelated(model)[name].R if converted else torch.eye(x.shape[1])
+        R = held[name].dense_R() if held else torch.eye(x.shape[1])
         assert layers[name].name == name
         agrees(layers[name], x, R)
     with torch.no_grad():

@@ -1334,6 +1334,23 @@ def test_ranks_by_site():
     assert {rank for name, rank in structures(model).items() if not name.endswith("fc1")} == {None}
 
 
+def test_ranks_as_parts_of_the_width_are_multiples_of_eight():
+    model = dbpkern.decorrelate(make("timm"), "all", rank=0.125)
+    for name, layer in decorrelated(model).items():
+        d = layer.weight[0].numel()
+        rank = structures(model)[name]
+        assert rank % 8 == 0 and rank - 8 < d / 8 <= rank
+    model = dbpkern.decorrelate(make("timm"), "all", rank={"fc2": 0.99, "blocks.0.attn.qkv": 0.2, "qkv": 3})
+    widths = {name: layer.weight[0].numel() for name, layer in decorrelated(model).items()}
+    for name, rank in structures(model).items():
+        if name.endswith("fc2"):
+            assert rank == widths[name]
+        elif name.endswith("qkv"):
+            assert rank == (8 if name.startswith("blocks.0") else 3)
+        else:
+            assert rank is None
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [

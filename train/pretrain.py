@@ -533,8 +533,7 @@ def write_results(config: Config, loop: Loop, evaluator: Evaluator, weights: dic
     for record in evals:
         for name, value in record["decorrelation_loss"].items():
             history.setdefault(name, {})[record["step"]] = value
-    what = "z = R x" if config.decor.in_layers else "x"
-    diagnostics.plot_losses(history, run.path / "correlation.png", f"Decorrelation loss of {what}, held out")
+    diagnostics.plot_losses(history, run.path / "correlation.png", "Decorrelation loss of z = R x, held out")
     export_encoder(config, loop.ranks, weights, run.path / "encoder.safetensors")
     final = [r["loss"] for r in steps[-plots.WINDOW :]]
     summary = {
