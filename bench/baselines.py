@@ -136,6 +136,10 @@ class PublishedRule:
     def zero_grad(self) -> None:
         """Nothing: the next forward draws other samples."""
 
+    def caution(self) -> dict[str, float]:
+        """Nothing: every eta stays as it is."""
+        return {}
+
     def state_dict(self) -> dict:
         """Nothing: R lies in the model."""
         return {}

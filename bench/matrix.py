@@ -118,19 +118,26 @@ REFERENCE = "dbp-full"  # of the ablations
 ARMS = {
     "adamw": Arm("AdamW", {}, _RATES),
     "muon": Arm("Muon", {"optim.name": "muon"}, _RATES),
-    "kron": Arm("Kron (PSGD)", {"optim.name": "kron"}, (3e-4, 1e-3, 2e-3, 3e-3)),
+    "kron": Arm("Kron (PSGD)", {"optim.name": "kron"}, (1e-3, 2e-3, 3e-3)),
     "published": Arm(
         "DBP as published",
-        {"decor.sites": "all", "decor.decoder": False, "decor.eta": 5e-4},
+        {
+            "decor.sites": "all",
+            "decor.decoder": False,
+            "decor.eta": 5e-4,
+            "decor.rank": None,
+            "decor.every": 1,
+        },
         _RATES,
         published=True,
     ),
+    "dbp": Arm("DBP", _DEFAULT, (3e-3, *_HIGHER)),
+    "dbp-low": Arm("DBP, low rank", _DEFAULT | {"decor.rank": "low", "decor.every": 1}, _HIGHER),
     "dbp-full": Arm("DBP, full R at every site", _FULL, (2e-3, 3e-3, *_HIGHER)),
-    "dbp-auto": Arm(
-        "DBP, sites by measurement", _DEFAULT | {"decor.sites": "auto", "decor.rank": None}, _HIGHER
-    ),
+    "dbp-auto": Arm("DBP, sites by measurement", _DEFAULT | {"decor.sites": "auto"}, _HIGHER),
+    "dbp-muon": Arm("DBP with Muon", _DEFAULT | {"optim.name": "muon"}, _RATES[1:]),
     "dbp-layers": Arm("DBP in the layers", _LAYERS, _HIGHER),
-    "dbp-layers-muon": Arm("DBP in the layers, with Muon", _LAYERS | {"optim.name": "muon"}, _RATES),
+    "dbp-layers-muon": Arm("DBP in the layers, with Muon", _LAYERS | {"optim.name": "muon"}, _RATES[1:]),
 }
 
 ABLATIONS = {
@@ -141,6 +148,8 @@ ABLATIONS = {
     "every": {f"every-{k}": Arm(f"every {k} steps", _FULL | {"decor.every": k}) for k in (2, 4, 10)},
     "sites": {
         "sublayers": Arm("sublayer sites", _FULL | {"decor.sites": "sublayers"}),
+        "without-proj": Arm("without proj", _FULL | {"decor.sites": ["patch_embed", "qkv", "fc1", "fc2"]}),
+        "without-fc2": Arm("without fc2", _FULL | {"decor.sites": ["patch_embed", "qkv", "proj", "fc1"]}),
         "encoder": Arm("encoder alone", _FULL | {"decor.decoder": False}),
         "encoder-sublayers": Arm(
             "encoder alone, sublayer sites", _FULL | {"decor.decoder": False, "decor.sites": "sublayers"}
@@ -171,6 +180,13 @@ ABLATIONS = {
         ),
     },
     "rate": {f"eta-{eta:g}": Arm(f"eta {eta:g}", _FULL | {"decor.eta": eta}) for eta in (0.02, 0.15)},
+    "limit": {
+        f"unlimited-{eta:g}": Arm(
+            f"in the layers, eta {eta:g}, constant and without limiter",
+            _LAYERS | {"decor.eta": eta, "decor.limit": None, "decor.follow": False},
+        )
+        for eta in (5e-3, 1e-2)
+    },
     "schedule": {"follow": Arm("eta follows the learning rate", _FULL | {"decor.follow": True})},
     "scale": {
         "unscaled": Arm("not scale-free, eta 0.01", _FULL | {"decor.scale_free": False, "decor.eta": 1e-2})

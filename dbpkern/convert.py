@@ -43,6 +43,14 @@ _CONVERTERS = {
 
 Filter = Callable[[str, nn.Module], bool]
 Rank = int | float | None
+Ranks = Rank | str | Mapping[str, Rank]
+
+RANKS: Mapping[str, Mapping[str | None, Rank]] = {
+    "mixed": {"patch_embed": None, "qkv": None, "proj": 1 / 12, "fc1": None, "fc2": 1 / 48, None: 1 / 12},
+    "low": {**dict.fromkeys((*SITES, None), 1 / 12), "fc2": 1 / 48},
+}
+"""Presets of ranks by site; None stands for layers of no known site. fc2's input is four times as wide as the
+others': the same number of dimensions is a smaller part of it."""
 Chosen = Mapping[str, tuple[nn.Module, str | None]]
 """Layers by name, with the site at which each stands, if known."""
 
@@ -246,7 +254,7 @@ def _check_rank(rank: Rank) -> None:
 
 
 def _in_numbers(rank: Rank, module: nn.Module) -> int | None:
-    """The rank that a part of the width stands for in this layer: a multiple of 8, as tensor cores like it."""
+    """The rank that a part of this layer's width stands for: a multiple of 8, as tensor cores like it."""
     if not isinstance(rank, float):
         return rank
     if isinstance(module, nn.MultiheadAttention):
@@ -256,8 +264,14 @@ def _in_numbers(rank: Rank, module: nn.Module) -> int | None:
     return min(d, 8 * math.ceil(rank * d / 8))
 
 
-def ranks_of(rank: Rank | Mapping[str, Rank], chosen: Chosen) -> dict[str, int | None]:
+def ranks_of(rank: Ranks, chosen: Chosen) -> dict[str, int | None]:
     """The rank of R for each chosen layer, None for a full one; a layer's own goes before its site's."""
+    if isinstance(rank, str):
+        if rank not in RANKS:
+            raise ValueError(
+                f"rank: expected a number, ranks by site, or one of {tuple(RANKS)}, got {rank!r}"
+            )
+        return {name: _in_numbers(RANKS[rank][site], module) for name, (module, site) in chosen.items()}
     if not isinstance(rank, Mapping):
         _check_rank(rank)
         return {name: _in_numbers(rank, module) for name, (module, _) in chosen.items()}
@@ -285,7 +299,7 @@ def decorrelate(
     sites: str | Iterable[str] | None = "sublayers",
     filter: Filter | None = None,
     form: str = "auto",
-    rank: Rank | Mapping[str, Rank] = None,
+    rank: Ranks = None,
 ) -> nn.Module:
     """Replace layers of a model by decorrelated ones, in place.
 
@@ -303,8 +317,9 @@ def decorrelate(
         form: how the layers compute: "auto", "fold" or "apply", see `dbpkern.nn`.
         rank: None for a full R of `d^2` numbers in every layer; an integer r for `R = I + Q S Q^T` with
             `d r + r^2` numbers; a number in (0, 1) for that part of each layer's width d, rounded up to a
-            multiple of 8; or ranks by site or by layer's name, as in `{"fc2": 128}`, where others get a full
-            R.
+            multiple of 8; ranks by site or by layer's name, as in `{"fc2": 128}`, where others get a full
+            R; or a preset: "mixed" (full for the patch embedding, qkv and fc1, 1/12 of the width for proj,
+            1/48 for fc2) or "low" (1/12, and 1/48 for fc2).
 
     Returns:
         The model.

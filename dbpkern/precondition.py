@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dbpkern.convert import (
     Chosen,
     Filter,
-    Rank,
+    Ranks,
     check_stock,
     check_weights,
     inputs_of,
@@ -48,7 +48,8 @@ class PreconditionedLayer:
 
     Raises:
         TypeError: rank is neither None nor an integer.
-        ValueError: rank out of range, or a layer that has no single weight for its input.
+        ValueError: rank out of range, a layer that has no single weight for its input, or a weight sharded
+            by columns.
     """
 
     shared: object | None = None
@@ -60,6 +61,9 @@ class PreconditionedLayer:
         self.structure = structure_of(rank)
         if getattr(layer, "groups", 1) != 1:
             raise ValueError(f"expected a convolution with groups=1, got groups={layer.groups}")
+        placements = getattr(self.weight, "placements", ())  # of FSDP
+        if any(p.is_shard() and not p.is_shard(0) for p in placements):
+            raise ValueError(f"expected a weight sharded by rows, Shard(0), got {placements}")
         if self.weight is None:
             raise ValueError("expected one in_proj_weight for q, k and v, got kdim or vdim of their own")
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
@@ -249,8 +253,8 @@ class DecorPreconditioner(DecorSGD):
 
     Raises:
         TypeError: `optimizer` is no optimizer, or a rank no number.
-        ValueError: as `decorrelate` does for sites, filters and ranks, as `DecorSGD` does for numbers, or
-            the optimizer lacks a chosen layer's weight that trains.
+        ValueError: as `decorrelate` does for sites, filters and ranks, as `DecorSGD` does for numbers, a
+            weight that FSDP shards by columns, or the optimizer lacks a chosen layer's weight that trains.
     """
 
     def __init__(
@@ -259,14 +263,14 @@ class DecorPreconditioner(DecorSGD):
         optimizer: torch.optim.Optimizer,
         sites: str | Iterable[str] | None = "all",
         filter: Filter | None = None,
-        rank: Rank | Mapping[str, Rank] = None,
+        rank: Ranks = "mixed",
         lr: float | Tensor = 0.05,
         kappa: float = 0.0,
         sample: float = 0.1,
         seed: int = 0,
         scale_free: bool = True,
         limit: float | None = 0.5,
-        every: int = 1,
+        every: int = 2,
         follow: torch.optim.Optimizer | None = None,
     ) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
@@ -348,7 +352,7 @@ class DecorPreconditioner(DecorSGD):
         model: nn.Module,
         sites: str | Iterable[str] | None = "all",
         filter: Filter | None = None,
-        rank: Rank | Mapping[str, Rank] = None,
+        rank: Ranks = "mixed",
     ) -> None:
         """Choose other layers, between two steps; the function of the network stays as it is.
 

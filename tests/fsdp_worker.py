@@ -19,7 +19,7 @@ from vits import HuggingFaceViT, decorrelated, everything, images, make, mlp, ra
 import dbpkern
 import train.checkpoint
 import train.pretrain
-from dbpkern import DecorSGD
+from dbpkern import DecorPreconditioner, DecorSGD
 from dbpkern.nn import DecorLinear
 from train.processes import Processes
 
@@ -225,6 +225,11 @@ def refusals() -> dict[str, str]:
         dbpkern.fuse(columns)
     except ValueError as error:
         messages["columns"] = str(error)
+    stock = fully_shard(nn.Sequential(nn.Linear(4, 6)), shard_placement_fn=lambda p: Shard(p.dim() - 1))
+    try:
+        DecorPreconditioner(stock, torch.optim.SGD(stock.parameters(), lr=0.1), None)
+    except ValueError as error:
+        messages["around columns"] = str(error)
     gathered = fully_shard(nn.Sequential(DecorLinear.from_linear(nn.Linear(4, 6))))
     gathered(torch.randn(2, 4))
     try:

@@ -134,6 +134,7 @@ def test_weights_gathered_in_bf16(pair):
     [
         ("decorrelate", r"patch_embed.proj: .* call decorrelate\(model\) before fully_shard"),
         ("columns", r"expected a weight sharded by rows, Shard\(0\), got"),
+        ("around columns", r"0: expected a weight sharded by rows, Shard\(0\), got"),
         ("gathered", r"it is gathered now; call reshard\(\)"),
     ],
 )

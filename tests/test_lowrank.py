@@ -1339,7 +1339,8 @@ def test_ranks_as_parts_of_the_width_are_multiples_of_eight():
     for name, layer in decorrelated(model).items():
         d = layer.weight[0].numel()
         rank = structures(model)[name]
-        assert rank % 8 == 0 and rank - 8 < d / 8 <= rank
+        assert rank % 8 == 0
+        assert rank - 8 < d / 8 <= rank
     model = dbpkern.decorrelate(make("timm"), "all", rank={"fc2": 0.99, "blocks.0.attn.qkv": 0.2, "qkv": 3})
     widths = {name: layer.weight[0].numel() for name, layer in decorrelated(model).items()}
     for name, rank in structures(model).items():
@@ -1363,7 +1364,11 @@ def test_ranks_as_parts_of_the_width_are_multiples_of_eight():
             r"rank: expected some of the chosen sites \('patch_embed', 'qkv', 'fc1'\) as keys, got 'fc2'",
         ),
         ({"rank": {"blocks": 3}}, ValueError, "chosen sites .* got 'blocks'"),
-        ({"rank": 3.0}, ValueError, r"rank: expected an integer, or a part of the width in \(0, 1\), got 3.0"),
+        (
+            {"rank": 3.0},
+            ValueError,
+            r"rank: expected an integer, or a part of the width in \(0, 1\), got 3.0",
+        ),
         ({"rank": {"fc1": 0.0}}, ValueError, r"rank: .* in \(0, 1\), got 0.0"),
         ({"rank": math.nan}, ValueError, r"rank: .* in \(0, 1\), got nan"),
         ({"rank": {"fc1": "3"}}, TypeError, "rank: .* got str"),

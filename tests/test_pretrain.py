@@ -19,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train.data
 import train.loop
+from dbpkern.precondition import PreconditionedLayer
 from train import checkpoint, pretrain
 from train.processes import Processes
 from train.run_folder import RunFolder
@@ -280,6 +281,27 @@ def test_a_single_bad_step_is_skipped_counted_and_logged(tmp_path, monkeypatch):
     assert [r["step"] for r in records if r["kind"] == "skip"] == [3]
     assert list(losses(tmp_path / "run")) == [step for step in range(1, 25) if step != 3]
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["skipped_steps"] == 1
+
+
+def test_samples_that_are_not_finite_halve_their_layers_eta_and_are_logged(tmp_path, monkeypatch):
+    real = PreconditionedLayer.take_rows
+    seen = []
+
+    def once_overflown(self, x, index):
+        rows = real(self, x, index)
+        if self.weight.shape == (128, 32):  # fc1 of the encoder's two blocks
+            seen.append(1)
+            if len(seen) == 4:  # of the second, in the second step
+                return torch.full_like(rows, torch.inf)
+        return rows
+
+    monkeypatch.setattr(PreconditionedLayer, "take_rows", once_overflown)
+    pretrain.main([*TINY, "--decor.enable=true", "--decor.every=1", f"--out={tmp_path / 'run'}"])
+    records = list(RunFolder(tmp_path / "run").records())
+    logged = {r["step"]: r.get("caution") for r in records if r["kind"] == "eval"}
+    halved = {"blocks.1.mlp.fc1": 0.5}
+    assert logged == {0: None, 8: halved, 16: halved, 24: halved}
+    assert len(losses(tmp_path / "run")) == 24
 
 
 def test_divergence_stops_names_the_matrix_and_leaves_a_good_checkpoint(tmp_path):

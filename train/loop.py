@@ -153,7 +153,7 @@ class Loop:
 
     def __post_init__(self) -> None:
         self.step = 0
-        self.seconds = 0.0  # spent in steps, waiting for data included, evaluation and saving not
+        self.seconds = 0.0  # spent in steps and plans, waiting for data included, evaluation and saving not
         self.skipped = 0
         self.unreadable: dict[str, str] = {}
         self.energy = Meter(self.processes)  # of the same time as `seconds`
@@ -237,7 +237,10 @@ class Loop:
                     if profiler is not None:
                         profiler.step()
                     if self.recheck is not None and self.step == math.ceil(self.total_steps / 10):
-                        self._record("plan", self.recheck())
+                        start = time.perf_counter()
+                        found = self.recheck()
+                        self.seconds += time.perf_counter() - start
+                        self._record("plan", found | {"seconds": self.seconds})
                     last = self.step == self.total_steps
                     if last or self.step % self.eval_every == 0:
                         self._evaluate()
@@ -364,6 +367,9 @@ class Loop:
         for name, image in record.pop("pictures", {}).items():
             if self._board is not None:
                 self._board.add_image(name, image, self.step)
+        caution = {} if self.decor is None else self.decor.caution()
+        if caution:  # layers whose samples were not finite: what is left of their eta
+            record["caution"] = caution
         self._record("eval", record | {"seconds": self.seconds})
 
     def _save(self) -> None:

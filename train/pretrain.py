@@ -8,6 +8,7 @@ Also runs with plain python. `--help` lists every option; `docs/training.md` exp
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -88,8 +89,10 @@ class DecorConfig:
         every: Steps from one update of R to the next, which has that many times eta.
         kappa: Weight in [0, 1] of the unit-variance term.
         sample: Part of the rows, in (0, 1], that the statistics are taken from.
-        rank: For a low-rank R: a number of dimensions or, below 1, a part of each layer's width; one for all
-            sites, or by site, such as {fc2: 64}, where the others get a full R.
+        rank: Of R - I: "mixed" (full for patch_embed, qkv and fc1, a twelfth of the width for proj, 1/48 for
+            fc2), "low" (the same, with a twelfth for those that are full), null for a full R everywhere, a
+            number of dimensions, or below 1 a part of each layer's width; also by site, such as {fc2: 64},
+            where the others get a full R. sites "auto" chooses ranks itself.
     """
 
     enable: bool = False
@@ -101,10 +104,10 @@ class DecorConfig:
     follow: bool = False
     scale_free: bool = True
     limit: float | None = 0.5
-    every: int = 1
+    every: int = 2
     kappa: float = 0.0
     sample: float = 0.1
-    rank: int | float | dict[str, int | float] | None = None
+    rank: Literal["mixed", "low"] | int | float | dict[str, int | float] | None = "mixed"
 
     @property
     def in_layers(self) -> bool:
@@ -233,7 +236,7 @@ class Config:
                 f"parallel: {self.optim.name} works on whole matrices, which fsdp shares out; "
                 "expected --optim.name adamw or --parallel ddp"
             )
-        if self.decor.sites == "auto" and self.decor.rank is not None:
+        if self.decor.sites == "auto" and self.decor.rank not in (None, "mixed"):
             raise ValueError(
                 f'decor.rank: sites "auto" choose the ranks, too; expected null, got {self.decor.rank}'
             )
@@ -604,12 +607,14 @@ def prepare(
     sampler = order_of(config, training, procs, total, 0 if found is None else found[1]["step"])
     check_sample(config, patches.num_patches, procs.world_size * config.accumulation)
     batches = build_loader(training, sampler, config.data.workers, pin_memory=procs.device.type == "cuda")
-    ranks = None
+    ranks, planning = None, 0.0
     if config.decor.planned:
         if found is not None:
             ranks = found[1]["ranks"]
         else:
+            start = time.perf_counter()
             ranks = make_plan(config, model, loss, training, procs).ranks
+            planning = time.perf_counter() - start
         if not ranks:
             raise ValueError(
                 f"decor.budget: no layer could be chosen for {config.decor.budget:g} of a step; expected a "
@@ -653,6 +658,7 @@ def prepare(
         compile=config.compile,
         profile=config.profile,
     )
+    loop.seconds = planning
     if found is not None:
         loop.load(*found)
     procs.barrier()  # nobody writes to the folder before everybody has read it
