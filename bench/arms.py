@@ -5,11 +5,12 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 import dbpkern
 from bench.baselines import PublishedLinear, published_convert, published_layers, published_update
 from bench.cases import Case, in_encoder
-from dbpkern.convert import select
+from dbpkern.convert import RANKS, select
 
 # dtype of the weights, dtype of autocast
 PRECISIONS = {
@@ -18,6 +19,7 @@ PRECISIONS = {
     "bf16": (torch.float32, torch.bfloat16),
 }
 METHODS = ("around", "ours", "published")
+PERIOD = 2  # steps from one update of R to the next by default
 RATE = 5e-4  # of R (arXiv 2510.14657)
 
 
@@ -26,8 +28,10 @@ class Arm:
 
     Args:
         case: the model.
-        method: "plain", "ours" (decorrelated layers), "around" (`DecorPreconditioner`) or "published".
-        sites: a preset of `dbpkern.decorrelate`; plain has no use for it.
+        method: "plain"; "ours" (decorrelated layers), "around" (`DecorPreconditioner`) or "published", which
+            have a full R in the encoder and update it in each step; or "default", `DecorPreconditioner` as it
+            is by default, but for the ranks.
+        sites: a preset of `dbpkern.decorrelate`; of "default" a preset of ranks; plain has no use for it.
         inputs: of the model, the same at every step.
         precision: a key of `PRECISIONS`.
         optimizer: makes the optimizer of the weights.
@@ -54,7 +58,9 @@ class Arm:
         device = inputs[0].device
         dtype, lower = PRECISIONS[precision]
         self.autocast = lambda: torch.autocast(device.type, lower, enabled=lower is not None)
-        self.model = case.build().to(device, dtype)
+        self.model = case.build()
+        if not isinstance(inputs[0], FakeTensor):  # whose model cannot be moved, not even to where it is
+            self.model.to(device, dtype)
         self.decor = None
         if method == "ours":
             dbpkern.decorrelate(self.model, sites, in_encoder)
@@ -63,9 +69,12 @@ class Arm:
             published_convert(self.model, select(self.model, sites, in_encoder))
         self.optimizer = optimizer([p for p in self.model.parameters() if p.requires_grad])
         if method == "around":
+            rule = {"rank": None, "every": 1} | rule
             self.decor = dbpkern.DecorPreconditioner(
                 self.model, self.optimizer, sites, in_encoder, lr=lr, kappa=kappa, **rule
             )
+        elif method == "default":
+            self.decor = dbpkern.DecorPreconditioner(self.model, self.optimizer, rank=sites)
 
     def step(self, phase: Callable = contextlib.nullcontext) -> Tensor:
         """One training step; `phase(name)` is entered around its parts. Returns the loss."""
@@ -108,5 +117,6 @@ class Arm:
 
 
 def methods(sites: Iterable[str]) -> list[tuple[str, str | None]]:
-    """Plain first, then both of ours and the published rule at each choice of sites."""
-    return [("plain", None)] + [(method, chosen) for chosen in sites for method in METHODS]
+    """Plain first, then the default with each preset of ranks, then full R at each choice of sites."""
+    arms = [("plain", None)] + [("default", rank) for rank in RANKS]
+    return arms + [(method, chosen) for chosen in sites for method in METHODS]

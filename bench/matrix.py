@@ -132,7 +132,7 @@ ARMS = {
         published=True,
     ),
     "dbp": Arm("DBP", _DEFAULT, (3e-3, *_HIGHER)),
-    "dbp-low": Arm("DBP, low rank", _DEFAULT | {"decor.rank": "low", "decor.every": 1}, _HIGHER),
+    "dbp-low": Arm("DBP, low rank", _DEFAULT | {"decor.rank": "low"}, _HIGHER),
     "dbp-full": Arm("DBP, full R at every site", _FULL, (2e-3, 3e-3, *_HIGHER)),
     "dbp-auto": Arm("DBP, sites by measurement", _DEFAULT | {"decor.sites": "auto"}, _HIGHER),
     "dbp-muon": Arm("DBP with Muon", _DEFAULT | {"optim.name": "muon"}, _RATES[1:]),

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dbpkern import distributed, ops
+from dbpkern.ops._common import autocast_off
+from dbpkern.ops.lowrank_fold import ieee_products
 from dbpkern.rows import count_patches, count_tokens, pad, patch_grid, take_patches, take_tokens
 from dbpkern.sampling import Proposal, ProposingTap, Slot, Tap, derive_seed, slot_of
 
@@ -55,6 +57,27 @@ class Full:
     def transform(self, x: Tensor, R: Tensor) -> Tensor:
         """`x R^T`, `[*, d]`."""
         return ops.transform(x, R)
+
+    def transform_(self, x: Tensor, R: Tensor) -> None:
+        """`x <- x R^T` for a matrix `x [o, d]` of R's dtype."""
+        x.copy_(ops.transform(x, R))
+
+    def remember(self, V: Tensor, R: Tensor) -> Tensor:
+        """What `carry_` needs of `V [o, d]`: V."""
+        return V.clone()
+
+    def carry_(self, V: Tensor, before: Tensor, R: Tensor) -> None:
+        """`V <- V_old + (V - V_old) R`, in place.
+
+        Args:
+            V: `[o, d]`, of R's dtype.
+            before: `remember(V_old)`, which is used up.
+            R: the matrix.
+        """
+        with autocast_off(V.device):
+            back = before.sub_(V).to(R.dtype)
+            gain = R - torch.eye(len(R), dtype=R.dtype, device=R.device)
+            torch.addmm(V, back, gain, alpha=-1, out=V)  # not addmm_, which counters of FLOPs do not know
 
     def describe(self, R: Tensor) -> str:
         """For `extra_repr`."""
@@ -97,6 +120,29 @@ class LowRank:
     def transform(self, x: Tensor, Q: Tensor, S: Tensor) -> Tensor:
         """`x R^T`, `[*, d]`."""
         return ops.lowrank_transform(x, Q, S)
+
+    def transform_(self, x: Tensor, Q: Tensor, S: Tensor) -> None:
+        """`x <- x R^T` for a matrix `x [o, d]` of R's dtype."""
+        with autocast_off(x.device), ieee_products(x.device):
+            torch.addmm(x, (x @ Q) @ S.mT, Q.mT, out=x)
+
+    def remember(self, V: Tensor, Q: Tensor, S: Tensor) -> Tensor:
+        """What `carry_` needs of `V [o, d]`: `V Q`, `[o, r]`."""
+        with autocast_off(V.device), ieee_products(V.device):
+            return V.to(Q.dtype) @ Q
+
+    def carry_(self, V: Tensor, before: Tensor, Q: Tensor, S: Tensor) -> None:
+        """`V <- V_old + (V - V_old) R`, in place.
+
+        Args:
+            V: `[o, d]`, of R's dtype.
+            before: `remember(V_old)`.
+            Q: the factors of R.
+            S: the factors of R.
+        """
+        # A difference of products: in TF32 the small change of V would be lost.
+        with autocast_off(V.device), ieee_products(V.device):
+            torch.addmm(V, (V @ Q - before) @ S, Q.mT, out=V)
 
     def describe(self, Q: Tensor, S: Tensor) -> str:
         """For `extra_repr`."""

@@ -38,6 +38,15 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
+@contextmanager
+def _as_matrix(tensor: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """`[o, d]` of a dtype, whose changes go to the tensor: itself, where that is possible."""
+    matrix = tensor.flatten(1).to(dtype)
+    yield matrix
+    if matrix.data_ptr() != tensor.data_ptr():
+        tensor.copy_(matrix.view_as(tensor))
+
+
 class PreconditionedLayer:
     """A stock layer with an R beside it: to `DecorSGD` what a decorrelated layer is.
 
@@ -154,10 +163,10 @@ class PreconditionedLayer:
         before, version = self._mapped or (None, None)
         if before is self.weight.grad and version == gradient._version:
             return
-        self._before = _local(self.weight).clone()
         R = self.factors
-        mapped = self.structure.transform(gradient.flatten(1).to(R[0].dtype), *R)
-        gradient.copy_(mapped.view_as(gradient))
+        self._before = self.structure.remember(_local(self.weight).flatten(1), *R)
+        with _as_matrix(gradient, R[0].dtype) as matrix:
+            self.structure.transform_(matrix, *R)
         self._mapped = (self.weight.grad, gradient._version)
 
     @torch.no_grad()
@@ -165,9 +174,9 @@ class PreconditionedLayer:
         """Bring the change of V since `enter` back from the coordinates of z."""
         if self._before is None:
             return
-        V, before, R = _local(self.weight), self._before, self.factors
-        change = (V - before).flatten(1).to(R[0].dtype)
-        V.copy_(before + self.structure.fold(change, None, *R).view_as(V))
+        R = self.factors
+        with _as_matrix(_local(self.weight), R[0].dtype) as V:
+            self.structure.carry_(V, self._before, *R)
         self._before = self._mapped = None
 
     def dense_R(self) -> Tensor:

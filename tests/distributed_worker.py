@@ -211,7 +211,7 @@ def uneven_training(case: str, rank: int = 0, world: int = 1) -> dict:
     net = parallel(model, False) if world > 1 else model
     main = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     if "preconditioner" in case:
-        decor = DecorPreconditioner(model, main, None, everything, **options)
+        decor = DecorPreconditioner(model, main, None, everything, **{"rank": None, "every": 1} | options)
     else:
         decor = DecorSGD(model, **options)
     rates, counts = [], []

@@ -227,7 +227,7 @@ def refusals() -> dict[str, str]:
         messages["columns"] = str(error)
     stock = fully_shard(nn.Sequential(nn.Linear(4, 6)), shard_placement_fn=lambda p: Shard(p.dim() - 1))
     try:
-        DecorPreconditioner(stock, torch.optim.SGD(stock.parameters(), lr=0.1), None)
+        DecorPreconditioner(stock, torch.optim.SGD(stock.parameters(), lr=0.1), None, lambda name, _: True)
     except ValueError as error:
         messages["around columns"] = str(error)
     gathered = fully_shard(nn.Sequential(DecorLinear.from_linear(nn.Linear(4, 6))))

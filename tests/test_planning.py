@@ -290,7 +290,7 @@ def trained(interrupt=None) -> tuple[nn.Module, DecorPreconditioner]:
     torch.manual_seed(0)
     model = Net()
     optimizer = torch.optim.AdamW(model.parameters(), 0.01)
-    decor = DecorPreconditioner(model, optimizer, None, everything, sample=0.3, every=2)
+    decor = DecorPreconditioner(model, optimizer, None, everything, None, sample=0.3, every=2)
     for seed in range(6):
         if seed == 3 and interrupt is not None:
             interrupt(model, decor)
@@ -436,7 +436,7 @@ def test_layers_that_share_an_R_have_one_rank():
 
 
 def test_the_same_choice_again_changes_nothing():
-    again = trained(lambda model, decor: decor.replan(model, None, everything))
+    again = trained(lambda model, decor: decor.replan(model, None, everything, None))
     assert same(again, trained())
 
 
@@ -446,7 +446,7 @@ def test_layers_that_stay_keep_R_and_new_ones_start_from_the_identity():
     def exchange(model: nn.Module, decor: DecorPreconditioner) -> None:
         seen["R"] = decor.layers["alike"].factors[0].clone()
         seen["y"] = model(x)
-        decor.replan(model, None, lambda name, module: name == "alike")
+        decor.replan(model, None, lambda name, module: name == "alike", None)
         assert list(decor.layers) == ["alike"]
         assert not model.apart._forward_hooks
         decor.replan(model, None, everything, {"apart": 3})
@@ -466,12 +466,14 @@ def test_shared_R_survive_and_the_optimizer_keeps_its_moments():
     model = HuggingFaceViT()
     optimizer = torch.optim.AdamW(model.parameters(), 0.01)
     name = "encoder.layer.0.attention.attention"
-    decor = DecorPreconditioner(model, optimizer, None, lambda n, m: n.startswith(f"{name}.v"), sample=1.0)
+    decor = DecorPreconditioner(
+        model, optimizer, None, lambda n, m: n.startswith(f"{name}.v"), None, sample=1.0
+    )
     model(images()).square().mean().backward()
     optimizer.step()
     R = decor.layers[f"{name}.value"].factors[0].clone()
     moments = [m.clone() for state in optimizer.state.values() for m in state.values()]
-    decor.replan(model, "qkv")
+    decor.replan(model, "qkv", rank=None)
     for part in ("query", "key", "value"):
         assert torch.equal(decor.layers[f"{name}.{part}"].factors[0], R)
     kept = [m for state in optimizer.state.values() for m in state.values()]
