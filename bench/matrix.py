@@ -113,6 +113,7 @@ _LAYERS = _FULL | {
     "decor.eta": 1e-2,
     "decor.follow": True,
 }
+_LOW = {"patch_embed": 1 / 12, "qkv": 1 / 12, "proj": 1 / 12, "fc1": 1 / 12, "fc2": 1 / 48}
 REFERENCE = "dbp-full"  # of the ablations
 
 ARMS = {
@@ -175,6 +176,14 @@ ABLATIONS = {
             )
             for k in (2, 4)
         },
+        **{
+            f"{site}-full": Arm(
+                f"{site} full, others low, every 2 steps",
+                _FULL | {"decor.rank": {k: r for k, r in _LOW.items() if k != site}, "decor.every": 2},
+            )
+            for site in ("qkv", "fc1")
+        },
+        "low-every-1": Arm("low rank, every step", _FULL | {"decor.rank": _LOW}),
         "sublayers-every-4": Arm(
             "sublayer sites, every 4 steps", _FULL | {"decor.sites": "sublayers", "decor.every": 4}
         ),
