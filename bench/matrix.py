@@ -85,6 +85,15 @@ _PHOTOS = {
     "device": "cpu",
     "precision": "fp32",
 }  # fmt: skip
+_LONG = {
+    "model_args": {
+        "patch_size": 8, "embed_dim": 96, "depth": 4, "num_heads": 3,
+        "decoder_embed_dim": 48, "decoder_depth": 1, "decoder_num_heads": 3,
+    },
+    "steps": 5000,
+    "batch_size": 32,
+    "optim.warmup_steps": 100,
+}  # fmt: skip
 _IMAGENET = {
     "img_size": 224,
     "decoder": "dbp",
@@ -98,7 +107,7 @@ _IMAGENET = {
 }
 PRESETS = {
     "photos": Preset(_PHOTOS),
-    "photos-long": Preset(_PHOTOS | {"steps": 5000, "optim.warmup_steps": 100}, evaluations=10, probe=0),
+    "photos-long": Preset(_PHOTOS | _LONG, evaluations=10, probe=0),
     "vit-s": Preset(_IMAGENET | {"model": "mae_vit_small"}, evaluations=10, needs_source=True),
     "vit-b": Preset(_IMAGENET | {"model": "mae_vit_base"}, evaluations=10, needs_source=True),
 }
@@ -113,12 +122,14 @@ _LAYERS = _FULL | {
     "decor.eta": 1e-2,
     "decor.follow": True,
 }
+_SUBLAYERS = _DEFAULT | {"decor.rank": {"proj": 1 / 12, "fc2": 1 / 48}}
+_MUON = {"optim.name": "muon"}
 _LOW = {"patch_embed": 1 / 12, "qkv": 1 / 12, "proj": 1 / 12, "fc1": 1 / 12, "fc2": 1 / 48}
 REFERENCE = "dbp-full"  # of the ablations
 
 ARMS = {
     "adamw": Arm("AdamW", {}, _RATES),
-    "muon": Arm("Muon", {"optim.name": "muon"}, _RATES),
+    "muon": Arm("Muon", _MUON, _RATES),
     "kron": Arm("Kron (PSGD)", {"optim.name": "kron"}, (1e-3, 2e-3, 3e-3)),
     "published": Arm(
         "DBP as published",
@@ -129,16 +140,19 @@ ARMS = {
             "decor.rank": None,
             "decor.every": 1,
         },
-        _RATES,
+        _RATES[1:],
         published=True,
     ),
     "dbp": Arm("DBP", _DEFAULT, (3e-3, *_HIGHER)),
     "dbp-low": Arm("DBP, low rank", _DEFAULT | {"decor.rank": "low"}, _HIGHER),
-    "dbp-full": Arm("DBP, full R at every site", _FULL, (2e-3, 3e-3, *_HIGHER)),
-    "dbp-auto": Arm("DBP, sites by measurement", _DEFAULT | {"decor.sites": "auto"}, _HIGHER),
-    "dbp-muon": Arm("DBP with Muon", _DEFAULT | {"optim.name": "muon"}, _RATES[1:]),
+    "dbp-sublayers": Arm("DBP, full R in front of sublayers", _SUBLAYERS, (3e-3, *_HIGHER)),
+    "dbp-full": Arm("DBP, full R everywhere", _FULL, (2e-3, 3e-3, *_HIGHER)),
+    "dbp-auto": Arm("DBP, sites by measurement", _DEFAULT | {"decor.sites": "auto"}, _HIGHER[:2]),
     "dbp-layers": Arm("DBP in the layers", _LAYERS, _HIGHER),
-    "dbp-layers-muon": Arm("DBP in the layers, with Muon", _LAYERS | {"optim.name": "muon"}, _RATES[1:]),
+    "dbp-muon": Arm("DBP with Muon", _DEFAULT | _MUON, _HIGHER),
+    "dbp-sublayers-muon": Arm(
+        "DBP with Muon, full R in front of sublayers", _SUBLAYERS | _MUON, (3e-3, *_HIGHER)
+    ),
 }
 
 ABLATIONS = {
@@ -176,13 +190,10 @@ ABLATIONS = {
             )
             for k in (2, 4)
         },
-        **{
-            f"{site}-full": Arm(
-                f"{site} full, others low, every 2 steps",
-                _FULL | {"decor.rank": {k: r for k, r in _LOW.items() if k != site}, "decor.every": 2},
-            )
-            for site in ("qkv", "fc1")
-        },
+        "fc1-full": Arm(
+            "fc1 full, others low, every 2 steps",
+            _FULL | {"decor.rank": {k: r for k, r in _LOW.items() if k != "fc1"}, "decor.every": 2},
+        ),
         "low-every-1": Arm("low rank, every step", _FULL | {"decor.rank": _LOW}),
         "sublayers-every-4": Arm(
             "sublayer sites, every 4 steps", _FULL | {"decor.sites": "sublayers", "decor.every": 4}

@@ -46,7 +46,7 @@ Rank = int | float | None
 Ranks = Rank | str | Mapping[str, Rank]
 
 RANKS: Mapping[str, Mapping[str | None, Rank]] = {
-    "mixed": {"patch_embed": None, "qkv": None, "proj": 1 / 12, "fc1": None, "fc2": 1 / 48, None: 1 / 12},
+    "mixed": {**dict.fromkeys((*SITES, None), 1 / 12), "qkv": None, "fc2": 1 / 48},
     "low": {**dict.fromkeys((*SITES, None), 1 / 12), "fc2": 1 / 48},
 }
 """Presets of ranks by site; None stands for layers of no known site. fc2's input is four times as wide as the
@@ -318,8 +318,8 @@ def decorrelate(
         rank: None for a full R of `d^2` numbers in every layer; an integer r for `R = I + Q S Q^T` with
             `d r + r^2` numbers; a number in (0, 1) for that part of each layer's width d, rounded up to a
             multiple of 8; ranks by site or by layer's name, as in `{"fc2": 128}`, where others get a full
-            R; or a preset: "mixed" (full for the patch embedding, qkv and fc1, 1/12 of the width for proj,
-            1/48 for fc2) or "low" (1/12, and 1/48 for fc2).
+            R; or a preset: "low" (1/12 of the width, and 1/48 for fc2) or "mixed" (the same, with a full R for
+            qkv).
 
     Returns:
         The model.

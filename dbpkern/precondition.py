@@ -249,7 +249,7 @@ class DecorPreconditioner(DecorSGD):
         optimizer: of its weights, with a `step()` without closure.
         sites: as for `decorrelate`.
         filter: as for `decorrelate`.
-        rank: as for `decorrelate`.
+        rank: as for `decorrelate`; the default costs little and loses little, see docs/method.md.
         lr: eta >= 0, a number or a 0-d tensor. With `scale_free` the part of a correlation that one step
             removes near a diagonal G.
         kappa: as for `DecorSGD`, like all that follow.

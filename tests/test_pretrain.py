@@ -48,6 +48,8 @@ DBP = [
     "--decor.follow=false",
     "--decor.scale_free=false",
     "--decor.limit=null",
+    "--decor.every=1",
+    "--decor.rank=null",
 ]
 
 
