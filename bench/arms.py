@@ -107,13 +107,19 @@ class Arm:
         return [layer.z for layer in layers if isinstance(layer, PublishedLinear)]
 
     def R(self) -> dict[str, Tensor]:
-        """Every R by layer name."""
-        if self.method == "around":
-            return {name: layer.factors[0] for name, layer in self.decor.layers.items()}
+        """Every full R by layer name."""
         if self.method == "ours":
             # The modules' buffers, not the optimizer's list, which is of its last step.
             return {name: self.model.get_submodule(name).R for name in self.decor.names}
+        if self.decor is not None:
+            return {name: layer.factors[0] for name, layer in self.decor.layers.items()}
         return {name: layer.R for name, layer in published_layers(self.model).items()}
+
+    def factors(self) -> list[Tensor]:
+        """What holds the R of all layers."""
+        if self.method == "default":
+            return [factor for layer in self.decor.layers.values() for factor in layer.factors]
+        return list(self.R().values())
 
 
 def methods(sites: Iterable[str]) -> list[tuple[str, str | None]]:

@@ -36,11 +36,13 @@ def measure_arm(
     """Bytes of each of the `PARTS`, and the peak in each phase of a step."""
     with measure.Allocations(inputs[0].device) as memory:
         arm = Arm(case, method, sites, inputs, precision)
-        arm.step()  # now the optimizer has its states, and R lies in stacks
+        # Then the optimizer has its states, and R lies in stacks. Steps two and four update every R.
+        arm.step()
         known = [*arm.model.parameters(), *arm.model.buffers(), *inputs]
         with measure.saved_storages(known) as storages:
             arm.step()
         saved = sum(storages.values())
+        arm.step()
         arm.step(memory.phase)
     parameters = list(arm.model.parameters())
     update = memory.spans["decor"]
@@ -53,7 +55,7 @@ def measure_arm(
             for value in state.values()
             if isinstance(value, Tensor)
         ),
-        "R": _bytes(arm.R().values()),
+        "R": _bytes(arm.factors()),
         "samples": _bytes(arm.samples()),
         "saved": saved,
         "scratch": update.peak - update.start,
@@ -80,7 +82,7 @@ def table(result: dict) -> str:
         [arm["arm"], arm["sites"] or "-", *(f"{arm['bytes'][part] / MIB:.2f}" for part in PARTS)]
         for arm in result["arms"]
     ]
-    return record.table(("arm", "sites", *(f"{part} MiB" for part in PARTS)), rows)
+    return record.table(("arm", "sites or ranks", *(f"{part} MiB" for part in PARTS)), rows)
 
 
 def run(args: argparse.Namespace, argv: Sequence[str]) -> int:

@@ -11,12 +11,16 @@ memory is what an arm holds at most during a step, weights and optimizer states 
 """
 
 import argparse
+import copy
 import functools
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import nn
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import ShapeEnv  # for numbers that are read back
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -65,8 +69,20 @@ def count(arm: Arm) -> float:
     return counter.get_total_flops() / PERIOD
 
 
+class _Counted(cases.Case):
+    """A case whose model has fake weights, if built where tensors are fake."""
+
+    def build(self) -> nn.Module:
+        mode = detect_fake_mode()
+        with unset_fake_temporarily():
+            model = super().build()  # timm reads numbers back, which fake tensors do not have
+            with FakeCopyMode(mode):
+                return copy.deepcopy(model)
+
+
 def count_case(case: cases.Case, args: argparse.Namespace) -> dict[str, object]:
     """FLOPs of every arm, on tensors without memory."""
+    case = _Counted(**asdict(case))
     found = []
     for method, sites in methods(args.sites):
         with FakeTensorMode(shape_env=ShapeEnv()), warnings.catch_warnings():

@@ -318,8 +318,8 @@ def decorrelate(
         rank: None for a full R of `d^2` numbers in every layer; an integer r for `R = I + Q S Q^T` with
             `d r + r^2` numbers; a number in (0, 1) for that part of each layer's width d, rounded up to a
             multiple of 8; ranks by site or by layer's name, as in `{"fc2": 128}`, where others get a full
-            R; or a preset: "low" (1/12 of the width, and 1/48 for fc2) or "mixed" (the same, with a full R for
-            qkv).
+            R; or a preset: "low" (1/12 of the width, and 1/48 for fc2) or "mixed" (the same, with a full R
+            for qkv).
 
     Returns:
         The model.

@@ -19,7 +19,16 @@ from dbpkern import reference
 TINY = ["--case", "vit", "--width", "32", "--depth", "1", "--batch", "4"]
 # 4 images of 49 patches and a class token; a tenth of 196 patches and of 200 tokens is sampled.
 WIDTH, PATCHES, TOKENS, PATCH_VALUES, SAMPLED = 32, 196, 200, 768, 20
-ARMS = [("plain", None)] + [(m, s) for s in ("sublayers", "all") for m in ("around", "ours", "published")]
+ARMS = [("plain", None), ("default", "mixed"), ("default", "low")]
+ARMS += [(m, s) for s in ("sublayers", "all") for m in ("around", "ours", "published")]
+# Width, outputs and rank of every layer of the one block, by default: a rank is a multiple of 8.
+LAYERS = {
+    "patch_embed": (PATCH_VALUES, WIDTH, 64),
+    "qkv": (WIDTH, 3 * WIDTH, 8),
+    "proj": (WIDTH, WIDTH, 8),
+    "fc1": (WIDTH, 4 * WIDTH, 8),
+    "fc2": (4 * WIDTH, WIDTH, 8),
+}
 CPU = torch.device("cpu")
 TORCH = torch.__version__.partition("+")[0]
 ROOT = Path(__file__).parents[1]
@@ -204,11 +213,28 @@ def test_step(tmp_path, capsys):
     # The gradient's way in and the change's way out; z, G and M R.
     extra = sum((4 * o + 4 * SAMPLED) * d**2 + 2 * d**3 for d, o in sizes)
     assert found["around", "sublayers"]["flops"] - plain["flops"] == extra
+    # With low ranks g Q S^T Q^T, and V Q before and after; in every second step the update.
+    low = {
+        site: 10 * o * d * r + 4 * o * r**2
+        + (4 * SAMPLED * d * r + 2 * SAMPLED * r**2 + 20 * d * r**2 + 39 * r**3) / 2
+        for site, (d, o, r) in LAYERS.items()
+    }  # fmt: skip
+    d, o, _ = LAYERS["qkv"]
+    mixed = low | {"qkv": 4 * o * d**2 + (4 * SAMPLED * d**2 + 2 * d**3) / 2}
+    for ranks, by_site in (("low", low), ("mixed", mixed)):
+        assert found["default", ranks]["flops"] - plain["flops"] == sum(by_site.values())
+
+    assert main(["step", *TINY, "--count", "--json", str(path)]) == 0
+    counted = json.loads(path.read_text())["results"][0]["arms"]
+    assert {(arm["arm"], arm["sites"]): arm["flops"] for arm in counted} == {
+        arm: counts["flops"] for arm, counts in found.items()
+    }
+    assert not any("seconds" in arm for arm in counted)
 
     out = capsys.readouterr().out
     assert f"torch {TORCH}" in out.splitlines()[0]
     for method, sites in ARMS:
-        assert f"| {method:9} | {sites or '-':9} |" in out
+        assert f"| {method:9} | {sites or '-':14} |" in out
 
 
 def test_memory(tmp_path):
@@ -225,11 +251,14 @@ def test_memory(tmp_path):
     model = Case("vit", WIDTH, 1, 4, 2).build()
     weights = 4 * sum(p.numel() for p in model.parameters())
     for (method, sites), counts in found.items():
-        inner = {None: (), "sublayers": (WIDTH, WIDTH), "all": (WIDTH, WIDTH, WIDTH, 4 * WIDTH)}[sites]
+        inner = {None: (), "sublayers": (WIDTH, WIDTH)}.get(sites, (WIDTH, WIDTH, WIDTH, 4 * WIDTH))
         widths = (PATCH_VALUES, *inner) if sites else ()
+        R = {site: d * r + r**2 for site, (d, _, r) in LAYERS.items()} if method == "default" else {}
+        if sites == "mixed":
+            R["qkv"] = WIDTH**2
         assert counts["parameters"] == counts["gradients"] == weights
         assert counts["optimizer"] == 2 * weights + 4 * len(list(model.parameters()))  # and step counters
-        assert counts["R"] == 4 * sum(d * d for d in widths)
+        assert counts["R"] == 4 * (sum(R.values()) if R else sum(d * d for d in widths))
         # The published convolution keeps its images, which are the batch, instead of rows.
         sampled = inner if method == "published" else widths
         assert counts["samples"] == 4 * SAMPLED * sum(sampled)
@@ -243,7 +272,7 @@ def test_memory(tmp_path):
     # Around the optimizer, the sampled rows alone.
     sampled = PATCH_VALUES + 2 * WIDTH
     assert found["around", "sublayers"]["saved"] - plain["saved"] == 4 * SAMPLED * sampled
-    assert "| published | all       |" in done.stdout
+    assert "| published | all            |" in done.stdout
 
 
 @pytest.mark.parametrize("command", ["step", "memory"])

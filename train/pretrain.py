@@ -89,10 +89,9 @@ class DecorConfig:
         every: Steps from one update of R to the next, which has that many times eta.
         kappa: Weight in [0, 1] of the unit-variance term.
         sample: Part of the rows, in (0, 1], that the statistics are taken from.
-        rank: Of R - I: "low" (a twelfth of each layer's width, 1/48 for fc2), "mixed" (the same, with a full R
-            for qkv), null for a full R everywhere, a number of dimensions, or below 1 a part of each layer's
-            width; also by site, such as {fc2: 64}, where the others get a full R. sites "auto" chooses ranks
-            itself.
+        rank: Of R - I: "low" (a twelfth of each layer's width, 1/48 for fc2), "mixed" (the same, with a full
+            R for qkv), null for a full R everywhere, a number of dimensions, or below 1 a part of the width;
+            also by site, such as {fc2: 64}, where the others get a full R. sites "auto" chooses ranks itself.
     """
 
     enable: bool = False
