@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bench import cases, command, measure, record
-from bench.arms import Arm, methods
+from bench.arms import PERIOD, Arm, methods
 
 MIB = 2**20
 PARTS = ("parameters", "gradients", "optimizer", "R", "samples", "saved", "scratch", "peak")
@@ -36,13 +36,14 @@ def measure_arm(
     """Bytes of each of the `PARTS`, and the peak in each phase of a step."""
     with measure.Allocations(inputs[0].device) as memory:
         arm = Arm(case, method, sites, inputs, precision)
-        # Then the optimizer has its states, and R lies in stacks. Steps two and four update every R.
-        arm.step()
+        for _ in range(PERIOD):  # then the optimizer has its states, and R lies in stacks
+            arm.step()
         known = [*arm.model.parameters(), *arm.model.buffers(), *inputs]
         with measure.saved_storages(known) as storages:
             arm.step()
         saved = sum(storages.values())
-        arm.step()
+        for _ in range(PERIOD - 1):
+            arm.step()
         arm.step(memory.phase)
     parameters = list(arm.model.parameters())
     update = memory.spans["decor"]

@@ -253,7 +253,9 @@ class _Input:
         if r is None:
             return 4 * rows * d**2 + (4 * sampled * d**2 + 2 * d**3) / every
         update = 4 * sampled * d * r + 2 * sampled * r**2 + 16 * d * r**2 + 35 * r**3
-        return 8 * rows * d * r + 4 * rows * r**2 + update / every
+        # Around an optimizer V Q is formed twice, so that no copy of V is kept.
+        products = 8 if form == "layers" else 10
+        return products * rows * d * r + 4 * rows * r**2 + update / every
 
     def measure(self, ranks: Sequence[int]) -> list[float]:
         """The correlation of the input, and for each rank the share of it that is within reach."""
@@ -379,7 +381,7 @@ def plan(
     ranks: Sequence[int] = (16, 32, 64, 128),
     filter: Filter | None = None,
     sample: float = 0.1,
-    every: int = 1,
+    every: int | None = None,
     form: str = "optimizer",
     seed: int = 0,
 ) -> Plan:
@@ -404,7 +406,7 @@ def plan(
         ranks: candidates for a low-rank R, besides a full one.
         filter: `filter(name, module) -> bool`, which layers are candidates; all for None.
         sample: of the `DecorPreconditioner` or `DecorSGD`.
-        every: likewise.
+        every: likewise; None for its default, 2 around an optimizer and 1 in layers.
         form: "optimizer" for `DecorPreconditioner`, "layers" for `decorrelate` with its form "auto".
         seed: of torch's random numbers in `step`.
 
@@ -417,6 +419,8 @@ def plan(
             makes no backward of the model or steps an optimizer.
     """
     ranks = tuple(ranks)
+    if every is None:
+        every = 2 if form == "optimizer" else 1
     _check(step, budget, calls, ranks, every, form)
     if not (math.isfinite(sample) and 0.0 < sample <= 1.0):
         raise ValueError(f"plan: sample: expected a fraction in (0, 1], got {sample}")

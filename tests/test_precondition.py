@@ -540,3 +540,32 @@ def test_dropping_the_rows_in_every_step_does_not_stop_R(every):
         decor.zero_grad()
         train(model, optimizer, 1, step)
     assert (decor.layers["0"].factors[0] - torch.eye(D)).abs().max() > 0.01
+
+
+def test_by_default_R_is_full_for_qkv_and_low_rank_elsewhere_and_moves_in_every_second_step():
+    model = make("timm")
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    decor = DecorPreconditioner(model, optimizer)
+    twelfths = {"patch_embed.proj": 16}  # of 192 features; 24 and 96 give 8
+    for name, layer in decor.layers.items():
+        if name.endswith("qkv"):
+            assert [tuple(f.shape) for f in layer.factors] == [(24, 24)]
+        else:
+            assert layer.factors[0].shape == (layer.weight[0].numel(), twelfths.get(name, 8))
+    moved = []
+    for _ in range(4):
+        before = decor.layers["blocks.0.attn.qkv"].factors[0].clone()
+        model(images()).square().mean().backward()
+        optimizer.step()
+        moved.append(not torch.equal(decor.layers["blocks.0.attn.qkv"].factors[0], before))
+    assert moved == [True, False, True, False]
+
+
+def test_low_ranks_everywhere():
+    model = make("timm")
+    low = DecorPreconditioner(model, torch.optim.SGD(model.parameters(), 0.01), rank="low")
+    assert {layer.factors[0].shape[1] for name, layer in low.layers.items() if "blocks" in name} == {8}
+    low.remove()
+    with pytest.raises(ValueError, match=r"rank: expected .* one of \('mixed', 'low'\), got 'high'"):
+        DecorPreconditioner(model, torch.optim.SGD(model.parameters(), 0.01), rank="high")
+    assert not any(module._forward_hooks for module in model.modules())
