@@ -88,8 +88,9 @@ def _site_names(sites: str | Iterable[str]) -> tuple[str, ...]:
         names = tuple(sites)
     unknown = [name for name in names if name not in SITES]
     if unknown or not names:
+        hint = "; dbpkern.plan(model, step) chooses by measurement" if "auto" in unknown else ""
         raise ValueError(
-            f"sites: expected a preset {tuple(PRESETS)} or some of {tuple(SITES)}, got {sites!r}"
+            f"sites: expected a preset {tuple(PRESETS)} or some of {tuple(SITES)}, got {sites!r}{hint}"
         )
     return tuple(dict.fromkeys(names))
 
