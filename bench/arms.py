@@ -10,7 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 import dbpkern
 from bench.baselines import PublishedLinear, published_convert, published_layers, published_update
 from bench.cases import Case, in_encoder
-from dbpkern.convert import RANKS, select
+from dbpkern.convert import RANK_PRESETS, select
+from dbpkern.precondition import EVERY
 
 # dtype of the weights, dtype of autocast
 PRECISIONS = {
@@ -19,7 +20,7 @@ PRECISIONS = {
     "bf16": (torch.float32, torch.bfloat16),
 }
 METHODS = ("around", "ours", "published")
-PERIOD = 2  # steps from one update of R to the next by default
+PERIOD = EVERY  # steps that hold one update of every arm's R
 RATE = 5e-4  # of R (arXiv 2510.14657)
 
 
@@ -107,7 +108,7 @@ class Arm:
         return [layer.z for layer in layers if isinstance(layer, PublishedLinear)]
 
     def R(self) -> dict[str, Tensor]:
-        """Every full R by layer name."""
+        """Every R by layer name; of arms with full ones."""
         if self.method == "ours":
             # The modules' buffers, not the optimizer's list, which is of its last step.
             return {name: self.model.get_submodule(name).R for name in self.decor.names}
@@ -124,5 +125,5 @@ class Arm:
 
 def methods(sites: Iterable[str]) -> list[tuple[str, str | None]]:
     """Plain first, then the default with each preset of ranks, then full R at each choice of sites."""
-    arms = [("plain", None)] + [("default", rank) for rank in RANKS]
+    arms = [("plain", None)] + [("default", rank) for rank in RANK_PRESETS]
     return arms + [(method, chosen) for chosen in sites for method in METHODS]

@@ -205,7 +205,7 @@ ABLATIONS = {
             f"in the layers, eta {eta:g}, constant and without limiter",
             _LAYERS | {"decor.eta": eta, "decor.limit": None, "decor.follow": False},
         )
-        for eta in (5e-3, 1e-2)
+        for eta in (1e-2, 2e-2, 3e-2)
     },
     "schedule": {"follow": Arm("eta follows the learning rate", _FULL | {"decor.follow": True})},
     "scale": {

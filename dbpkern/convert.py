@@ -13,7 +13,6 @@ from dbpkern.nn import (
     Decorrelated,
     check_form,
     is_sharded,
-    structure_of,
 )
 
 # The parts of a transformer block by the names that timm, torchvision and Hugging Face give them; a
@@ -45,7 +44,7 @@ Filter = Callable[[str, nn.Module], bool]
 Rank = int | float | None
 Ranks = Rank | str | Mapping[str, Rank]
 
-RANKS: Mapping[str, Mapping[str | None, Rank]] = {
+RANK_PRESETS: Mapping[str, Mapping[str | None, Rank]] = {
     "mixed": {**dict.fromkeys((*SITES, None), 1 / 12), "qkv": None, "fc2": 1 / 48},
     "low": {**dict.fromkeys((*SITES, None), 1 / 12), "fc2": 1 / 48},
 }
@@ -248,34 +247,41 @@ def share_inputs(chosen: Chosen, holders: Mapping[str, object]) -> None:
 
 def _check_rank(rank: Rank) -> None:
     """Raise TypeError or ValueError for what is no rank of any layer."""
-    if not isinstance(rank, float):
-        structure_of(rank)
-    elif not 0 < rank < 1:
+    if rank is None:
+        return
+    if isinstance(rank, bool) or not isinstance(rank, int | float):
+        raise TypeError(
+            f"rank: expected an integer, a part of the width in (0, 1) or None, got {type(rank).__name__}"
+        )
+    if isinstance(rank, float) and not 0 < rank < 1:
         raise ValueError(f"rank: expected an integer, or a part of the width in (0, 1), got {rank}")
 
 
-def _in_numbers(rank: Rank, module: nn.Module) -> int | None:
-    """The rank that a part of this layer's width stands for: a multiple of 8, as tensor cores like it."""
+def _as_integer(rank: Rank, module: nn.Module) -> int | None:
+    """The rank that a part of this layer's width stands for: a multiple of 8, as tensor cores like it.
+
+    None, a full R, where that is the whole width.
+    """
     if not isinstance(rank, float):
         return rank
-    if isinstance(module, nn.MultiheadAttention):
-        d = module.embed_dim
-    else:
-        d = module.weight[0].numel()
-    return min(d, 8 * math.ceil(rank * d / 8))
+    attends = isinstance(module, nn.MultiheadAttention)
+    d = module.embed_dim if attends else module.weight.shape[1:].numel()
+    r = 8 * math.ceil(round(rank * d / 8, 6))  # 0.07 of 800 is 56 and a rounding error
+    return r if r < d else None
 
 
 def ranks_of(rank: Ranks, chosen: Chosen) -> dict[str, int | None]:
     """The rank of R for each chosen layer, None for a full one; a layer's own goes before its site's."""
     if isinstance(rank, str):
-        if rank not in RANKS:
+        if rank not in RANK_PRESETS:
             raise ValueError(
-                f"rank: expected a number, ranks by site, or one of {tuple(RANKS)}, got {rank!r}"
+                f"rank: expected a number, ranks by site, or one of {tuple(RANK_PRESETS)}, got {rank!r}"
             )
-        return {name: _in_numbers(RANKS[rank][site], module) for name, (module, site) in chosen.items()}
+        rank_at = RANK_PRESETS[rank]
+        return {name: _as_integer(rank_at[site], module) for name, (module, site) in chosen.items()}
     if not isinstance(rank, Mapping):
         _check_rank(rank)
-        return {name: _in_numbers(rank, module) for name, (module, _) in chosen.items()}
+        return {name: _as_integer(rank, module) for name, (module, _) in chosen.items()}
     for one in rank.values():
         _check_rank(one)
     sites = tuple(dict.fromkeys(site for _, site in chosen.values() if site is not None))
@@ -286,7 +292,7 @@ def ranks_of(rank: Ranks, chosen: Chosen) -> dict[str, int | None]:
             "the chosen layers either"
         )
     ranks = {
-        name: _in_numbers(rank.get(name, rank.get(site)), module) for name, (module, site) in chosen.items()
+        name: _as_integer(rank.get(name, rank.get(site)), module) for name, (module, site) in chosen.items()
     }
     for names in inputs_of(chosen):
         if len({ranks[name] for name in names}) > 1:
@@ -318,9 +324,9 @@ def decorrelate(
         form: how the layers compute: "auto", "fold" or "apply", see `dbpkern.nn`.
         rank: None for a full R of `d^2` numbers in every layer; an integer r for `R = I + Q S Q^T` with
             `d r + r^2` numbers; a number in (0, 1) for that part of each layer's width d, rounded up to a
-            multiple of 8; ranks by site or by layer's name, as in `{"fc2": 128}`, where others get a full
-            R; or a preset: "low" (1/12 of the width, and 1/48 for fc2) or "mixed" (the same, with a full R
-            for qkv).
+            multiple of 8 (from about a third on, a full R takes less time); ranks by site or by layer's name,
+            as in `{"fc2": 128}`, where others get a full R; or a preset: "low" (1/12 of the width, and 1/48
+            for fc2) or "mixed" (the same, with a full R for qkv).
 
     Returns:
         The model.
@@ -335,8 +341,8 @@ def decorrelate(
     check_form(form)
     check_stock(model)
     chosen = select(model, sites, filter)
-    ranks = ranks_of(rank, chosen)
     _check_replaceable(model, chosen)
+    ranks = ranks_of(rank, chosen)
     converted: dict[str, Decorrelated] = {}
     for name, (module, site) in chosen.items():
         try:

@@ -71,13 +71,12 @@ class Full:
 
         Args:
             V: `[o, d]`, of R's dtype.
-            before: `remember(V_old)`, which is used up.
+            before: `remember(V_old)`.
             R: the matrix.
         """
         with autocast_off(V.device):
-            back = before.sub_(V).to(R.dtype)
-            gain = R - torch.eye(len(R), dtype=R.dtype, device=R.device)
-            torch.addmm(V, back, gain, alpha=-1, out=V)  # not addmm_, which counters of FLOPs do not know
+            before = before.to(R.dtype)
+            torch.addmm(before, V - before, R, out=V)
 
     def describe(self, R: Tensor) -> str:
         """For `extra_repr`."""
@@ -123,7 +122,8 @@ class LowRank:
 
     def transform_(self, x: Tensor, Q: Tensor, S: Tensor) -> None:
         """`x <- x R^T` for a matrix `x [o, d]` of R's dtype."""
-        with autocast_off(x.device), ieee_products(x.device):
+        with autocast_off(x.device):
+            # Not addmm_, which counters of FLOPs do not know.
             torch.addmm(x, (x @ Q) @ S.mT, Q.mT, out=x)
 
     def remember(self, V: Tensor, Q: Tensor, S: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dbpkern import distributed
 from dbpkern.convert import Filter, check_stock, check_weights, inputs_of, select
 from dbpkern.diagnostics import correlations
-from dbpkern.precondition import PreconditionedLayer, unsampled
+from dbpkern.precondition import EVERY, PreconditionedLayer, unsampled
 from dbpkern.sampling import Sampler
 
 FORMS = ("optimizer", "layers")
@@ -420,7 +420,7 @@ def plan(
     """
     ranks = tuple(ranks)
     if every is None:
-        every = 2 if form == "optimizer" else 1
+        every = EVERY if form == "optimizer" else 1
     _check(step, budget, calls, ranks, every, form)
     if not (math.isfinite(sample) and 0.0 < sample <= 1.0):
         raise ValueError(f"plan: sample: expected a fraction in (0, 1], got {sample}")

@@ -38,6 +38,9 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
+EVERY = 2  # steps from one update of R to the next, by default
+
+
 @contextmanager
 def _as_matrix(tensor: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
     """`[o, d]` of a dtype, whose changes go to the tensor: itself, where that is possible."""
@@ -70,13 +73,13 @@ class PreconditionedLayer:
         self.structure = structure_of(rank)
         if getattr(layer, "groups", 1) != 1:
             raise ValueError(f"expected a convolution with groups=1, got groups={layer.groups}")
+        if self.weight is None:
+            raise ValueError("expected one in_proj_weight for q, k and v, got kdim or vdim of their own")
         placements = getattr(self.weight, "placements", ())  # of FSDP
         if any(p.is_shard() and not p.is_shard(0) for p in placements):
             raise ValueError(f"expected a weight sharded by rows, Shard(0), got {placements}")
-        if self.weight is None:
-            raise ValueError("expected one in_proj_weight for q, k and v, got kdim or vdim of their own")
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        self._factors = self.structure.start(self.weight[0].numel(), dtype, self.weight.device)
+        self._factors = self.structure.start(self.weight.shape[1:].numel(), dtype, self.weight.device)
         self.live = True
         self._key: Tensor | None = None
         self._before: Tensor | None = None
@@ -92,10 +95,11 @@ class PreconditionedLayer:
 
     @property
     def factors(self) -> tuple[Tensor, ...]:
-        """The tensors that hold R, `(R,)` or `(Q, S)`, on the weight's device."""
-        device = self.weight.device
-        if self._factors[0].device != device:
-            self._factors = tuple(factor.to(device) for factor in self._factors)
+        """The tensors that hold R, `(R,)` or `(Q, S)`, on the weight's device, in its dtype or fp32."""
+        weight, held = self.weight, self._factors[0]
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        if held.device != weight.device or held.dtype != dtype:
+            self._factors = tuple(factor.to(weight.device, dtype) for factor in self._factors)
         return self._factors
 
     @factors.setter
@@ -249,7 +253,7 @@ class DecorPreconditioner(DecorSGD):
         optimizer: of its weights, with a `step()` without closure.
         sites: as for `decorrelate`.
         filter: as for `decorrelate`.
-        rank: as for `decorrelate`; the default costs little and loses little, see docs/method.md.
+        rank: as for `decorrelate`.
         lr: eta >= 0, a number or a 0-d tensor. With `scale_free` the part of a correlation that one step
             removes near a diagonal G.
         kappa: as for `DecorSGD`, like all that follow.
@@ -279,15 +283,15 @@ class DecorPreconditioner(DecorSGD):
         seed: int = 0,
         scale_free: bool = True,
         limit: float | None = 0.5,
-        every: int = 2,
+        every: int = EVERY,
         follow: torch.optim.Optimizer | None = None,
     ) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
         check_stock(model)
         chosen = select(model, sites, filter)
-        ranks = ranks_of(rank, chosen)
         check_weights(model, chosen)
+        ranks = ranks_of(rank, chosen)
         taken = [name for name, (module, _) in chosen.items() if preconditioned(module) is not None]
         if taken:
             raise ValueError(
@@ -329,6 +333,7 @@ class DecorPreconditioner(DecorSGD):
             "one for the copy, and load state_dict()"
         )
 
+    @torch.compiler.disable
     def _enter(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         if any(argument is not None for argument in (*args[1:], *kwargs.values())):  # args[0]: the optimizer
             raise ValueError(
@@ -339,6 +344,7 @@ class DecorPreconditioner(DecorSGD):
         for layer in self.layers.values():
             layer.enter()
 
+    @torch.compiler.disable
     def _leave(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         if not self._entered:
             return  # a step() that calls super().step() runs the hooks of both
@@ -359,9 +365,9 @@ class DecorPreconditioner(DecorSGD):
     def replan(
         self,
         model: nn.Module,
-        sites: str | Iterable[str] | None = "all",
-        filter: Filter | None = None,
-        rank: Ranks = "mixed",
+        sites: str | Iterable[str] | None,
+        filter: Filter | None,
+        rank: Ranks,
     ) -> None:
         """Choose other layers, between two steps; the function of the network stays as it is.
 
@@ -381,8 +387,8 @@ class DecorPreconditioner(DecorSGD):
         """
         check_stock(model)
         chosen = select(model, sites, filter)
-        ranks = ranks_of(rank, chosen)
         check_weights(model, chosen)
+        ranks = ranks_of(rank, chosen)
         layers = self._take(chosen, ranks)
         caution = self.caution()
         with torch.no_grad():

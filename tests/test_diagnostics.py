@@ -64,7 +64,9 @@ def test_statistics_by_their_definition(kind, method):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         held = DecorPreconditioner(model, optimizer, "sublayers").layers
         for layer in held.values():
-            layer.factors[0].add_(0.1 * torch.randn_like(layer.factors[0]))
+            for factor in layer.factors:
+                factor.add_(0.1 * torch.randn_like(factor))
+            assert not torch.allclose(layer.dense_R(), torch.eye(len(layer.dense_R())), atol=0.01)
     rows = {name: [] for name in NAMES[kind]}
     for name in rows:
         module = model.get_submodule(name)

@@ -1342,10 +1342,9 @@ def test_ranks_as_parts_of_the_width_are_multiples_of_eight():
         assert rank % 8 == 0
         assert rank - 8 < d / 8 <= rank
     model = dbpkern.decorrelate(make("timm"), "all", rank={"fc2": 0.99, "blocks.0.attn.qkv": 0.2, "qkv": 3})
-    widths = {name: layer.weight[0].numel() for name, layer in decorrelated(model).items()}
     for name, rank in structures(model).items():
         if name.endswith("fc2"):
-            assert rank == widths[name]
+            assert rank is None  # the whole width
         elif name.endswith("qkv"):
             assert rank == (8 if name.startswith("blocks.0") else 3)
         else:

@@ -474,7 +474,7 @@ def test_shared_R_survive_and_the_optimizer_keeps_its_moments():
     optimizer.step()
     R = decor.layers[f"{name}.value"].factors[0].clone()
     moments = [m.clone() for state in optimizer.state.values() for m in state.values()]
-    decor.replan(model, "qkv", rank=None)
+    decor.replan(model, "qkv", None, None)
     for part in ("query", "key", "value"):
         assert torch.equal(decor.layers[f"{name}.{part}"].factors[0], R)
     kept = [m for state in optimizer.state.values() for m in state.values()]
@@ -488,7 +488,7 @@ def test_a_choice_that_cannot_be_changes_nothing():
             ({"filter": everything, "rank": 17}, "apart: rank: .* got 17"),
         ):
             with pytest.raises(ValueError, match=match):
-                decor.replan(model, None, **options)
+                decor.replan(model, None, **{"rank": None} | options)
         assert all(len(module._forward_hooks) == 1 for module in (model.alike, model.apart))
 
     assert same(trained(refuse), trained())

@@ -150,6 +150,11 @@ def test_low_rank_sites_train_and_fuse(tmp_path):
     assert S.shape == (5, 5)
     assert S.abs().max() > 1e-4
     assert "blocks.0.attn.qkv.R" in state
+    # Ranks by site are the same setting when they are read again.
+    resumed = [*TINY, *DBP, *ranks, "--steps=4", "--eval_every=4", f"--out={out}", "--resume=auto"]
+    pretrain.main(resumed)
+    with pytest.raises(SystemExit):
+        pretrain.main([*resumed, "--decor.rank={fc1: 5, fc2: 8}"])
     encoder = load_file(out / "encoder.safetensors")
     weight = state["blocks.1.mlp.fc1.weight"]
     torch.testing.assert_close(encoder["blocks.1.mlp.fc1.weight"], weight + weight @ Q @ S @ Q.T)

@@ -156,7 +156,7 @@ class Loop:
         self.seconds = 0.0  # spent in steps and plans, waiting for data included, evaluation and saving not
         self.skipped = 0
         self.unreadable: dict[str, str] = {}
-        self.energy = Meter(self.processes)  # of the same time as `seconds`
+        self.energy = Meter(self.processes)  # of the steps
         self._ddp: DistributedDataParallel | None = None
         self._bad = 0
         self._signalled = False  # here

@@ -28,6 +28,7 @@ import dbpkern
 from dbpkern import diagnostics
 from dbpkern.convert import select
 from dbpkern.env import collect
+from dbpkern.precondition import EVERY
 from models.mae import create_mae, num_kept
 from train import checkpoint, plots, processes
 from train.augment import denormalize
@@ -103,7 +104,7 @@ class DecorConfig:
     follow: bool = False
     scale_free: bool = True
     limit: float | None = 0.5
-    every: int = 2
+    every: int = EVERY
     kappa: float = 0.0
     sample: float = 0.1
     rank: Literal["mixed", "low"] | int | float | dict[str, int | float] | None = "mixed"
@@ -248,7 +249,10 @@ def check_same_run(old: Mapping, new: Mapping, where: str) -> None:
 
     A setting that did not exist when the old one was written was what it is by default.
     """
-    old, new = flat(asdict(Config(""))) | flat(old), flat(new)
+    old, new = flat(old), flat(new)
+    for name, value in flat(asdict(Config(""))).items():
+        if not any(known.startswith(f"{name}.") for known in old):  # a rank, say, may be one or many
+            old.setdefault(name, value)
     differing = [
         f"{name} was {old.get(name)!r}, is {new.get(name)!r}"
         for name in sorted(old.keys() | new.keys())
