@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from bench import record
@@ -28,7 +29,9 @@ from train.run_folder import to_json, write_atomically
 
 BASE = "adamw"  # sets the target
 ENOUGH = 3  # seeds
-COLOURS = {name: f"C{i}" for i, name in enumerate(ARMS)}
+# tab20 has ten hues, dark and light: first the dark ones.
+COLOURS = {name: f"C{i}" if i < 10 else colormaps["tab20"](2 * i - 19) for i, name in enumerate(ARMS)}
+SHOWN = {REFERENCE: "black", "dbp": "tab:gray"}  # beside every family of ablations
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -476,8 +479,8 @@ def markdown(report: Report, pictures: Mapping[str, str]) -> str:
     if probes:
         section("Linear probe", "probe", "Accuracy on digits, step by step.", probes)
     for family, names in _families(report).items():
-        reference = [REFERENCE] if REFERENCE in report.arms else []
-        section(f"Ablation: {family}", f"ablation_{family}", losses_table(report, [*reference, *names]))
+        shown = [name for name in SHOWN if name in report.arms]
+        section(f"Ablation: {family}", f"ablation_{family}", losses_table(report, [*shown, *names]))
     if report.diverged:
         lines = [f"- {r.run.name}: {r.outcome}" for r in report.diverged]
         section("Diverged", "diverged", "\n".join(lines))
@@ -526,7 +529,7 @@ def _plot_loss(report: Report, names: Sequence[str]) -> Callable[[Figure], None]
 
 
 def _plot_family(report: Report, names: Sequence[str]) -> Callable[[Figure], None]:
-    colours = {name: "black" if name == REFERENCE else f"C{i}" for i, name in enumerate(names)}
+    colours = {name: SHOWN.get(name, f"C{i}") for i, name in enumerate(names)}
     return lambda figure: _draw_curves(figure, report, names, colours)
 
 
@@ -579,7 +582,7 @@ def plots(report: Report, folder: Path) -> dict[str, str]:
     if probe_table(report):
         drawn["probe"] = lambda figure: _plot_probe(figure, report)
     for family, names in _families(report).items():
-        chosen = [n for n in (REFERENCE, *names) if n in report.arms and report.arms[n].curve is not None]
+        chosen = [n for n in (*SHOWN, *names) if n in report.arms and report.arms[n].curve is not None]
         if chosen:
             drawn[f"ablation_{family}"] = _plot_family(report, chosen)
     for name, draw in drawn.items():

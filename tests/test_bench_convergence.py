@@ -389,7 +389,9 @@ def test_what_cannot_be_run_is_refused_before_anything_is_written(tmp_path, caps
     assert not folder.exists()
 
 
-def test_an_arm_that_cannot_be_built_is_not_timed(tmp_path, capsys):
+def test_an_arm_that_cannot_be_built_is_not_timed(tmp_path, capsys, monkeypatch):
+    wide = matrix.Arm("rank 32", {"decor.enable": True, "decor.rank": 32}, (3e-3,))
+    monkeypatch.setitem(matrix.ARMS, "dbp-rank32", wide)
     command = ["convergence", "--preset", "made", "--folder", str(tmp_path), "--arms", "dbp-rank32"]
     assert main([*command, "--time", "1"]) == 2
     told = capsys.readouterr().err
