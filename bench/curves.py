@@ -31,7 +31,7 @@ BASE = "adamw"  # sets the target
 ENOUGH = 3  # seeds
 # tab20 has ten hues, dark and light: first the dark ones.
 COLOURS = {name: f"C{i}" if i < 10 else colormaps["tab20"](2 * i - 19) for i, name in enumerate(ARMS)}
-SHOWN = {REFERENCE: "black", "dbp": "tab:gray"}  # beside every family of ablations
+SHOWN = {REFERENCE: "black", "dbp": "silver"}  # beside every family of ablations
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

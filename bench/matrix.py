@@ -1,8 +1,8 @@
 """The runs of `python -m bench convergence`, as data: settings, arms, learning rates, seeds.
 
 A run is named by (preset, arm, rate, seed). The main arms are run at several rates with the first seed; each
-arm's best rate, by its final training loss, is then run with the other seeds, too. Ablations change one
-setting of the arm `REFERENCE` and run at that arm's best rate.
+arm's best rate, by its final training loss, is then run with the other seeds, too. Ablations change
+settings of the arm `REFERENCE`, one where one can change alone, and run at that arm's best rate.
 """
 
 import copy
@@ -124,6 +124,7 @@ _LAYERS = _FULL | {
 }
 _SUBLAYERS = _DEFAULT | {"decor.rank": {"proj": 1 / 12, "fc2": 1 / 48}}
 _MUON = {"optim.name": "muon"}
+# Spelled out, as runs that are finished say what they were: the preset of this name may change.
 _LOW = {"patch_embed": 1 / 12, "qkv": 1 / 12, "proj": 1 / 12, "fc1": 1 / 12, "fc2": 1 / 48}
 REFERENCE = "dbp-full"  # of the ablations
 

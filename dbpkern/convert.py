@@ -44,10 +44,8 @@ Filter = Callable[[str, nn.Module], bool]
 Rank = int | float | None
 Ranks = Rank | str | Mapping[str, Rank]
 
-RANK_PRESETS: Mapping[str, Mapping[str | None, Rank]] = {
-    "mixed": {**dict.fromkeys((*SITES, None), 1 / 12), "qkv": None, "fc2": 1 / 48},
-    "low": {**dict.fromkeys((*SITES, None), 1 / 12), "fc2": 1 / 48},
-}
+_LOW: Mapping[str | None, Rank] = {**dict.fromkeys((*SITES, None), 1 / 12), "fc2": 1 / 48}
+RANK_PRESETS = {"mixed": {**_LOW, "qkv": None}, "low": _LOW}
 """Presets of ranks by site; None stands for layers of no known site. fc2's input is four times as wide as the
 others': the same number of dimensions is a smaller part of it."""
 Chosen = Mapping[str, tuple[nn.Module, str | None]]
