@@ -145,12 +145,12 @@ ARMS = {
         published=True,
     ),
     "dbp": Arm("DBP", _DEFAULT, (3e-3, *_HIGHER)),
-    "dbp-low": Arm("DBP, low rank", _DEFAULT | {"decor.rank": "low"}, _HIGHER),
+    "dbp-low": Arm("DBP, low rank", _DEFAULT | {"decor.rank": "low"}, (3e-3, *_HIGHER)),
     "dbp-sublayers": Arm("DBP, full R in front of sublayers", _SUBLAYERS, (3e-3, *_HIGHER)),
     "dbp-full": Arm("DBP, full R everywhere", _FULL, (2e-3, 3e-3, *_HIGHER)),
     "dbp-auto": Arm("DBP, sites by measurement", _DEFAULT | {"decor.sites": "auto"}, _HIGHER[:2]),
     "dbp-layers": Arm("DBP in the layers", _LAYERS, _HIGHER),
-    "dbp-muon": Arm("DBP with Muon", _DEFAULT | _MUON, _HIGHER),
+    "dbp-muon": Arm("DBP with Muon", _DEFAULT | _MUON, (*_HIGHER, 2e-2)),
     "dbp-sublayers-muon": Arm(
         "DBP with Muon, full R in front of sublayers", _SUBLAYERS | _MUON, (3e-3, *_HIGHER)
     ),
@@ -210,7 +210,10 @@ ABLATIONS = {
     },
     "schedule": {"follow": Arm("eta follows the learning rate", _FULL | {"decor.follow": True})},
     "scale": {
-        "unscaled": Arm("not scale-free, eta 0.01", _FULL | {"decor.scale_free": False, "decor.eta": 1e-2})
+        "unscaled": Arm("not scale-free, eta 0.01", _FULL | {"decor.scale_free": False, "decor.eta": 1e-2}),
+        "layers-scale-free": Arm(
+            "in the layers, scale-free", _FULL | {"decor.form": "auto", "decor.follow": True}
+        ),
     },
 }
 
