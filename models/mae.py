@@ -18,16 +18,22 @@ from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from models.vit import SIZES as VIT_SIZES
+from models.vit import (
+    check_sizes,
+    check_transformer,
+    init_xavier,
+    pair,
+    patch_statistics,
+    patchify,
+    sincos_positions,
+    unpatchify,
+)
+
 # First components of the names that make up the encoder; they are timm's.
 ENCODER = ("cls_token", "pos_embed", "patch_embed", "blocks", "norm")
 
-SIZES = {
-    "mae_vit_tiny": {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3},
-    "mae_vit_small": {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6},
-    "mae_vit_base": {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12},
-    "mae_vit_large": {"patch_size": 16, "embed_dim": 1024, "depth": 24, "num_heads": 16},
-    "mae_vit_huge": {"patch_size": 14, "embed_dim": 1280, "depth": 32, "num_heads": 16},
-}
+SIZES = {f"mae_vit_{size}": arguments for size, arguments in VIT_SIZES.items()}
 
 # "dbp" is the decoder of "Decorrelation Speeds Up Vision Transformers" (arXiv 2510.14657). The paper gives
 # its two layers but neither width nor heads, so those are MAE's.
@@ -35,14 +41,6 @@ DECODERS = {
     "mae": {"decoder_embed_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16},
     "dbp": {"decoder_embed_dim": 512, "decoder_depth": 2, "decoder_num_heads": 16},
 }
-
-
-def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
-    """Return `value` as (height, width), raising ValueError for anything but one or two positive numbers."""
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or min(pair) < 1:
-        raise ValueError(f"{name} must be a positive number or two, got {value}")
-    return pair
 
 
 def num_kept(num_patches: int, mask_ratio: float) -> int:
@@ -58,21 +56,6 @@ def num_kept(num_patches: int, mask_ratio: float) -> int:
 def _take(tokens: Tensor, ids: Tensor) -> Tensor:
     """Pick the tokens [B, N, D] at the positions `ids` [B, M], row by row: [B, M, D]."""
     return tokens.gather(1, ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
-
-
-def sincos_positions(grid_size: tuple[int, int], dim: int) -> Tensor:
-    """Return MAE's fixed position embedding [1, 1 + h * w, dim] for a grid of h by w patches.
-
-    The first row belongs to the class token and is zero. In the others every angle is a coordinate divided
-    by 10000^(i / (dim / 4)), and the channels are [sin of columns, cos of columns, sin of rows, cos of rows],
-    each with dim / 4 values. timm's `build_sincos2d_pos_embed` has the same numbers in another order.
-    """
-    # float64, because the error of a float32 frequency grows with the coordinate.
-    frequency = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid_size), indexing="ij")
-    angles = [torch.outer(axis.flatten(), frequency) for axis in (columns, rows)]
-    patches = torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
-    return torch.cat([patches.new_zeros(1, dim), patches]).float().unsqueeze(0)
 
 
 class MaskedAutoencoder(nn.Module):
@@ -112,22 +95,11 @@ class MaskedAutoencoder(nn.Module):
         norm_pix_loss: bool = False,
     ):
         super().__init__()
-        height, width = img_size = _pair("img_size", img_size)
-        rows, columns = patch_size = _pair("patch_size", patch_size)
-        if height % rows or width % columns:
-            raise ValueError(f"img_size must be divisible by patch_size, got {img_size} and {patch_size}")
-        for part, dim, heads, blocks in (
-            ("", embed_dim, num_heads, depth),
-            ("decoder_", decoder_embed_dim, decoder_num_heads, decoder_depth),
-        ):
-            if blocks < 1:
-                raise ValueError(f"{part}depth must be at least 1, got {blocks}")
-            if heads < 1:
-                raise ValueError(f"{part}num_heads must be at least 1, got {heads}")
-            if dim < 1 or dim % heads:
-                raise ValueError(f"{part}embed_dim must be divisible by {part}num_heads {heads}, got {dim}")
-            if dim % 4:
-                raise ValueError(f"{part}embed_dim must be divisible by 4 for its positions, got {dim}")
+        img_size = pair("img_size", img_size)
+        rows, columns = patch_size = pair("patch_size", patch_size)
+        check_sizes(img_size, patch_size)
+        check_transformer("", embed_dim, num_heads, depth)
+        check_transformer("decoder_", decoder_embed_dim, decoder_num_heads, decoder_depth)
 
         self.in_chans = in_chans
         self.norm_pix_loss = norm_pix_loss
@@ -159,11 +131,7 @@ class MaskedAutoencoder(nn.Module):
         """Initialise as MAE: Xavier-uniform weights, zero biases, tokens from N(0, 0.02)."""
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                # The patch embedding is a linear layer written as a convolution; flat, its fans are right.
-                nn.init.xavier_uniform_(module.weight.detach().flatten(1))
-                nn.init.zeros_(module.bias)
+        init_xavier(self)
 
     def _check_images(self, imgs: Tensor) -> None:
         """Raise ValueError unless `imgs` are images [B, C, H, W] of the model's channels and size."""
@@ -178,9 +146,7 @@ class MaskedAutoencoder(nn.Module):
             ValueError: If the images have another size or number of channels than the model.
         """
         self._check_images(imgs)
-        (h, w), (p, q) = self.patch_embed.grid_size, self.patch_embed.patch_size
-        patches = imgs.reshape(-1, self.in_chans, h, p, w, q).permute(0, 2, 4, 3, 5, 1)
-        return patches.reshape(-1, h * w, p * q * self.in_chans)
+        return patchify(imgs, self.patch_embed.patch_size)
 
     def unpatchify(self, patches: Tensor) -> Tensor:
         """Put patches [B, L, P] together to images [B, C, H, W]: the inverse of `patchify`.
@@ -188,12 +154,11 @@ class MaskedAutoencoder(nn.Module):
         Raises:
             ValueError: If the number or size of the patches is not the model's.
         """
-        (h, w), (p, q) = self.patch_embed.grid_size, self.patch_embed.patch_size
-        length, values = h * w, p * q * self.in_chans
+        rows, columns = self.patch_embed.patch_size
+        length, values = self.patch_embed.num_patches, rows * columns * self.in_chans
         if tuple(patches.shape[1:]) != (length, values):
             raise ValueError(f"expected patches of shape [B, {length}, {values}], got {list(patches.shape)}")
-        imgs = patches.reshape(-1, h, w, p, q, self.in_chans).permute(0, 5, 1, 3, 2, 4)
-        return imgs.reshape(-1, self.in_chans, h * p, w * q)
+        return unpatchify(patches, self.patch_embed.grid_size, self.patch_embed.patch_size)
 
     def random_masking(
         self, tokens: Tensor, mask_ratio: float, noise: Tensor | None = None
@@ -257,12 +222,6 @@ class MaskedAutoencoder(nn.Module):
         x = self.decoder_norm(self.decoder_blocks(x))
         return self.decoder_pred(x[:, 1:])
 
-    @staticmethod
-    def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation (unbiased, kept off zero) of every patch, both [B, L, 1]."""
-        var, mean = torch.var_mean(patches, dim=-1, keepdim=True)
-        return mean, (var + 1e-6).sqrt()
-
     def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
         """Return the mean squared error over the removed patches: a float32 scalar, whatever the inputs.
 
@@ -276,7 +235,7 @@ class MaskedAutoencoder(nn.Module):
         """
         target = self.patchify(imgs.float())
         if self.norm_pix_loss:
-            mean, std = self._patch_statistics(target)
+            mean, std = patch_statistics(target)
             target = (target - mean) / std
         loss = (pred.float() - target).square().mean(dim=-1)
         return (loss * mask).sum() / mask.sum()
@@ -323,7 +282,7 @@ class MaskedAutoencoder(nn.Module):
         """
         original, pred = self.patchify(imgs.float()), pred.float()
         if self.norm_pix_loss:
-            mean, std = self._patch_statistics(original)
+            mean, std = patch_statistics(original)
             pred = pred * std + mean
         return self.unpatchify(torch.where(mask.unsqueeze(-1).bool(), pred, original))
 

@@ -11,7 +11,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from models import mae
-from models.mae import DECODERS, MaskedAutoencoder, create_mae, load_mae_checkpoint, sincos_positions
+from models.mae import DECODERS, MaskedAutoencoder, create_mae, load_mae_checkpoint
+from models.vit import sincos_positions
 
 # A grid of 3 by 5 patches: nothing is square, so swapped axes do not go unnoticed.
 SMALL = {

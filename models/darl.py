@@ -1,0 +1,736 @@
+"""DARL: denoising autoregressive representation learning (Li, Bornschein, Chen 2024, arXiv 2403.05196).
+
+A ViT with causal attention reads the patches of an image one after the other, after a start token; from its
+output at each place a small decoder predicts the next patch, by mean squared error or by diffusion. The
+blocks and their parameters' names are timm's: with 2D RoPE the encoder loads into
+`vit_base_patch16_rope_224`.
+
+What the paper leaves open is chosen here as follows: a final LayerNorm; the start token is learned and has no
+rotation (it stands at (0, 0)); RoPE's longest wavelength is 2 pi * 100, as in timm's models of that name; the
+decoder of two tokens is as wide as the encoder, embeds the noisy patch by weights of its own and reads its
+prediction from that patch's token; losses are means over patches and their values.
+
+Letters used in shapes: B images, C channels, H and W their size, L patches, P the values in a patch (rows *
+columns * channels), D the width, V entries of a vocabulary, n tokens, E twice the width of an attention head.
+"""
+
+import inspect
+from collections.abc import Sequence
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Mlp, PatchEmbed, apply_rot_embed_cat, build_rotary_pos_embed, resample_abs_pos_embed
+from timm.models.eva import EvaBlock
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from models import diffusion
+from models.vit import SIZES as VIT_SIZES
+from models.vit import (
+    check_sizes,
+    check_transformer,
+    init_xavier,
+    pair,
+    patch_statistics,
+    patchify,
+    sincos_positions,
+    unpatchify,
+)
+
+SIZES = {f"darl_vit_{size}": arguments for size, arguments in VIT_SIZES.items()}
+
+# First components of the names that make up the encoder; they are timm's.
+ENCODER = ("cls_token", "pos_embed", "patch_embed", "blocks", "norm")
+
+POSITIONS = ("none", "sincos", "learned", "rope1d", "rope2d")
+ORDERS = ("raster", "nested", "round-robin", "fixed", "random")
+OBJECTIVES = ("mse", "diffusion", "tokens")
+DECODERS = ("mlp", "transformer")
+PREDICTIONS = ("x0", "epsilon")
+INPUTS = ("pixels", "tokens")
+
+norm_layer = partial(nn.LayerNorm, eps=1e-6)
+
+
+def _check_choice(name: str, value: object, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+
+
+def patch_order(kind: str, grid_size: tuple[int, int], block: int = 2, seed: int = 0) -> Tensor:
+    """The order in which the patches of a grid are predicted, as their raster numbers [L].
+
+    Args:
+        kind: "raster"; "nested", the squares of `block` by `block` patches one after the other, each in
+            raster order; "round-robin", the first patch of every square, then the second, and so on; or
+            "fixed", one random order.
+        grid_size: Rows and columns of patches; squares at the far edges may be incomplete.
+        block: Side of a square.
+        seed: Of the order "fixed".
+
+    Raises:
+        ValueError: There is no such kind, or block is below 1.
+    """
+    _check_choice("order", kind, [known for known in ORDERS if known != "random"])
+    if block < 1:
+        raise ValueError(f"order_block: expected at least 1, got {block}")
+    rows, columns = grid_size
+    numbers = torch.arange(rows * columns)
+    if kind == "raster":
+        return numbers
+    if kind == "fixed":
+        return torch.randperm(rows * columns, generator=torch.Generator().manual_seed(seed))
+    row, column = numbers // columns, numbers % columns
+    square = (row // block) * (-(-columns // block)) + column // block
+    within = (row % block) * block + column % block
+    first, second = (square, within) if kind == "nested" else (within, square)
+    return (first * (1 + int(second.max())) + second).argsort()
+
+
+def rotary_positions(
+    kind: str,
+    grid_size: tuple[int, int],
+    head_dim: int,
+    reference: tuple[int, int] | None = None,
+    temperature: float = 100.0,
+) -> Tensor:
+    """Sines and cosines of RoPE for every patch in raster order, [L, 2 * head_dim], as timm has them.
+
+    Args:
+        kind: "rope1d", by the patch's raster number, or "rope2d", half of the pairs of channels by its column
+            and half by its row (section 3.4 of the paper).
+        grid_size: Rows and columns of patches.
+        head_dim: Width of an attention head; divisible by 2, or by 4 for "rope2d".
+        reference: Positions are scaled to the range of this grid; None for the grid itself.
+        temperature: The longest wavelength, over 2 pi, in patches.
+    """
+    scaled = None if reference in (None, grid_size) else reference
+    if kind == "rope2d":
+        waves = build_rotary_pos_embed(
+            list(grid_size),
+            dim=head_dim,
+            temperature=temperature,
+            in_pixels=False,
+            ref_feat_shape=None if scaled is None else list(scaled),
+            grid_indexing="xy",
+        )
+        return torch.cat(waves, dim=-1)
+    length = grid_size[0] * grid_size[1]
+    place = torch.arange(length, dtype=torch.float64)
+    if scaled is not None:
+        place *= scaled[0] * scaled[1] / length
+    frequency = temperature ** -(torch.arange(head_dim // 2, dtype=torch.float64) / (head_dim // 2))
+    angle = torch.outer(place, frequency).repeat_interleave(2, dim=-1)
+    return torch.cat([angle.sin(), angle.cos()], dim=-1).float()
+
+
+def _take(tokens: Tensor, order: Tensor) -> Tensor:
+    """Bring tokens [B, L, ...] into an order [L], or one for every image [B, L]."""
+    if order.dim() == 1:
+        return tokens[:, order]
+    index = order.view(*order.shape, *[1] * (tokens.dim() - 2)).expand(-1, -1, *tokens.shape[2:])
+    return tokens.expand(len(order), *tokens.shape[1:]).gather(1, index)
+
+
+class TokenEmbed(nn.Module):
+    """Embedding of one entry of a vocabulary for each patch; it tells the sizes that `PatchEmbed` tells."""
+
+    def __init__(self, img_size: tuple[int, int], patch_size: tuple[int, int], vocabulary: int, dim: int):
+        super().__init__()
+        self.img_size, self.patch_size = img_size, patch_size
+        self.grid_size = (img_size[0] // patch_size[0], img_size[1] // patch_size[1])
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        self.embedding = nn.Embedding(vocabulary, dim)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Entries [B, L] to [B, L, D]."""
+        return self.embedding(codes)
+
+
+class ResidualMlp(nn.Module):
+    """LayerNorm and a two-layer MLP around a skip connection."""
+
+    def __init__(self, dim: int, mlp_ratio: float):
+        super().__init__()
+        self.norm = norm_layer(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] to [..., D]."""
+        return x + self.mlp(self.norm(x))
+
+
+class MlpDecoder(nn.Module):
+    """Residual MLP on the context, to which the embedded noisy patch is added where there is one.
+
+    Args:
+        dim: D.
+        out: Values that are predicted.
+        depth: Residual blocks; none makes a linear decoder.
+        mlp_ratio: Hidden width of a block over D.
+        noisy: Values of a noisy patch, None for none.
+    """
+
+    def __init__(self, dim: int, out: int, depth: int, mlp_ratio: float, noisy: int | None = None):
+        super().__init__()
+        self.embed = None if noisy is None else nn.Linear(noisy, dim)
+        self.blocks = nn.ModuleList(ResidualMlp(dim, mlp_ratio) for _ in range(depth))
+        # Without blocks or patch, the encoder's last norm has just been.
+        self.norm = norm_layer(dim) if depth or noisy is not None else nn.Identity()
+        self.pred = nn.Linear(dim, out)
+
+    def forward(self, context: Tensor, noisy: Tensor | None = None) -> Tensor:
+        """Context [..., D], and the noisy patch [..., noisy], to predictions [..., out]."""
+        x = context if noisy is None else context + self.embed(noisy)
+        for block in self.blocks:
+            x = block(x)
+        return self.pred(self.norm(x))
+
+
+class PairBlock(Block):
+    """timm's block on sequences of two tokens.
+
+    The softmax over two is a sigmoid of the difference of their scores, so attention is elementwise work
+    on the projections, with no kernel for sequences of length 2.
+    """
+
+    def forward(self, x: Tensor, second: bool = False) -> Tensor:
+        """Pairs [..., 2, D] to pairs, or to their second tokens [..., 1, D] alone."""
+        attn = self.attn
+        q, k, v = attn.qkv(self.norm1(x)).unflatten(-1, (3, attn.num_heads, attn.head_dim)).unbind(-3)
+        if second:
+            x, q = x[..., 1:, :], q[..., 1:, :, :]
+        (k0, k1), (v0, v1) = k.split(1, dim=-3), v.split(1, dim=-3)
+        first = torch.sigmoid((q * (k0 - k1)).sum(-1, keepdim=True) * attn.scale)
+        x = x + attn.proj(torch.lerp(v1, v0, first).flatten(-2))
+        return x + self.mlp(self.norm2(x))
+
+
+class PairDecoder(nn.Module):
+    """Transformer on two tokens, the context and the embedded noisy patch (section 3.3 of the paper).
+
+    Args:
+        dim: D.
+        out: Values that are predicted.
+        depth: Blocks, at least 1.
+        num_heads: Attention heads.
+        mlp_ratio: Hidden width of the MLPs over D.
+        noisy: Values of a noisy patch.
+    """
+
+    def __init__(self, dim: int, out: int, depth: int, num_heads: int, mlp_ratio: float, noisy: int):
+        super().__init__()
+        self.embed = nn.Linear(noisy, dim)
+        self.blocks = nn.ModuleList(
+            PairBlock(dim, num_heads, mlp_ratio, qkv_bias=True, norm_layer=norm_layer) for _ in range(depth)
+        )
+        self.norm = norm_layer(dim)
+        self.pred = nn.Linear(dim, out)
+
+    def forward(self, context: Tensor, noisy: Tensor) -> Tensor:
+        """Context [..., D] and noisy patch [..., noisy] to predictions [..., out]."""
+        noisy = self.embed(noisy)
+        x = torch.stack([context.to(noisy.dtype), noisy], dim=-2)
+        last = len(self.blocks) - 1
+        for i, block in enumerate(self.blocks):
+            x = block(x, second=i == last)  # nobody reads the context's token after the last
+        return self.pred(self.norm(x.squeeze(-2)))
+
+
+class Cache:
+    """Keys and values of the tokens that a model has read, for all of its blocks.
+
+    Args:
+        model: Whose cache.
+        batch: B.
+        capacity: Tokens that fit.
+    """
+
+    def __init__(self, model: "DARL", batch: int, capacity: int):
+        weight = model.norm.weight
+        attn = model.blocks[0].attn
+        shape = (len(model.blocks), 2, batch, attn.num_heads, capacity, attn.head_dim)
+        self.tokens = 0
+        self._held = weight.new_empty(shape)
+
+    def add(self, block: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep keys and values [B, heads, n, head_dim] of new tokens; returns those of all, old and new."""
+        end = self.tokens + k.shape[2]
+        for held, new in zip(self._held[block], (k, v), strict=True):
+            held[:, :, self.tokens : end] = new
+        keys, values = self._held[block, :, :, :, :end]
+        return keys.to(k.dtype), values.to(v.dtype)
+
+
+class DARL(nn.Module):
+    """Causal ViT that predicts each patch of an image from those before it.
+
+    Args:
+        img_size: Height and width of the images; one number for squares. Other sizes that the patch divides
+            are served, too, by positions that are interpolated.
+        patch_size: Height and width of a patch; has to divide the image.
+        in_chans: Channels of the images.
+        embed_dim: Width; divisible by `num_heads`, and a head's width by 4.
+        depth: Blocks.
+        num_heads: Attention heads.
+        mlp_ratio: Hidden width of the MLPs over their width.
+        positions: "none"; "sincos" or "learned", which are added to the patches; "rope1d" or "rope2d", which
+            rotate queries and keys.
+        rope_temperature: RoPE's longest wavelength, over 2 pi, in patches.
+        order: In which order patches are predicted: see `patch_order`; or "random", another one for every
+            image, which needs `two_stream`.
+        order_block: Side of a square in the orders "nested" and "round-robin".
+        order_seed: Of the order "fixed".
+        two_stream: Predict by query tokens that know where the patch is, beside the stream of patches, as
+            XLNet does (Yang et al. 2019, arXiv 1906.08237). It doubles the tokens.
+        objective: "mse" on pixels; "diffusion", by noise of its own for every patch; or "tokens", the
+            cross-entropy of the entries of a vocabulary.
+        decoder: "mlp" or, for diffusion, "transformer"; None for "transformer" there and "mlp" otherwise.
+        decoder_depth: Its blocks; None for 1 in diffusion and 0, a linear decoder, otherwise.
+        gamma: Parameters (a, b) of the Beta distribution of noise levels.
+        gamma_conditioned: Whether the decoder is told the noise level, as one more value of the noisy patch.
+        prediction: Of diffusion: "x0", the clean patch, or "epsilon", the noise.
+        norm_pix_loss: Predict pixels that are standardised patch by patch, in place of plain pixels.
+        inputs: "pixels", or "tokens" for the entries of a vocabulary in place of patches.
+        vocabulary: V, where inputs or objective are tokens.
+
+    Raises:
+        ValueError: For sizes that break these conditions, and choices that do not go together.
+    """
+
+    def __init__(
+        self,
+        *,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        in_chans: int = 3,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        positions: Literal["none", "sincos", "learned", "rope1d", "rope2d"] = "rope2d",
+        rope_temperature: float = 100.0,
+        order: Literal["raster", "nested", "round-robin", "fixed", "random"] = "raster",
+        order_block: int = 2,
+        order_seed: int = 0,
+        two_stream: bool = False,
+        objective: Literal["mse", "diffusion", "tokens"] = "mse",
+        decoder: Literal["mlp", "transformer"] | None = None,
+        decoder_depth: int | None = None,
+        gamma: tuple[float, float] = (0.03, 1.0),
+        gamma_conditioned: bool = False,
+        prediction: Literal["x0", "epsilon"] = "x0",
+        norm_pix_loss: bool = False,
+        inputs: Literal["pixels", "tokens"] = "pixels",
+        vocabulary: int | None = None,
+    ):
+        super().__init__()
+        img_size = pair("img_size", img_size)
+        rows, columns = patch_size = pair("patch_size", patch_size)
+        check_sizes(img_size, patch_size)
+        check_transformer("", embed_dim, num_heads, depth)
+        head_dim = embed_dim // num_heads
+        if positions[:4] == "rope" and head_dim % 4:
+            raise ValueError(f"a head's width must be divisible by 4 for {positions}, got {head_dim}")
+        for name, value, known in (
+            ("positions", positions, POSITIONS), ("order", order, ORDERS),
+            ("objective", objective, OBJECTIVES), ("decoder", decoder, (None, *DECODERS)),
+            ("prediction", prediction, PREDICTIONS), ("inputs", inputs, INPUTS),
+        ):  # fmt: skip
+            _check_choice(name, value, known)
+        diffuses = objective == "diffusion"
+        decoder = decoder or ("transformer" if diffuses else "mlp")
+        decoder_depth = int(diffuses) if decoder_depth is None else decoder_depth
+        if decoder == "transformer" and not diffuses:
+            raise ValueError(f'decoder: "transformer" denoises patches; expected "mlp" for {objective}')
+        least = int(decoder == "transformer")
+        if decoder_depth < least:
+            raise ValueError(f"decoder_depth: expected at least {least} for {decoder}, got {decoder_depth}")
+        if order == "random" and not two_stream:
+            raise ValueError(
+                'order: "random" needs two_stream, for a patch whose place is not known cannot be predicted'
+            )
+        if not all(0 < value < float("inf") for value in gamma) or len(gamma) != 2:
+            raise ValueError(f"gamma: expected two finite numbers above 0, got {gamma}")
+        if "tokens" in (inputs, objective) and not (vocabulary and vocabulary > 1):
+            raise ValueError(f"vocabulary: expected at least 2 entries for tokens, got {vocabulary}")
+
+        self.in_chans = in_chans
+        self.positions = positions
+        self.rope_temperature = rope_temperature
+        self.order = order
+        self.order_block = order_block
+        self.order_seed = order_seed
+        self.two_stream = two_stream
+        self.objective = objective
+        self.gamma = tuple(gamma)
+        self.gamma_conditioned = gamma_conditioned
+        self.prediction = prediction
+        self.norm_pix_loss = norm_pix_loss
+        self.inputs = inputs
+        self.vocabulary = vocabulary
+
+        if inputs == "tokens":
+            self.patch_embed = TokenEmbed(img_size, patch_size, vocabulary, embed_dim)
+        else:
+            self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim, strict_img_size=False)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        grid_size = self.patch_embed.grid_size
+        if positions == "sincos":
+            self.pos_embed = nn.Parameter(sincos_positions(grid_size, embed_dim), requires_grad=False)
+        elif positions == "learned":
+            self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid_size[0] * grid_size[1], embed_dim))
+        self.query_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if two_stream else None
+        self.blocks = nn.ModuleList(
+            EvaBlock(
+                embed_dim,
+                num_heads,
+                mlp_ratio=mlp_ratio,
+                attn_type="rope",
+                num_prefix_tokens=1,
+                norm_layer=norm_layer,
+            )
+            for _ in range(depth)
+        )
+        self.norm = norm_layer(embed_dim)
+        values = rows * columns * in_chans
+        noisy = values + gamma_conditioned if diffuses else None
+        if decoder == "transformer":
+            self.decoder = PairDecoder(embed_dim, values, decoder_depth, num_heads, mlp_ratio, noisy)
+        else:
+            out = vocabulary if objective == "tokens" else values
+            self.decoder = MlpDecoder(embed_dim, out, decoder_depth, mlp_ratio, noisy)
+        if positions[:4] == "rope":
+            self.register_buffer("rope", self._rope(grid_size), persistent=False)
+        if order != "random":
+            places = patch_order(order, grid_size, order_block, order_seed)
+            self.register_buffer("places", places, persistent=False)
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        """Initialise by MAE's recipe: Xavier-uniform weights, zero biases, tokens from N(0, 0.02)."""
+        nn.init.normal_(self.cls_token, std=0.02)
+        if self.two_stream:
+            nn.init.normal_(self.query_token, std=0.02)
+        if self.positions == "learned":
+            nn.init.normal_(self.pos_embed, std=0.02)
+        if self.inputs == "tokens":
+            nn.init.normal_(self.patch_embed.embedding.weight, std=0.02)
+        init_xavier(self)
+
+    def _rope(self, grid_size: tuple[int, int]) -> Tensor:
+        head_dim = self.blocks[0].attn.head_dim
+        return rotary_positions(
+            self.positions, grid_size, head_dim, self.patch_embed.grid_size, self.rope_temperature
+        )
+
+    def _grid(self, imgs: Tensor) -> tuple[int, int]:
+        """Rows and columns of patches, raising ValueError unless `imgs` [B, C, H, W] can be cut into them."""
+        rows, columns = self.patch_embed.patch_size
+        if imgs.dim() != 4 or imgs.shape[1] != self.in_chans:
+            raise ValueError(f"expected images of shape [B, {self.in_chans}, H, W], got {list(imgs.shape)}")
+        height, width = imgs.shape[2:]
+        if not height or not width or height % rows or width % columns:
+            raise ValueError(
+                f"expected images whose sides are multiples of {rows} and {columns}, got {list(imgs.shape)}"
+            )
+        return height // rows, width // columns
+
+    def place(self, grid_size: tuple[int, int], device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        """Added positions [1, 1 + L, D] and rotations [L, E] of a grid, None for those that there are not."""
+        own = grid_size == self.patch_embed.grid_size
+        if self.positions == "none":
+            return None, None
+        if self.positions[:4] == "rope":
+            return None, self.rope if own else self._rope(grid_size).to(device)
+        if own:
+            return self.pos_embed, None
+        if self.positions == "learned":
+            return resample_abs_pos_embed(self.pos_embed, list(grid_size), self.patch_embed.grid_size), None
+        made = sincos_positions(grid_size, self.pos_embed.shape[-1], self.patch_embed.grid_size)
+        return made.to(device, self.pos_embed.dtype), None
+
+    def order_of(self, grid_size: tuple[int, int], noise: Tensor | None, imgs: Tensor) -> Tensor:
+        """The order [L] of the patches of a grid, or [B, L] where every image has its own."""
+        if self.order == "random":
+            shape = (len(imgs), grid_size[0] * grid_size[1])
+            if noise is None:
+                noise = torch.rand(shape, device=imgs.device)
+            elif noise.shape != shape:
+                raise ValueError(f"expected noise of shape {list(shape)}, got {list(noise.shape)}")
+            return noise.argsort(dim=1, stable=True)
+        if grid_size == self.patch_embed.grid_size:
+            return self.places
+        return patch_order(self.order, grid_size, self.order_block, self.order_seed).to(imgs.device)
+
+    def _embed(self, imgs: Tensor, codes: Tensor | None) -> tuple[Tensor, tuple[int, int]]:
+        """Tokens of the patches [B, L, D] in raster order, without positions, and their grid."""
+        grid_size = self._grid(imgs)
+        if self.inputs == "pixels":
+            return self.patch_embed(imgs), grid_size
+        self._check_codes(codes, len(imgs), grid_size)
+        return self.patch_embed(codes), grid_size
+
+    @staticmethod
+    def _check_codes(codes: Tensor | None, batch: int, grid_size: tuple[int, int]) -> None:
+        shape = (batch, grid_size[0] * grid_size[1])
+        if codes is None or codes.shape != shape:
+            raise ValueError(
+                f"codes: expected a tensor of shape {list(shape)}, got "
+                f"{None if codes is None else list(codes.shape)}"
+            )
+
+    def embed_patches(self, patches: Tensor) -> Tensor:
+        """Tokens [B, n, D] of any patches [B, n, P], or of entries of the vocabulary [B, n]."""
+        if self.inputs == "tokens":
+            return self.patch_embed(patches)
+        single = unpatchify(patches.flatten(0, 1).unsqueeze(1), (1, 1), self.patch_embed.patch_size)
+        return self.patch_embed(single).view(*patches.shape[:2], -1)
+
+    def features(self, imgs: Tensor, is_causal: bool = False, codes: Tensor | None = None) -> Tensor:
+        """The encoder's output for whole images, [B, 1 + L, D], start token first and patches in their order.
+
+        Args:
+            imgs: [B, C, H, W].
+            is_causal: Whether a patch sees only those before it, as in pre-training, or all of them.
+            codes: Entries of the vocabulary [B, L], where these are the inputs.
+
+        Raises:
+            ValueError: For images or codes that do not fit, and for a causal order that is random.
+        """
+        if is_causal and self.order == "random":
+            raise ValueError('features: expected is_causal=False for the order "random"')
+        x, grid_size = self._embed(imgs, codes)
+        added, rope = self.place(grid_size, imgs.device)
+        start = self.cls_token
+        if added is not None:
+            start, x = start + added[:, :1], x + added[:, 1:]
+        if is_causal:
+            order = self.order_of(grid_size, None, imgs)
+            x = x[:, order]
+            rope = None if rope is None else rope[order]
+        x = torch.cat([start.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+        for block in self.blocks:
+            x = block(x, rope=rope, is_causal=is_causal)
+        return self.norm(x)
+
+    def contexts(self, imgs: Tensor, order: Tensor, codes: Tensor | None = None) -> Tensor:
+        """What is known of each patch from those before it: [B, L, D], in the order of prediction.
+
+        Args:
+            imgs: [B, C, H, W].
+            order: Raster numbers of the patches in the order of prediction, [L], or [B, L].
+            codes: Entries of the vocabulary [B, L] in raster order, where these are the inputs.
+
+        Raises:
+            ValueError: For images or codes that do not fit.
+        """
+        x, grid_size = self._embed(imgs, codes)
+        length = x.shape[1]
+        added, rope = self.place(grid_size, imgs.device)
+        start = self.cls_token
+        if added is not None:
+            start, x = start + added[:, :1], x + added[:, 1:]
+        start = start.expand(len(x), -1, -1).to(x.dtype)
+        x = _take(x, order)[:, :-1]  # nothing comes after the last patch
+        if rope is not None:
+            rope = rope[order] if order.dim() == 1 else rope[order].unsqueeze(1)
+        if not self.two_stream:
+            x = torch.cat([start, x], dim=1)
+            rope = None if rope is None else rope[..., :-1, :]
+            for block in self.blocks:
+                x = block(x, rope=rope, is_causal=True)
+            return self.norm(x)
+        queries = self.queries(added, order).expand(len(x), -1, -1).to(x.dtype)
+        x = torch.cat([start, x, queries], dim=1)
+        rope = None if rope is None else torch.cat([rope[..., :-1, :], rope], dim=-2)
+        mask = two_stream_mask(length, x.device)
+        for block in self.blocks:
+            x = block(x, rope=rope, attn_mask=mask)
+        return self.norm(x[:, length:])
+
+    def queries(self, added: Tensor | None, order: Tensor) -> Tensor:
+        """Query tokens of patches in an order, [1 or B, n, D]."""
+        if added is None:
+            return self.query_token.expand(-1, order.shape[-1], -1)
+        return self.query_token + _take(added[:, 1:], order)
+
+    def targets(self, imgs: Tensor) -> Tensor:
+        """What pixels are predicted, [B, L, P] in raster order and float32."""
+        patches = patchify(imgs.float(), self.patch_embed.patch_size)
+        if self.norm_pix_loss:
+            mean, std = patch_statistics(patches)
+            patches = (patches - mean) / std
+        return patches
+
+    def denoise(self, context: Tensor, noisy: Tensor, gamma: Tensor) -> Tensor:
+        """The clean patches that the decoder takes noisy ones for, [..., P], in float32.
+
+        Args:
+            context: [..., D].
+            noisy: [..., P].
+            gamma: Noise levels [...]; above 0 where the model predicts the noise.
+        """
+        made = self._decode(context, noisy, gamma).float()
+        if self.prediction == "epsilon":
+            return diffusion.clean_from_noise(noisy, gamma, made)
+        return made
+
+    def _decode(self, context: Tensor, noisy: Tensor, gamma: Tensor) -> Tensor:
+        told = torch.cat([noisy, gamma.unsqueeze(-1)], dim=-1) if self.gamma_conditioned else noisy
+        return self.decoder(context, told)
+
+    def draw(self, imgs: Tensor, seeds: Sequence[int] | None = None) -> tuple[Tensor, Tensor] | None:
+        """The random numbers of a diffusion step: noise levels [B, L] and noise [B, L, P]; None without one.
+
+        Args:
+            imgs: [B, C, H, W].
+            seeds: One for every image, whose noise it decides whatever the batch; torch's own numbers for
+                None.
+
+        Raises:
+            ValueError: For images that do not fit, or another number of seeds.
+        """
+        rows, columns = self._grid(imgs)
+        if self.objective != "diffusion":
+            return None
+        p, q = self.patch_embed.patch_size
+        shape, values = (rows * columns,), p * q * self.in_chans
+        if seeds is None:
+            shape = (len(imgs), *shape)
+            gamma = diffusion.sample_gamma(shape, *self.gamma, imgs.device)
+            return gamma, torch.randn(*shape, values, device=imgs.device)
+        if len(seeds) != len(imgs):
+            raise ValueError(f"seeds: expected one for each of {len(imgs)} images, got {len(seeds)}")
+        generator = torch.Generator(imgs.device)
+        gammas, noises = [], []
+        for seed in seeds:
+            generator.manual_seed(seed)
+            gammas.append(diffusion.sample_gamma(shape, *self.gamma, imgs.device, generator))
+            noises.append(torch.randn(*shape, values, device=imgs.device, generator=generator))
+        return torch.stack(gammas), torch.stack(noises)
+
+    def forward(
+        self,
+        imgs: Tensor,
+        noise: Tensor | None = None,
+        drawn: tuple[Tensor, Tensor] | None = None,
+        codes: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Predict every patch from those before it.
+
+        Args:
+            imgs: [B, C, H, W].
+            noise: Random numbers [B, L] that decide the order "random"; drawn from U(0, 1) for None.
+            drawn: Noise levels and noise of diffusion, as `draw` gives them; drawn for None.
+            codes: Entries of the vocabulary [B, L] in raster order, for tokens as inputs or objective.
+
+        Returns:
+            The loss (scalar, float32), the mean over patches and their values; and the prediction in raster
+            order, [B, L, P] clean patches (of `targets`), or [B, L, V] scores of the entries.
+
+        Raises:
+            ValueError: For images, noise or codes that do not fit.
+        """
+        grid_size = self._grid(imgs)
+        order = self.order_of(grid_size, noise, imgs)
+        context = _take(self.contexts(imgs, order, codes), order.argsort(-1))  # back in raster order
+        if self.objective == "tokens":
+            self._check_codes(codes, len(imgs), grid_size)
+            scores = self.decoder(context).float()
+            return F.cross_entropy(scores.flatten(0, 1), codes.flatten()), scores
+        target = self.targets(imgs)
+        if self.objective == "mse":
+            made = self.decoder(context).float()
+            return (made - target).square().mean(), made
+        gamma, eps = self.draw(imgs) if drawn is None else drawn
+        noisy = diffusion.corrupt(target, gamma, eps)
+        made = self._decode(context, noisy, gamma).float()
+        if self.prediction == "epsilon":
+            clean = diffusion.clean_from_noise(noisy, gamma.clamp(min=1e-4), made.detach())
+            return (made - eps).square().mean(), clean
+        return (made - target).square().mean(), made
+
+    def images_of(self, imgs: Tensor, patches: Tensor) -> Tensor:
+        """Images [B, C, H, W], in float32, of predicted patches [B, L, P].
+
+        Under `norm_pix_loss` a prediction has neither brightness nor contrast, and gets those of the patches
+        of `imgs`.
+
+        Raises:
+            ValueError: For images that do not fit, or another number or size of patches.
+        """
+        grid_size = self._grid(imgs)
+        patches = patches.float()
+        if self.norm_pix_loss:
+            mean, std = patch_statistics(patchify(imgs.float(), self.patch_embed.patch_size))
+            patches = patches * std + mean
+        return unpatchify(patches, grid_size, self.patch_embed.patch_size)
+
+    def extend(self, x: Tensor, rope: Tensor | None, cache: Cache, keep: int) -> Tensor:
+        """Read new tokens after those of a cache.
+
+        Each sees what is in the cache and, of the new ones, those up to itself that are kept.
+
+        Args:
+            x: New tokens [B, n, D], with their positions.
+            rope: Their rotations [n, E], or [B, 1, n, E]; None for none.
+            cache: Of this model; the first `keep` tokens are added.
+            keep: Between 0 and n. What is not kept, a query, is read with nothing left of it.
+
+        Returns:
+            The encoder's output [B, n, D].
+        """
+        n = x.shape[1]
+        known = torch.ones(n, cache.tokens, dtype=torch.bool, device=x.device)
+        mask = torch.cat([known, known.new_ones(n, keep).tril()], dim=1)
+        for i, block in enumerate(self.blocks):
+            attn = block.attn
+            qkv = attn.qkv(block.norm1(x)).unflatten(-1, (3, attn.num_heads, attn.head_dim))
+            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+            if rope is not None:
+                q, k = (apply_rot_embed_cat(t, rope).type_as(v) for t in (q, k))
+            k, v = cache.add(i, k[:, :, :keep], v[:, :, :keep])
+            seen = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            x = x + attn.proj(seen.transpose(1, 2).flatten(2))
+            x = x + block.mlp(block.norm2(x))
+        cache.tokens += keep
+        return self.norm(x)
+
+    def encoder_state_dict(self) -> dict[str, Tensor]:
+        """Return contiguous copies of the encoder's tensors, under the names of timm's ViTs."""
+        return {
+            name: tensor.detach().clone(memory_format=torch.contiguous_format)
+            for name, tensor in self.state_dict().items()
+            if name.split(".")[0] in ENCODER
+        }
+
+
+def two_stream_mask(length: int, device: torch.device | None = None) -> Tensor:
+    """Who sees whom in two-stream attention [2 L, 2 L]: start token and L - 1 patches, then L queries.
+
+    Patches see those before and themselves. A query sees the patches before its own. Nobody sees queries.
+    """
+    before = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return torch.cat([torch.cat([before, before]), before.new_zeros(2 * length, length)], dim=1)
+
+
+def create_darl(name: str, **overrides) -> DARL:
+    """Build a model by name.
+
+    Args:
+        name: A key of `SIZES`, such as "darl_vit_base".
+        overrides: Arguments of `DARL` that replace those of the table.
+
+    Raises:
+        ValueError: If there is no such model or argument, or a value is out of its range.
+    """
+    if name not in SIZES:
+        raise ValueError(f"unknown model {name!r}, expected one of {', '.join(SIZES)}")
+    known = inspect.signature(DARL).parameters
+    unknown = [key for key in overrides if key not in known]
+    if unknown:
+        raise ValueError(f"unknown argument {unknown[0]!r} for {name}, expected some of {', '.join(known)}")
+    return DARL(**{**SIZES[name], **overrides})
