@@ -34,7 +34,7 @@ from bench.matrix import ABLATIONS, ARMS, PRESETS, REFERENCE, SEEDS, Run, every_
 from bench.options import count
 from train import pretrain, processes
 from train.data import DataConfig
-from train.loop import Diverged, Loop
+from train.loop import Diverged, Loop, moved
 from train.plots import WINDOW, trailing_mean
 from train.pretrain import Config
 from train.run_folder import RunFolder, flat, to_json, write_atomically
@@ -471,7 +471,7 @@ def time_steps(matrix: Matrix, arms: Sequence[str], rounds: int) -> dict[str, ob
 
 def _step(loop: Loop, batch: dict) -> Callable[[], None]:
     device = loop.processes.device
-    batch = {k: v.to(device) for k, v in batch.items() if k != "skipped"}
+    batch = moved(batch, device)
 
     def step() -> None:
         with torch.autocast(device.type, loop.autocast, enabled=loop.autocast is not None):

@@ -130,7 +130,7 @@ REFERENCE = "dbp-full"  # of the ablations
 
 ARMS = {
     "adamw": Arm("AdamW", {}, _RATES),
-    "muon": Arm("Muon", _MUON, _RATES),
+    "muon": Arm("Muon", _MUON, (*_RATES, 1.2e-2)),
     "kron": Arm("Kron (PSGD)", {"optim.name": "kron"}, (1e-3, 2e-3, 3e-3)),
     "published": Arm(
         "DBP as published",
@@ -151,9 +151,6 @@ ARMS = {
     "dbp-auto": Arm("DBP, sites by measurement", _DEFAULT | {"decor.sites": "auto"}, _HIGHER[:2]),
     "dbp-layers": Arm("DBP in the layers", _LAYERS, _HIGHER),
     "dbp-muon": Arm("DBP with Muon", _DEFAULT | _MUON, (*_HIGHER, 2e-2)),
-    "dbp-sublayers-muon": Arm(
-        "DBP with Muon, full R in front of sublayers", _SUBLAYERS | _MUON, (3e-3, *_HIGHER)
-    ),
 }
 
 ABLATIONS = {

@@ -551,6 +551,11 @@ class DARL(nn.Module):
             x = block(x, rope=rope, attn_mask=mask)
         return self.norm(x[:, length:])
 
+    @staticmethod
+    def in_raster_order(contexts: Tensor, order: Tensor) -> Tensor:
+        """Bring `contexts` [B, L, D] back from the order of prediction [L] or [B, L]."""
+        return _take(contexts, order.argsort(-1))
+
     def queries(self, added: Tensor | None, order: Tensor) -> Tensor:
         """Query tokens of patches in an order, [1 or B, n, D]."""
         if added is None:
@@ -582,35 +587,10 @@ class DARL(nn.Module):
         told = torch.cat([noisy, gamma.unsqueeze(-1)], dim=-1) if self.gamma_conditioned else noisy
         return self.decoder(context, told)
 
-    def draw(self, imgs: Tensor, seeds: Sequence[int] | None = None) -> tuple[Tensor, Tensor] | None:
-        """The random numbers of a diffusion step: noise levels [B, L] and noise [B, L, P]; None without one.
-
-        Args:
-            imgs: [B, C, H, W].
-            seeds: One for every image, whose noise it decides whatever the batch; torch's own numbers for
-                None.
-
-        Raises:
-            ValueError: For images that do not fit, or another number of seeds.
-        """
+    def draw(self, imgs: Tensor, seeds: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        """The random numbers of diffusion for images [B, C, H, W]: see `diffusion.draw`."""
         rows, columns = self._grid(imgs)
-        if self.objective != "diffusion":
-            return None
-        p, q = self.patch_embed.patch_size
-        shape, values = (rows * columns,), p * q * self.in_chans
-        if seeds is None:
-            shape = (len(imgs), *shape)
-            gamma = diffusion.sample_gamma(shape, *self.gamma, imgs.device)
-            return gamma, torch.randn(*shape, values, device=imgs.device)
-        if len(seeds) != len(imgs):
-            raise ValueError(f"seeds: expected one for each of {len(imgs)} images, got {len(seeds)}")
-        generator = torch.Generator(imgs.device)
-        gammas, noises = [], []
-        for seed in seeds:
-            generator.manual_seed(seed)
-            gammas.append(diffusion.sample_gamma(shape, *self.gamma, imgs.device, generator))
-            noises.append(torch.randn(*shape, values, device=imgs.device, generator=generator))
-        return torch.stack(gammas), torch.stack(noises)
+        return diffusion.draw(imgs, rows * columns, *self.gamma, seeds)
 
     def forward(
         self,
@@ -636,7 +616,7 @@ class DARL(nn.Module):
         """
         grid_size = self._grid(imgs)
         order = self.order_of(grid_size, noise, imgs)
-        context = _take(self.contexts(imgs, order, codes), order.argsort(-1))  # back in raster order
+        context = self.in_raster_order(self.contexts(imgs, order, codes), order)
         if self.objective == "tokens":
             self._check_codes(codes, len(imgs), grid_size)
             scores = self.decoder(context).float()

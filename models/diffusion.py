@@ -41,6 +41,40 @@ def sample_gamma(
     return torch.sigmoid(log_gamma_variate(a) - log_gamma_variate(b))
 
 
+def draw(
+    imgs: Tensor, length: int, a: float, b: float, seeds: Sequence[int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """The random numbers of a training step, for patches of equal size.
+
+    Args:
+        imgs: [B, C, H, W].
+        length: Patches of an image, L.
+        a: Of Beta(a, b).
+        b: Likewise.
+        seeds: One for every image, whose numbers it decides whatever else is in the batch; torch's own
+            numbers for None.
+
+    Returns:
+        Noise levels [B, L] and noise [B, L, C * H * W / L], float32.
+
+    Raises:
+        ValueError: For another number of seeds.
+    """
+    values = imgs[0].numel() // length
+    if seeds is None:
+        gamma = sample_gamma((len(imgs), length), a, b, imgs.device)
+        return gamma, torch.randn(len(imgs), length, values, device=imgs.device)
+    if len(seeds) != len(imgs):
+        raise ValueError(f"seeds: expected one for each of {len(imgs)} images, got {len(seeds)}")
+    generator = torch.Generator(imgs.device)
+    gammas, noises = [], []
+    for seed in seeds:
+        generator.manual_seed(seed)
+        gammas.append(sample_gamma((length,), a, b, imgs.device, generator))
+        noises.append(torch.randn(length, values, device=imgs.device, generator=generator))
+    return torch.stack(gammas), torch.stack(noises)
+
+
 def corrupt(x: Tensor, gamma: Tensor, noise: Tensor) -> Tensor:
     """Corrupt patches.
 

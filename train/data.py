@@ -139,12 +139,14 @@ class Sample(NamedTuple):
         noise: Uniform in [0, 1), float32 [num_patches]; its order decides which patches are masked.
         skipped: (name, reason) of the files that could not be read and that this image replaces.
         flip: Whether `to_images` has to mirror the crop; None if the image is ready.
+        seed: Of what else is random about the image, such as the noise of diffusion.
     """
 
     image: Tensor
     noise: Tensor
     skipped: list[tuple[str, str]]
     flip: bool | None = None
+    seed: int = 0
 
 
 @contextmanager
@@ -178,6 +180,11 @@ class Draw:
         """Uniform in [0, 1), float32 [num_patches]."""
         with seeded(*self.keys):
             return torch.rand(self.num_patches)
+
+    @property
+    def seed(self) -> int:
+        """For random numbers beside these."""
+        return derive_seed(*self.keys, self.num_patches)
 
     def __call__(self, height: int, width: int) -> View:
         """Choose the view of an image of this size, in pixels."""
@@ -431,8 +438,9 @@ class TrainingSet(Dataset):
         draw = Draw((self.seed, epoch, index), self.num_patches, self.view)
         crop, skipped = self.images.read(index // self.crops_per_image, draw)
         if self.on_device:
-            return Sample(augment.bound(crop.pixels, self.img_size), draw.noise, skipped, crop.view.flip)
-        return Sample(augment.finish(crop, self.img_size), draw.noise, skipped)
+            pixels = augment.bound(crop.pixels, self.img_size)
+            return Sample(pixels, draw.noise, skipped, crop.view.flip, draw.seed)
+        return Sample(augment.finish(crop, self.img_size), draw.noise, skipped, seed=draw.seed)
 
 
 class HeldOutSet(Dataset):
@@ -464,7 +472,7 @@ class HeldOutSet(Dataset):
             raise IndexError(f"index {index} is out of range for {len(self)} samples")
         draw = Draw((index,), self.num_patches, self.view)
         crop, skipped = self.images.read(index % len(self.images.names), draw)
-        return Sample(augment.finish(crop, self.img_size), draw.noise, skipped)
+        return Sample(augment.finish(crop, self.img_size), draw.noise, skipped, seed=draw.seed)
 
 
 class StepSampler(Sampler[list[tuple[int, int]]]):
@@ -625,14 +633,15 @@ def build_data(
     return training_set, HeldOutSet(Images(held_out, load), img_size, num_patches, held_out_crops)
 
 
-def collate(samples: list[Sample]) -> dict[str, Tensor | list[tuple[str, str]]]:
-    """Stack B samples: image [B, 3, H, W], noise [B, num_patches], and one list of all skipped.
+def collate(samples: list[Sample]) -> dict[str, Tensor | list]:
+    """Stack B samples: image [B, 3, H, W], noise [B, num_patches], B seeds, and one list of all skipped.
 
     Crops for `to_images` have different sizes: image is padded, uint8 [B, 3, max h, max w], beside it are
     size [B, 2] and flip [B].
     """
     batch = {
         "noise": default_collate([sample.noise for sample in samples]),
+        "seed": [sample.seed for sample in samples],
         "skipped": [record for sample in samples for record in sample.skipped],
     }
     images = [sample.image for sample in samples]

@@ -38,6 +38,11 @@ class Interrupted(Exception):
     """The run was asked to stop (SIGTERM or Ctrl-C), and saved its state if that was sound."""
 
 
+def moved(batch: dict, device: torch.device) -> dict:
+    """A batch with its tensors on a device."""
+    return tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch)
+
+
 def health(model: nn.Module, decor: DecorSGD | None = None) -> dict[str, float]:
     """The largest absolute entry of every parameter and R by name, one wait for the device.
 
@@ -299,7 +304,7 @@ class Loop:
             batch = next(batches)
             waited += time.perf_counter() - asked
             self.unreadable |= dict(batch.pop("skipped", ()))
-            batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+            batch = moved(batch, device)
             with self._unsynchronised() if micro + 1 < self.accumulation else nullcontext():
                 with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
                     loss = self.loss(model, batch) / self.accumulation

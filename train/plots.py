@@ -50,23 +50,22 @@ def plot_curves(records: Sequence[Mapping], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def reconstruction_grid(images: Tensor, masked: Tensor, reconstructed: Tensor) -> Tensor:
-    """One picture `[3, H, W]` with a column an image: original, what the model saw, reconstruction.
-
-    The arguments are `[B, 3, H, W]` with values in [0, 1].
-    """
-    return make_grid(torch.cat([images, masked, reconstructed]), nrow=len(images), padding=2, pad_value=1.0)
+def image_grid(rows: Mapping[str, Tensor]) -> Tensor:
+    """One picture `[3, H, W]` with a column an image, of rows `[B, 3, h, w]` with values in [0, 1]."""
+    images = [row.clamp(0, 1) for row in rows.values()]
+    return make_grid(torch.cat(images), nrow=len(images[0]), padding=2, pad_value=1.0)
 
 
-def save_reconstructions(grid: Tensor, path: Path) -> None:
-    """Write what `reconstruction_grid` made, with its rows labelled."""
+def save_image_grid(rows: Mapping[str, Tensor], path: Path) -> None:
+    """Write what `image_grid` makes, with its rows labelled by their names."""
+    grid = image_grid(rows)
     height, width = grid.shape[-2:]
     figure = Figure(figsize=(9, 9 * height / width + 0.3), layout="constrained")
     axis = figure.subplots()
     axis.imshow(grid.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
-    rows = ("original", "masked", "reconstruction")
     ticks = [(i + 0.5) * height / len(rows) for i in range(len(rows))]
-    axis.set_yticks(ticks, rows, rotation=90, va="center")
+    few = len(rows) < 4  # where there is room beside a row to write upwards
+    axis.set_yticks(ticks, rows, rotation=90 if few else 0, va="center")
     axis.set_xticks([])
     axis.tick_params(length=0)
     figure.savefig(path, dpi=120)

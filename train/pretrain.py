@@ -1,4 +1,4 @@
-"""Pre-train a masked autoencoder, plain or with decorrelated backpropagation.
+"""Pre-train a model, MAE or DARL, plain or with decorrelated backpropagation.
 
     torchrun --standalone --nproc_per_node 1 train/pretrain.py --config train/configs/demo.yaml --out runs/a
 
@@ -29,21 +29,14 @@ from dbpkern import diagnostics
 from dbpkern.convert import select
 from dbpkern.env import collect
 from dbpkern.precondition import EVERY
-from models.mae import create_mae, num_kept
 from train import checkpoint, plots, processes
-from train.augment import denormalize
 from train.data import DataConfig, StepSampler, TrainingSet, build_data, build_loader, to_images
 from train.energy import EnergyConfig, carbon_intensity
-from train.loop import Diverged, Interrupted, Loop
+from train.loop import Diverged, Interrupted, Loop, moved
 from train.processes import Processes
 from train.run_folder import NEUTRAL, RunFolder, flat, to_json, write_atomically
 from train.schedule import warmup_cosine
-
-PICTURES = 8  # images in reconstructions
-MODEL_ARGS = (
-    "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio",
-    "decoder_embed_dim", "decoder_depth", "decoder_num_heads",
-)  # fmt: skip
+from train.tasks import DarlConfig, Rows, task_of
 
 
 @dataclass
@@ -131,18 +124,20 @@ class DecorConfig:
 
 @dataclass
 class Config:
-    """Pre-training of a masked autoencoder.
+    """Pre-training of a masked autoencoder or a DARL model.
 
     Args:
         out: Folder of the run; made if missing. It must be empty, or hold this very run and be resumed.
-        model: mae_vit_tiny, mae_vit_small, mae_vit_base, mae_vit_large or mae_vit_huge.
-        decoder: Preset of the decoder: "mae" (8 blocks, 512 wide) or "dbp" (2 blocks, 512 wide).
-        model_args: Changes to the model, such as {depth: 6, embed_dim: 128, decoder_depth: 1}; any of
-            patch_size (one number or two), embed_dim, depth, num_heads, mlp_ratio, decoder_embed_dim,
-            decoder_depth, decoder_num_heads.
+        model: mae_vit_tiny, mae_vit_small, mae_vit_base, mae_vit_large or mae_vit_huge; or darl_vit_tiny and
+            so on.
+        decoder: Preset of MAE's decoder: "mae" (8 blocks, 512 wide) or "dbp" (2 blocks, 512 wide).
+        model_args: Changes to the model, such as {depth: 6, embed_dim: 128}; any of patch_size (one number or
+            two), embed_dim, depth, num_heads, mlp_ratio, and for MAE decoder_embed_dim, decoder_depth,
+            decoder_num_heads.
         img_size: Side of the training crops in pixels, or height and width.
-        mask_ratio: Part of the patches that is hidden, in (0, 1).
-        norm_pix_loss: Whether the targets are pixels normalised per patch.
+        mask_ratio: Part of the patches that MAE hides, in (0, 1).
+        norm_pix_loss: Whether MAE's targets are pixels normalised per patch.
+        darl: What DARL predicts, and how.
         epochs: Length of the run, in passes over the training images.
         steps: The same in optimizer steps; overrides epochs.
         batch_size: Images per optimizer step, over all processes and micro-batches.
@@ -174,6 +169,7 @@ class Config:
     img_size: int | tuple[int, int] = 224
     mask_ratio: float = 0.75
     norm_pix_loss: bool = True
+    darl: DarlConfig = field(default_factory=DarlConfig)
     epochs: float = 800
     steps: int | None = None
     batch_size: int = 4096
@@ -213,13 +209,13 @@ class Config:
             raise ValueError(f"steps: expected at least 1, got {self.steps}")
         if not (math.isfinite(self.epochs) and self.epochs > 0):
             raise ValueError(f"epochs: expected a number above 0, got {self.epochs}")
-        if not 0 < self.mask_ratio < 1:
-            raise ValueError(f"mask_ratio: expected a number in (0, 1), got {self.mask_ratio}")
         if self.seed >= 2**63:
             raise ValueError(f"seed: expected less than 2**63, got {self.seed}")
+        task = task_of(self)
+        task.check()
         for name, value in self.model_args.items():
-            if name not in MODEL_ARGS:
-                raise ValueError(f"model_args: unknown argument {name!r}, expected some of {MODEL_ARGS}")
+            if name not in task.model_args:
+                raise ValueError(f"model_args: unknown argument {name!r}, expected some of {task.model_args}")
             parts = value if isinstance(value, list) and name == "patch_size" else [value]
             if name != "mlp_ratio" and not all(isinstance(part, int) for part in parts):
                 raise ValueError(f"model_args: {name}: expected a whole number, got {value}")
@@ -304,13 +300,7 @@ def build_model(config: Config, ranks: Mapping[str, int | None] | None = None) -
     Where a plan chooses them, they are those of `ranks`, and there are none before it has.
     """
     torch.manual_seed(config.seed)
-    model = create_mae(
-        config.model,
-        config.decoder,
-        img_size=config.img_size,
-        norm_pix_loss=config.norm_pix_loss,
-        **config.model_args,
-    )
+    model = task_of(config).build()
     decor = config.decor
     if decor.in_layers and (ranks is not None or not decor.planned):
         sites, accepts, rank = chosen_by(config, ranks)
@@ -366,7 +356,7 @@ def check_sample(config: Config, num_patches: int, slices: int) -> None:
 
     `DecorSGD` takes one row at the least; statistics of one row where the user asked for less are noise.
     """
-    rows = config.batch_size // slices * (num_kept(num_patches, config.mask_ratio) + 1)
+    rows = config.batch_size // slices * task_of(config).tokens(num_patches)
     if config.decor.enable and 0 < config.decor.sample <= 1 and round(config.decor.sample * rows) < 1:
         raise ValueError(
             f"decor.sample: {config.decor.sample} of the {rows} rows of a micro-batch gives no rows; "
@@ -398,8 +388,7 @@ def make_plan(
 
     def step() -> None:
         for _ in range(config.accumulation):
-            batch = next(batches)
-            batch = {k: v.to(procs.device) for k, v in batch.items() if isinstance(v, Tensor)}
+            batch = moved(next(batches), procs.device)
             with torch.autocast(procs.device.type, autocast, enabled=autocast is not None):
                 value = loss(model, batch) / config.accumulation
             value.backward()
@@ -446,14 +435,16 @@ def autocast_of(config: Config, device: torch.device) -> torch.dtype | None:
 
 
 class Evaluator:
-    """Held-out loss, reconstructions and input correlations of a model."""
+    """Held-out loss, pictures and input correlations of a model."""
 
-    def __init__(self, config: Config, model: nn.Module, held_out, processes: Processes) -> None:
+    def __init__(self, config: Config, task, model: nn.Module, held_out, processes: Processes) -> None:
         self.config = config
+        self.task = task
         self.model = model
         self.processes = processes
         self.observes = True  # whether it tells decorrelation losses
-        self.grid: Tensor | None = None
+        self.images: Tensor | None = None  # of the pictures
+        self.pictures: dict[str, Rows] = {}
         self.size = len(held_out)
         # Processes share the work; a micro-batch of training fits in memory, so one of this size does.
         share = config.batch_size // (config.accumulation * processes.world_size)
@@ -474,8 +465,8 @@ class Evaluator:
         unreadable: dict[str, str] = {}
         for i, batch in enumerate(self.loader):
             unreadable |= dict(batch["skipped"])
-            images = batch["image"].to(self.processes.device)
-            noise = batch["noise"].to(self.processes.device)
+            batch = moved(batch, self.processes.device)
+            images = batch["image"]
             first = i == 0 and self.processes.is_main
             # Stock layers are observed at the sites that DBP would take: both arms can be compared.
             decor = self.config.decor
@@ -486,10 +477,11 @@ class Evaluator:
                 else nullcontext({})
             )
             with watch as layers:
-                loss, pred, mask = self.model(images, self.config.mask_ratio, noise)
+                loss, made = self.task.forward(self.model, images, batch)
             losses |= {name: layer.loss_after for name, layer in layers.items()}
             if first:
-                self.grid = self._pictures(images[:PICTURES], pred[:PICTURES], mask[:PICTURES])
+                self.images = images
+                self.pictures = self.task.pictures(self.model, images, batch, made)
             if i < self.chunks:
                 total += loss.double() * len(images)
         self.model.train()
@@ -497,16 +489,9 @@ class Evaluator:
         return {
             "heldout_loss": total.item() / self.size,
             "decorrelation_loss": losses,
-            "pictures": {} if self.grid is None else {"reconstructions": self.grid},
+            "pictures": {name: plots.image_grid(rows) for name, rows in self.pictures.items()},
             "unreadable": unreadable,
         }
-
-    def _pictures(self, images: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
-        hidden = mask[..., None].expand_as(pred)
-        hidden = self.model.unpatchify(hidden)
-        masked = torch.where(hidden > 0, 0.5, denormalize(images))
-        made = denormalize(self.model.reconstruct(images, pred, mask))
-        return plots.reconstruction_grid(denormalize(images), masked, made)
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -514,18 +499,22 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
-def export_encoder(
-    config: Config, ranks: Mapping[str, int | None] | None, weights: dict[str, Tensor], path: Path
-) -> None:
-    """Write the fused encoder of a model's `weights` under timm's names."""
+def fused_model(
+    config: Config, ranks: Mapping[str, int | None] | None, weights: dict[str, Tensor]
+) -> nn.Module:
+    """The stock model of a run, on the CPU and for evaluation, with the function that `weights` have."""
     stock = build_model(config, ranks)
     stock.load_state_dict(weights)
     if config.decor.in_layers:
         dbpkern.fuse(stock)
-    weights = stock.encoder_state_dict()
+    return stock.eval()
+
+
+def export_encoder(config: Config, stock: nn.Module, path: Path) -> None:
+    """Write the encoder of a stock model under timm's names."""
     about = {"format": "pt", "model": config.model, "img_size": str(config.img_size)}
     about |= {name: str(value) for name, value in config.model_args.items()}
-    write_atomically(path, save(weights, metadata=about))
+    write_atomically(path, save(stock.encoder_state_dict(), metadata=about))
 
 
 def write_results(config: Config, loop: Loop, evaluator: Evaluator, weights: dict[str, Tensor]) -> None:
@@ -535,13 +524,17 @@ def write_results(config: Config, loop: Loop, evaluator: Evaluator, weights: dic
     evals = [r for r in records if r["kind"] == "eval"]
     steps = [r for r in records if r["kind"] == "step"]
     plots.plot_curves(records, run.path / "curves.png")
-    plots.save_reconstructions(evaluator.grid, run.path / "reconstructions.png")
+    device = loop.processes.device
+    stock = fused_model(config, loop.ranks, weights).to(device)
+    pictures = evaluator.pictures | evaluator.task.final_pictures(stock, evaluator.images)
+    for name, rows in pictures.items():
+        plots.save_image_grid(rows, run.path / f"{name}.png")
     history: dict[str, dict[int, float]] = {}
     for record in evals:
         for name, value in record["decorrelation_loss"].items():
             history.setdefault(name, {})[record["step"]] = value
     diagnostics.plot_losses(history, run.path / "correlation.png", "Decorrelation loss of z = R x, held out")
-    export_encoder(config, loop.ranks, weights, run.path / "encoder.safetensors")
+    export_encoder(config, stock, run.path / "encoder.safetensors")
     final = [r["loss"] for r in steps[-plots.WINDOW :]]
     summary = {
         "steps": loop.step,
@@ -579,10 +572,12 @@ def prepare(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by cuBLAS, read at its start
         torch.use_deterministic_algorithms(True)
 
+    task = task_of(config)
+
     def build(ranks: Mapping[str, int | None] | None) -> nn.Module:
         model = build_model(config, ranks)
         if config.parallel == "fsdp":
-            procs.shard(model, [*model.blocks, *model.decoder_blocks])
+            procs.shard(model, task.blocks(model))
         return model.to(procs.device)
 
     model = build(None)
@@ -592,7 +587,7 @@ def prepare(
     training, held_out = build_data(config.data, patches.img_size, patches.num_patches, config.seed)
 
     def loss(model: nn.Module, batch: dict) -> Tensor:
-        return model(to_images(batch, patches.img_size), config.mask_ratio, batch["noise"])[0]
+        return task.forward(model, to_images(batch, patches.img_size), batch)[0]
 
     per_epoch = len(training) / config.batch_size
     total = config.steps or max(1, round(config.epochs * per_epoch))
@@ -627,7 +622,7 @@ def prepare(
         if config.decor.in_layers:
             model = build(ranks)
         optimizer, decor = optimizers(config, model, ranks)
-    evaluator = Evaluator(config, model, held_out, procs)
+    evaluator = Evaluator(config, task, model, held_out, procs)
 
     def recheck() -> dict:
         plan = make_plan(config, model, loss, training, procs)

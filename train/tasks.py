@@ -1,0 +1,266 @@
+"""What is learned, for each family of models: how it is built, its loss, its pictures.
+
+A task is made from the configuration of a run; `task_of` finds the one that its model belongs to.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from models import darl, diffusion, dvae, mae
+from models.generate import generate
+from models.vit import unpatchify
+from train.augment import denormalize
+
+COUNT = 8  # images in a picture
+GAMMAS = (0.0, 0.1, 0.3, 0.6, 0.9)  # noise levels that a picture of denoising shows
+SAMPLING_STEPS = 50  # of the samples at the end of a run
+
+
+Rows = dict[str, Tensor]
+"""A picture: rows of images, each `[B, 3, H, W]` with values in [0, 1], by what they show."""
+
+
+@dataclass
+class DarlConfig:
+    """DARL, for models darl_vit_*.
+
+    Args:
+        objective: "mse", "diffusion", or "tokens", the cross-entropy of a tokenizer's codes.
+        positions: "none", "sincos", "learned", "rope1d" or "rope2d".
+        rope_temperature: RoPE's longest wavelength, over 2 pi, in patches.
+        order: In which order patches are predicted: "raster", "nested", "round-robin", "fixed" (one random
+            order, by the seed) or "random" (one for every image; needs two_stream).
+        order_block: Side of the squares of "nested" and "round-robin", in patches.
+        two_stream: Predict by query tokens that know the patch's place, as XLNet does.
+        decoder: "mlp" or, for diffusion, "transformer"; null for "transformer" there and "mlp" otherwise.
+        decoder_depth: Its blocks; null for 1 in diffusion and 0, a linear decoder, otherwise.
+        gamma: Parameters of the Beta distribution of noise levels.
+        gamma_conditioned: Whether the decoder is told the noise level.
+        prediction: Of diffusion: "x0", the clean patch, or "epsilon", the noise.
+        norm_pix_loss: Whether the targets are pixels normalised per patch; such a model cannot draw images.
+        inputs: "pixels", or "tokens" for a tokenizer's codes.
+        tokenizer: tokenizer.safetensors of a run of train/tokenizer.py, where inputs or objective are tokens.
+    """
+
+    objective: Literal["mse", "diffusion", "tokens"] = "mse"
+    positions: Literal["none", "sincos", "learned", "rope1d", "rope2d"] = "rope2d"
+    rope_temperature: float = 100.0
+    order: Literal["raster", "nested", "round-robin", "fixed", "random"] = "raster"
+    order_block: int = 2
+    two_stream: bool = False
+    decoder: Literal["mlp", "transformer"] | None = None
+    decoder_depth: int | None = None
+    gamma: tuple[float, float] = (0.03, 1.0)
+    gamma_conditioned: bool = False
+    prediction: Literal["x0", "epsilon"] = "x0"
+    norm_pix_loss: bool = False
+    inputs: Literal["pixels", "tokens"] = "pixels"
+    tokenizer: str | None = None
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether a tokenizer is needed."""
+        return "tokens" in (self.objective, self.inputs)
+
+
+class MaskedTask:
+    """MAE: fill in the patches that are hidden."""
+
+    name = "mae"
+    model_args = (
+        "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio",
+        "decoder_embed_dim", "decoder_depth", "decoder_num_heads",
+    )  # fmt: skip
+
+    def __init__(self, config) -> None:
+        self.config = config
+
+    def check(self) -> None:
+        """Raise ValueError for settings out of range."""
+        if not 0 < self.config.mask_ratio < 1:
+            raise ValueError(f"mask_ratio: expected a number in (0, 1), got {self.config.mask_ratio}")
+
+    def build(self) -> nn.Module:
+        """The stock model, from torch's random numbers."""
+        config = self.config
+        return mae.create_mae(
+            config.model,
+            config.decoder,
+            img_size=config.img_size,
+            norm_pix_loss=config.norm_pix_loss,
+            **config.model_args,
+        )
+
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        """What FSDP shards one by one."""
+        return [*model.blocks, *model.decoder_blocks]
+
+    def tokens(self, num_patches: int) -> int:
+        """Tokens of an image in the encoder."""
+        return 1 + mae.num_kept(num_patches, self.config.mask_ratio)
+
+    def forward(self, model: nn.Module, images: Tensor, batch: Mapping) -> tuple[Tensor, tuple]:
+        """The loss of a batch and what its picture is made of."""
+        loss, pred, mask = model(images, self.config.mask_ratio, batch["noise"])
+        return loss, (pred, mask)
+
+    def pictures(self, model: nn.Module, images: Tensor, batch: Mapping, made: tuple) -> dict[str, Rows]:
+        """Pictures of what `forward` gave."""
+        images, pred, mask = images[:COUNT], made[0][:COUNT], made[1][:COUNT]
+        hidden = model.unpatchify(mask[..., None].expand_as(pred))
+        rows = {
+            "original": denormalize(images),
+            "masked": torch.where(hidden > 0, 0.5, denormalize(images)),
+            "reconstruction": denormalize(model.reconstruct(images, pred, mask)),
+        }
+        return {"reconstructions": rows}
+
+    def final_pictures(self, model: nn.Module, images: Tensor) -> dict[str, Rows]:
+        """Pictures that are made once, at the end of a run."""
+        return {}
+
+
+class AutoregressiveTask:
+    """DARL: predict each patch from those before it."""
+
+    name = "darl"
+    model_args = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
+
+    def __init__(self, config) -> None:
+        self.config = config
+
+    @cached_property
+    def tokenizer(self) -> dvae.DiscreteVae | None:
+        """What makes codes of images, if any are needed."""
+        path = self.config.darl.tokenizer
+        return None if path is None else dvae.load_tokenizer(path)
+
+    def check(self) -> None:
+        """Raise ValueError for settings that do not go together."""
+        options = self.config.darl
+        if options.reads_tokens != (options.tokenizer is not None):
+            expected = "the file of one" if options.reads_tokens else "null where nothing is tokens"
+            raise ValueError(f"darl.tokenizer: expected {expected}, got {options.tokenizer}")
+
+    def build(self) -> nn.Module:
+        """The stock model, from torch's random numbers."""
+        config = self.config
+        options = asdict(config.darl)
+        options.pop("tokenizer")
+        model = darl.create_darl(
+            config.model,
+            img_size=config.img_size,
+            order_seed=config.seed,
+            vocabulary=None if self.tokenizer is None else self.tokenizer.vocabulary,
+            **options,
+            **config.model_args,
+        )
+        if self.tokenizer is not None and self.tokenizer.patch_size != model.patch_embed.patch_size:
+            raise ValueError(
+                f"darl.tokenizer: expected codes of patches of {model.patch_embed.patch_size} pixels, got "
+                f"{self.tokenizer.patch_size}"
+            )
+        return model
+
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        """What FSDP shards one by one."""
+        return [*model.blocks, *model.decoder.blocks]
+
+    def tokens(self, num_patches: int) -> int:
+        """Tokens of an image in the encoder."""
+        return num_patches * (2 if self.config.darl.two_stream else 1)
+
+    def codes(self, images: Tensor) -> Tensor | None:
+        """The tokenizer's codes of images [B, L]; None where nothing is tokens."""
+        return None if self.tokenizer is None else self.tokenizer.to(images.device).codes(images)
+
+    def forward(self, model: nn.Module, images: Tensor, batch: Mapping) -> tuple[Tensor, Tensor]:
+        """The loss of a batch and what its picture is made of."""
+        drawn = None
+        options = self.config.darl
+        if options.objective == "diffusion":
+            # Outside of the model, which may be compiled: the seeds are numbers of Python.
+            drawn = diffusion.draw(images, batch["noise"].shape[1], *options.gamma, batch["seed"])
+        return model(images, batch["noise"], drawn, self.codes(images))
+
+    def pictures(self, model: nn.Module, images: Tensor, batch: Mapping, made: Tensor) -> dict[str, Rows]:
+        """Pictures of what `forward` gave."""
+        images, made = images[:COUNT], made[:COUNT]
+        if model.objective == "tokens":
+            rows = {
+                "original": denormalize(images),
+                "its codes": denormalize(self.tokenizer.decode(self.codes(images))),
+                "predicted codes": denormalize(self.tokenizer.decode(made.argmax(-1))),
+            }
+            return {"predictions": rows}
+        if model.objective == "mse":
+            rows = {
+                "original": denormalize(images),
+                "predicted from the patches before": denormalize(model.images_of(images, made)),
+            }
+            return {"predictions": rows}
+        return {"denoising": self._denoising(model, images, batch)}
+
+    def _denoising(self, model: nn.Module, images: Tensor, batch: Mapping) -> Rows:
+        """The same images corrupted to several levels, and what the model takes each patch for."""
+        noise = batch["noise"][:COUNT]
+        _, eps = diffusion.draw(images, noise.shape[1], *model.gamma, batch["seed"][:COUNT])
+        order = model.order_of(model.patch_embed.grid_size, noise, images)
+        context = model.in_raster_order(model.contexts(images, order, self.codes(images)), order)
+        target = model.targets(images)
+        rows = {"original": denormalize(images)}
+        for gamma in GAMMAS:
+            level = torch.full(target.shape[:2], max(gamma, 1e-3), device=images.device)
+            noisy = diffusion.corrupt(target, level, eps)
+            clean = model.denoise(context, noisy, level)
+            if gamma:
+                rows[f"gamma {gamma}"] = denormalize(model.images_of(images, noisy))
+            rows[f"from gamma {gamma}"] = denormalize(model.images_of(images, clean))
+        return rows
+
+    def final_pictures(self, model: nn.Module, images: Tensor) -> dict[str, Rows]:
+        """Pictures that are made once, at the end of a run: images continued from their first half."""
+        options = self.config.darl
+        if options.norm_pix_loss or (options.inputs == "tokens") != (options.objective == "tokens"):
+            return {}  # such a model cannot draw
+        images = images[:COUNT]
+        length = model.patch_embed.num_patches
+        known = length // 2
+        order = torch.arange(length, device=images.device) if model.order == "random" else model.places
+        codes = self.codes(images)
+        made = generate(model, images, known, SAMPLING_STEPS, self.config.seed, order=order, codes=codes)
+        if codes is not None:
+            made = self.tokenizer.decode(made)
+        given = torch.zeros(1, length, 1, device=images.device)
+        given[:, order[:known]] = 1
+        values = images[0].numel() // length
+        given = unpatchify(
+            given.expand(len(images), -1, values), model.patch_embed.grid_size, model.patch_embed.patch_size
+        )
+        rows = {
+            "original": denormalize(images),
+            "given": torch.where(given > 0, denormalize(images), 0.5),
+            "continued": denormalize(made),
+        }
+        return {"samples": rows}
+
+
+TASKS = {task.name: task for task in (MaskedTask, AutoregressiveTask)}
+
+
+def task_of(config) -> MaskedTask | AutoregressiveTask:
+    """The task of a run's configuration, by the first part of the model's name.
+
+    Raises:
+        ValueError: there is no such family.
+    """
+    family = config.model.partition("_")[0]
+    if family not in TASKS:
+        known = ", ".join([*mae.SIZES, *darl.SIZES])
+        raise ValueError(f"unknown model {config.model!r}, expected one of {known}")
+    return TASKS[family](config)
