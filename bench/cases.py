@@ -1,4 +1,4 @@
-"""What is timed: three models that train, with inputs, at any size."""
+"""What is timed: models that train, with inputs, at any size."""
 
 import argparse
 from dataclasses import asdict, dataclass, replace
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bench.options import count, device, file
 from dbpkern.convert import PRESETS
+from models.darl import DARL
 from models.mae import MaskedAutoencoder
 
 PATCH = 16
@@ -47,10 +48,20 @@ class DenseAutoencoder(MaskedAutoencoder):
         return self.forward_loss(images, pred, mask), pred
 
 
+class Autoregression(DARL):
+    """DARL on mean squared error, or on diffusion with the noise that it is given."""
+
+    def forward(self, images: Tensor, *drawn: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss and prediction."""
+        return super().forward(images, drawn=drawn or None)
+
+
 CASES = {
     "vit": "ViT classifier, images of 112 pixels (50 tokens)",
     "mae50": "MAE, 224 pixels, encoder on the visible quarter (50 tokens), decoder on 197",
     "mae197": "MAE, 224 pixels, encoder and decoder on 197 tokens",
+    "darl": "DARL, mean squared error, images of 112 pixels (49 tokens)",
+    "darl-diffusion": "DARL, diffusion with a decoder of one block, images of 112 pixels (49 tokens)",
 }
 
 
@@ -67,7 +78,12 @@ class Case:
     @property
     def image(self) -> int:
         """Height and width of the images."""
-        return 112 if self.name == "vit" else 224
+        return 224 if self.masked else 112
+
+    @property
+    def masked(self) -> bool:
+        """Whether it is a masked autoencoder."""
+        return self.name[:3] == "mae"
 
     @property
     def patches(self) -> int:
@@ -76,7 +92,9 @@ class Case:
 
     @property
     def tokens(self) -> int:
-        """Tokens of an image in the encoder, the class token included."""
+        """Tokens of an image in the encoder, the class or start token included."""
+        if self.name[:4] == "darl":
+            return self.patches  # the last patch is not read
         return 1 + (self.patches // 4 if self.name == "mae50" else self.patches)
 
     def build(self) -> nn.Module:
@@ -91,6 +109,8 @@ class Case:
         }
         if self.name == "vit":
             return Classifier(**sizes)
+        if not self.masked:
+            return Autoregression(**sizes, objective="diffusion" if self.name == "darl-diffusion" else "mse")
         decoder_width = min(512, self.width)  # narrower than MAE's 512 for small models alone
         decoder = {
             "decoder_embed_dim": decoder_width,
@@ -100,14 +120,20 @@ class Case:
         return (Autoencoder if self.name == "mae50" else DenseAutoencoder)(**sizes, **decoder)
 
     def inputs(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """One batch of noise: images, and labels or the noise that decides the masks."""
+        """One batch of noise: images, and labels, the noise that decides the masks, or that of diffusion."""
         generator = torch.Generator().manual_seed(1)
         images = torch.randn(self.batch, 3, self.image, self.image, generator=generator, dtype=dtype)
         if self.name == "vit":
-            second = torch.randint(1000, (self.batch,), generator=generator)
+            others = (torch.randint(1000, (self.batch,), generator=generator),)
+        elif self.masked:
+            others = (torch.rand(self.batch, self.patches, generator=generator),)
+        elif self.name == "darl":
+            others = ()
         else:
-            second = torch.rand(self.batch, self.patches, generator=generator)
-        return images.to(device), second.to(device)
+            gamma = torch.rand(self.batch, self.patches, generator=generator, dtype=dtype)
+            eps = torch.randn(self.batch, self.patches, 3 * PATCH**2, generator=generator, dtype=dtype)
+            others = (gamma, eps)
+        return tuple(tensor.to(device) for tensor in (images, *others))
 
     def small(self) -> "Case":
         """The same model small enough for a check in fp64.
@@ -129,7 +155,7 @@ class Case:
 
     def describe(self) -> str:
         """The sizes in words."""
-        decoder = "" if self.name == "vit" else f", decoder {self.decoder_depth} deep"
+        decoder = f", decoder {self.decoder_depth} deep" if self.masked else ""
         return (
             f"{self.name}: {self.width} wide, {self.depth} deep{decoder}, {self.tokens} tokens, "
             f"batch {self.batch}"

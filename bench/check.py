@@ -24,21 +24,26 @@ class CheckFailed(Exception):
 
 
 class _Rows:
-    """One draw of samples for both sides: of rows, and of whole images where the layer is a convolution."""
+    """One draw of samples for both sides: of rows, or of whole images where there is a row for each patch.
+
+    For convolutions draw images in the published rule.
+    """
 
     def __init__(self, case: Case) -> None:
         self.case = case
         self.step = 0
 
     def draw(self, n: int) -> Tensor:
+        """Of n rows or images."""
+        if n == self.case.batch * self.case.patches:
+            patches = torch.arange(self.case.patches)
+            return (self.draw(self.case.batch)[:, None] * len(patches) + patches).flatten()
         generator = torch.Generator().manual_seed(self.step)
         return torch.randint(n, (max(1, n // 10),), generator=generator)
 
     def index(self, n: int, turn: int, device: torch.device) -> Tensor:
-        if n != self.case.batch * self.case.patches:
-            return self.draw(n).to(device)
-        patches = torch.arange(self.case.patches)
-        return (self.draw(self.case.batch)[:, None] * len(patches) + patches).flatten().to(device)
+        """What `Sampler.index` is for the others."""
+        return self.draw(n).to(device)
 
 
 def _change(pairs: Iterable[tuple[Tensor, Tensor, Tensor]]) -> float:

@@ -168,6 +168,13 @@ ABLATIONS = {
             "encoder alone, sublayer sites", _FULL | {"decor.decoder": False, "decor.sites": "sublayers"}
         ),
     },
+    "one-site": {
+        f"only-{site}": Arm(
+            f"{site} alone, low rank, every 2 steps",
+            _FULL | {"decor.sites": [site], "decor.rank": rank, "decor.every": 2},
+        )
+        for site, rank in _LOW.items()
+    },
     "rank": {
         "rank-8": Arm("rank 8", _FULL | {"decor.rank": 8}),
         "rank-twelfth": Arm("rank 1/12 of the width", _FULL | {"decor.rank": 1 / 12}),
