@@ -40,8 +40,8 @@ class Price:
     Args:
         ratio: for each FLOP.
         entry: for each weight, as gradients and changes are copied and small products wait for memory.
-        each: for each R, whatever its size.
-        group: for each group of equal R, which make their step together.
+        each: for each R, whatever its size, on one thread: further threads do not start operations sooner.
+        group: likewise for each group of equal R, which make their step together.
     """
 
     ratio: float
@@ -49,15 +49,17 @@ class Price:
     each: float
     group: float
 
-    def of(self, count: int, flops: float, entries: int) -> float:
+    def of(self, count: int, flops: float, entries: int, threads: float) -> float:
         """FLOPs of the plain step that take as long as `count` equal R.
 
         Args:
             count: how many.
             flops: of one.
             entries: of the weights that one serves.
+            threads: that the plain step computes on.
         """
-        return count * (self.ratio * flops + self.entry * entries + self.each) + self.group
+        fixed = threads * (count * self.each + self.group)
+        return count * (self.ratio * flops + self.entry * entries) + fixed
 
 
 # Of a full and of a low-rank R, fitted to the time that DecorPreconditioner adds to a step on the CPU of
@@ -378,7 +380,7 @@ def plan(
     step: Callable[[], object],
     budget: float = 0.05,
     calls: int = 4,
-    ranks: Sequence[int] = (16, 32, 64, 128),
+    ranks: Sequence[int] = (8, 16, 32, 64, 128),
     filter: Filter | None = None,
     sample: float = 0.1,
     every: int | None = None,
@@ -390,8 +392,10 @@ def plan(
     Calls `step` a few times to count its FLOPs and to measure the correlations of every candidate's input.
     A group of layers is worth its share of the candidates' weights times the mean squared correlation of
     its inputs, or the part of it that a subspace of the rank can hold: what R changes are the gradients of
-    these weights. The choice starts from nothing and makes, as long
-    as one fits into the budget, the change with the most benefit for its cost. Costs are FLOPs and constants
+    these weights. The choice first
+    covers as many groups as fit into the budget, each by its cheapest R, as decorrelation works by being
+    everywhere (docs/planning.md), and then spends what is left on higher ranks; the most benefit for its cost
+    comes first. Costs are FLOPs and constants
     measured beforehand (`FULL`, `LOW_RANK`), not times: the same seed and data give the same plan.
 
     Where a process group is initialised this is a collective, and all processes get one plan.
@@ -440,8 +444,9 @@ def plan(
         ]
         for source in inputs
     ]
-    everything = [flops] + [value for values in found for value in values]
-    flops, *values = _mean(torch.tensor(everything, dtype=torch.float64, device=device)).tolist()
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    everything = [flops, threads] + [value for values in found for value in values]
+    flops, threads, *values = _mean(torch.tensor(everything, dtype=torch.float64, device=device)).tolist()
     if not flops:
         raise ValueError("plan: expected a step() whose FLOPs can be counted, got none; is it compiled?")
     size = len(found[0])
@@ -450,7 +455,9 @@ def plan(
         for i, source in enumerate(inputs)
         if values[i * size]  # whose layers ran
     }
-    groups = _groups([source for source in inputs if source.names in measured], measured, ranks, flops)
+    groups = _groups(
+        [source for source in inputs if source.names in measured], measured, ranks, flops, threads
+    )
     return Plan(_choose(groups, budget), budget)
 
 
@@ -459,6 +466,7 @@ def _groups(
     measured: dict[tuple[str, ...], list[float]],
     ranks: Sequence[int],
     flops: float,
+    threads: float,
 ) -> list[Group]:
     """The candidates, with the cost and the benefit of every way to decorrelate them."""
     members: dict[tuple[str, int, int], list[_Input]] = {}
@@ -474,7 +482,7 @@ def _groups(
         options = [
             Option(
                 rank,
-                (FULL if rank is None else LOW_RANK).of(len(sources), cost, width * outputs) / flops,
+                (FULL if rank is None else LOW_RANK).of(len(sources), cost, width * outputs, threads) / flops,
                 entries / weights * correlation * share,
             )
             for rank, share, cost in zip((None, *ranks), shares, costs, strict=True)
@@ -486,19 +494,27 @@ def _groups(
 
 
 def _choose(groups: list[Group], budget: float) -> tuple[Group, ...]:
-    """Make the change with the most benefit for its cost, as long as one fits."""
+    """Cover as many groups as fit, each by its cheapest option; then improve on these as long as one fits.
+
+    In either stage the change with the most benefit for its cost comes first.
+    """
     chosen: list[Option | None] = [None] * len(groups)
     spent = 0.0
-    while True:
-        changes = []
-        for i, group in enumerate(groups):
-            cost, benefit = (0.0, 0.0) if chosen[i] is None else (chosen[i].cost, chosen[i].benefit)
-            for option in group.options:
-                more, gain = option.cost - cost, option.benefit - benefit
-                if more > 0 and gain > 0 and spent + more <= budget:
-                    ties = (group.name, group.width, group.outputs, option.rank or group.width)
-                    changes.append((-gain / more, ties, i, option, more))
-        if not changes:
-            return tuple(replace(group, chosen=option) for group, option in zip(groups, chosen, strict=True))
-        _, _, i, chosen[i], more = min(changes, key=lambda change: change[:2])
-        spent += more
+    for covering in (True, False):
+        while True:
+            changes = []
+            for i, group in enumerate(groups):
+                useful = [option for option in group.options if option.benefit > 0]
+                if covering:
+                    useful = [] if chosen[i] else sorted(useful, key=lambda option: option.cost)[:1]
+                cost, benefit = (0.0, 0.0) if chosen[i] is None else (chosen[i].cost, chosen[i].benefit)
+                for option in useful:
+                    more, gain = option.cost - cost, option.benefit - benefit
+                    if more > 0 and gain > 0 and spent + more <= budget:
+                        ties = (group.name, group.width, group.outputs, option.rank or group.width)
+                        changes.append((-gain / more, ties, i, option, more))
+            if not changes:
+                break
+            _, _, i, chosen[i], more = min(changes, key=lambda change: change[:2])
+            spent += more
+    return tuple(replace(group, chosen=option) for group, option in zip(groups, chosen, strict=True))

@@ -31,6 +31,7 @@ from models.vit import SIZES as VIT_SIZES
 from models.vit import (
     check_sizes,
     check_transformer,
+    grid_of,
     init_xavier,
     pair,
     patch_statistics,
@@ -56,7 +57,7 @@ norm_layer = partial(nn.LayerNorm, eps=1e-6)
 
 def _check_choice(name: str, value: object, known: Sequence[str]) -> None:
     if value not in known:
-        raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+        raise ValueError(f"{name}: expected one of {', '.join(map(str, known))}, got {value!r}")
 
 
 def patch_order(kind: str, grid_size: tuple[int, int], block: int = 2, seed: int = 0) -> Tensor:
@@ -428,15 +429,7 @@ class DARL(nn.Module):
 
     def _grid(self, imgs: Tensor) -> tuple[int, int]:
         """Rows and columns of patches, raising ValueError unless `imgs` [B, C, H, W] can be cut into them."""
-        rows, columns = self.patch_embed.patch_size
-        if imgs.dim() != 4 or imgs.shape[1] != self.in_chans:
-            raise ValueError(f"expected images of shape [B, {self.in_chans}, H, W], got {list(imgs.shape)}")
-        height, width = imgs.shape[2:]
-        if not height or not width or height % rows or width % columns:
-            raise ValueError(
-                f"expected images whose sides are multiples of {rows} and {columns}, got {list(imgs.shape)}"
-            )
-        return height // rows, width // columns
+        return grid_of(imgs, self.in_chans, self.patch_embed.patch_size)
 
     def place(self, grid_size: tuple[int, int], device: torch.device) -> tuple[Tensor | None, Tensor | None]:
         """Added positions [1, 1 + L, D] and rotations [L, E] of a grid, None for those that there are not."""
@@ -487,7 +480,8 @@ class DARL(nn.Module):
         if self.inputs == "tokens":
             return self.patch_embed(patches)
         single = unpatchify(patches.flatten(0, 1).unsqueeze(1), (1, 1), self.patch_embed.patch_size)
-        return self.patch_embed(single).view(*patches.shape[:2], -1)
+        tokens = self.patch_embed(single)
+        return tokens.view(*patches.shape[:2], tokens.shape[-1])
 
     def features(self, imgs: Tensor, is_causal: bool = False, codes: Tensor | None = None) -> Tensor:
         """The encoder's output for whole images, [B, 1 + L, D], start token first and patches in their order.

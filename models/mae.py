@@ -295,11 +295,28 @@ class MaskedAutoencoder(nn.Module):
         }
 
 
-def load_mae_checkpoint(model: MaskedAutoencoder, path: str | os.PathLike) -> list[str]:
-    """Load a checkpoint file of facebookresearch/mae into `model`.
+def read_mae_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
+    """Read the weights in a checkpoint file of facebookresearch/mae, by name.
 
     The released files hold only the encoder, or all of the model, under "model"; those written while training
     also hold the optimizer and the command line. Nothing in the file is executed.
+
+    Raises:
+        ValueError: If the file has no weights under "model".
+        pickle.UnpicklingError: If the file holds other objects than tensors, containers and a Namespace.
+    """
+    # Training checkpoints keep the parsed command line under "args".
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    weights = checkpoint.get("model") if isinstance(checkpoint, dict) else None
+    if not isinstance(weights, dict):
+        found = list(checkpoint) if isinstance(checkpoint, dict) else type(checkpoint).__name__
+        raise ValueError(f"{path}: expected a dict of weights under 'model', got {found}")
+    return weights
+
+
+def load_mae_checkpoint(model: MaskedAutoencoder, path: str | os.PathLike) -> list[str]:
+    """Load a checkpoint file of facebookresearch/mae into `model`: see `read_mae_checkpoint`.
 
     Returns:
         The names of the model's tensors that the file lacks and that were left as they were: none for a full
@@ -310,13 +327,7 @@ def load_mae_checkpoint(model: MaskedAutoencoder, path: str | os.PathLike) -> li
             another shape. The model is unchanged then.
         pickle.UnpicklingError: If the file holds other objects than tensors, containers and a Namespace.
     """
-    # Training checkpoints keep the parsed command line under "args".
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    weights = checkpoint.get("model") if isinstance(checkpoint, dict) else None
-    if not isinstance(weights, dict):
-        found = list(checkpoint) if isinstance(checkpoint, dict) else type(checkpoint).__name__
-        raise ValueError(f"{path}: expected a dict of weights under 'model', got {found}")
+    weights = read_mae_checkpoint(path)
     own = model.state_dict()
     wrong = [f"{name} (unknown)" for name in weights if name not in own]
     wrong += [

@@ -30,6 +30,19 @@ def check_sizes(img_size: tuple[int, int], patch_size: tuple[int, int]) -> None:
         raise ValueError(f"img_size must be divisible by patch_size, got {img_size} and {patch_size}")
 
 
+def grid_of(imgs: Tensor, in_chans: int, patch_size: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of patches, raising ValueError unless images [B, C, H, W] can be cut into them."""
+    rows, columns = patch_size
+    if imgs.dim() != 4 or imgs.shape[1] != in_chans:
+        raise ValueError(f"expected images of shape [B, {in_chans}, H, W], got {list(imgs.shape)}")
+    height, width = imgs.shape[2:]
+    if not height or not width or height % rows or width % columns:
+        raise ValueError(
+            f"expected images whose sides are multiples of {rows} and {columns}, got {list(imgs.shape)}"
+        )
+    return height // rows, width // columns
+
+
 def check_transformer(part: str, dim: int, heads: int, depth: int) -> None:
     """Raise ValueError for a width, a number of heads or a depth that make no transformer.
 

@@ -143,6 +143,31 @@ def test_the_most_benefit_for_the_cost_comes_first_and_ranks_fill_what_is_left()
     assert choose(0.11) == ["full", "full"]
 
 
+def group_of(name: str, *options: tuple[int | None, float, float]) -> planning.Group:
+    return planning.Group(name, ((name,),), 64, 64, 1.0, 0.5, tuple(planning.Option(*o) for o in options))
+
+
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [
+        (1.5, [8, None, None]),  # a full R of "a" would fit, but coverage goes first and nothing is left
+        (3.0, [8, 8, None]),
+        (4.5, [8, 8, 8]),
+        (5.5, ["full", 8, 8]),  # then the rest goes where it is worth most
+        (9.0, ["full", 16, "full"]),
+    ],
+)
+def test_all_groups_are_covered_before_any_gets_more(budget, expected):
+    groups = [
+        group_of("a", (None, 2.5, 9.0), (8, 1.5, 4.0)),
+        group_of("b", (8, 1.5, 2.0), (16, 2.5, 2.5)),
+        group_of("c", (None, 3.0, 2.5), (8, 1.5, 1.0)),
+        group_of("useless", (8, 0.1, 0.0)),
+    ]
+    chosen = [group.chosen for group in planning._choose(groups, budget)]
+    assert [o and (o.rank or "full") for o in chosen] == [*expected, None]
+
+
 def test_ties_go_by_name():
     option = planning.Option(None, 0.5, 1.0)
     b, a = (planning.Group(name, ((name,),), 9, 9, 1.0, 0.5, (option,)) for name in "ba")
@@ -229,12 +254,14 @@ def test_decorrelated_layers_apply_R_where_that_is_cheaper(flops_alone):
     assert cost("layers") == pytest.approx(4 * 10 * 32**2, rel=1e-3)
 
 
-def test_the_device_s_price_is_added(monkeypatch):
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_device_s_price_is_added_and_threads_do_not_start_operations_sooner(monkeypatch, threads):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(planning, "FULL", FREE)
     bare = planned(calls=1).groups[0].options[0].cost
     monkeypatch.setattr(planning, "FULL", planning.Price(ratio=2.0, entry=10.0, each=700.0, group=300.0))
     plain = 4 * N * 8 * 48
-    expected = 2 * bare + (10 * 32 * 8 + 1000) / plain
+    expected = 2 * bare + (10 * 32 * 8 + threads * 1000) / plain
     assert planned(calls=1).groups[0].options[0].cost == pytest.approx(expected)
 
 

@@ -666,9 +666,9 @@ def _ignore_signals(_: int) -> None:
 
 
 def build_loader(
-    dataset: TrainingSet | HeldOutSet, sampler: Iterable[list], workers: int, pin_memory: bool
+    dataset: Dataset, sampler: Iterable[list], workers: int, pin_memory: bool, collate: Callable = collate
 ) -> DataLoader:
-    """Build the loader of the batches that `collate` describes.
+    """Build the loader of the batches that `collate` makes.
 
     The (name, reason) of skipped files come with the batches because a loader process has no other
     way to report them. A file is reported each time it is met: `dict.update` keeps one of each.
@@ -679,6 +679,7 @@ def build_loader(
             lists of indices for a HeldOutSet.
         workers: Loader processes, each with one torch thread (torch's own choice); 0 for none.
         pin_memory: Whether batches are copied to page-locked memory, for faster transfers to a GPU.
+        collate: Makes a batch of a list of samples.
     """
     return DataLoader(
         dataset,

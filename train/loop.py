@@ -112,7 +112,8 @@ class Loop:
         optimizer: Of the weights.
         decor: Of the decorrelation matrices, None for plain backpropagation.
         ranks: The layers that a plan chose, with the ranks of their R; None where nothing was planned.
-        loss: `loss(model, batch) -> 0-d tensor`, with `model` wrapped for what the run needs.
+        loss: `loss(model, batch) -> 0-d tensor`, with `model` wrapped for what the run needs. The batch's
+            "progress" are the step and the length of the run.
         evaluate: `evaluate() -> record`, called on every process. Its "pictures" (name: `[3, H, W]` in
             [0, 1]) go to TensorBoard and its "unreadable" (file: reason) to those of the run.
         rate: Learning rate by step.
@@ -294,7 +295,7 @@ class Loop:
         device = self.processes.device
         rate = self.rate(self.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("lr_scale", 1)  # timm's field for decay by layers
         # The random state of a step is a function of its number, so that resuming needs no stored state.
         torch.manual_seed(derive_seed(self.seed, self.step, self.processes.rank))
         total = torch.zeros(2 + len(KINDS), device=device)  # loss, wish to stop, joules
@@ -304,7 +305,7 @@ class Loop:
             batch = next(batches)
             waited += time.perf_counter() - asked
             self.unreadable |= dict(batch.pop("skipped", ()))
-            batch = moved(batch, device)
+            batch = moved(batch, device) | {"progress": (self.step, self.total_steps)}
             with self._unsynchronised() if micro + 1 < self.accumulation else nullcontext():
                 with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
                     loss = self.loss(model, batch) / self.accumulation

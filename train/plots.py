@@ -4,11 +4,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.utils import make_grid
 
 WINDOW = 50  # steps over which training losses are averaged
+NAMED = 30  # classes whose names fit on the axes of a confusion matrix
+WRITTEN = 16  # classes for whose figures there is room in it
 
 
 def trailing_mean(values: Sequence[float], window: int = WINDOW) -> list[float]:
@@ -69,3 +72,56 @@ def save_image_grid(rows: Mapping[str, Tensor], path: Path) -> None:
     axis.set_xticks([])
     axis.tick_params(length=0)
     figure.savefig(path, dpi=120)
+
+
+def plot_accuracy(records: Sequence[Mapping], path: Path) -> None:
+    """Held-out accuracy over the steps of a run, in per cent."""
+    evals = [r for r in records if r["kind"] == "eval"]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axis = figure.subplots()
+    for name, label in (("top5", "top 5"), ("top1", "top 1")):
+        axis.plot([r["step"] for r in evals], [r[name] for r in evals], "o-", ms=3, label=label)
+    axis.set_xlabel("step")
+    axis.set_ylabel("held-out accuracy, %")
+    axis.legend()
+    axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def confusion_figure(counts: Tensor, classes: Sequence[str]) -> Figure:
+    """How often the images of each class were taken for which.
+
+    Args:
+        counts: Images by class and by the class they were taken for [C, C].
+        classes: Names of the classes, which are on the axes if there are at most `NAMED`; their numbers
+            otherwise. Up to `WRITTEN`, the figures are in the cells, too.
+    """
+    count = len(classes)
+    share = 100 * counts / counts.sum(1, keepdim=True).clamp(min=1)
+    side = min(max(5.0, 0.32 * count + 2), 11.0)
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axis = figure.subplots()
+    picture = axis.imshow(share.cpu().numpy(), vmin=0, vmax=100, cmap="Blues")
+    figure.colorbar(picture, ax=axis, label="% of the images of a class", shrink=0.8)
+    axis.set_ylabel("class")
+    axis.set_xlabel("taken for")
+    if count <= NAMED:
+        names = [name if len(name) <= 20 else f"{name[:19]}…" for name in classes]
+        axis.set_xticks(range(count), names, rotation=90 if max(map(len, names)) > 2 else 0, fontsize=8)
+        axis.set_yticks(range(count), names, fontsize=8)
+    if count <= WRITTEN:
+        for row, values in enumerate(share.tolist()):
+            for column, value in enumerate(values):
+                if value:
+                    color = "white" if value > 50 else "black"
+                    axis.text(column, row, f"{value:.0f}", ha="center", va="center", color=color, fontsize=7)
+    return figure
+
+
+def as_picture(figure: Figure) -> Tensor:
+    """A figure as an image `[3, H, W]` with values in [0, 1]."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels = torch.frombuffer(bytearray(canvas.buffer_rgba()), dtype=torch.uint8)
+    width, height = canvas.get_width_height()
+    return pixels.view(height, width, 4)[..., :3].permute(2, 0, 1) / 255

@@ -17,7 +17,6 @@ from typing import Literal
 
 import torch
 from jsonargparse import ArgumentParser
-from safetensors.torch import save
 from timm.optim import kron, param_groups_weight_decay
 from timm.optim.muon import Muon
 from torch import Tensor, nn
@@ -26,7 +25,7 @@ from tqdm import tqdm
 
 import dbpkern
 from dbpkern import diagnostics
-from dbpkern.convert import select
+from dbpkern.convert import PRESETS, find_sites, select
 from dbpkern.env import collect
 from dbpkern.precondition import EVERY
 from train import checkpoint, plots, processes
@@ -36,7 +35,7 @@ from train.loop import Diverged, Interrupted, Loop, moved
 from train.processes import Processes
 from train.run_folder import NEUTRAL, RunFolder, flat, to_json, write_atomically
 from train.schedule import warmup_cosine
-from train.tasks import DarlConfig, Rows, task_of
+from train.tasks import DarlConfig, DvaeConfig, Rows, Task, task_of
 
 
 @dataclass
@@ -112,10 +111,16 @@ class DecorConfig:
         """Whether a plan chooses the layers."""
         return self.enable and self.sites == "auto"
 
-    @property
-    def observed(self) -> str | list[str]:
-        """The sites whose inputs evaluation observes in a model without decorrelated layers."""
-        return "all" if self.sites == "auto" else self.sites
+    def present(self, model: nn.Module) -> str | list[str]:
+        """The sites; of a preset those that the model has, for one that reads tokens has no patch embedding.
+
+        Where a plan chooses, those of "all": evaluation observes them in a model without decorrelated layers.
+        """
+        sites = "all" if self.sites == "auto" else self.sites
+        if isinstance(sites, str) and sites in PRESETS:
+            found = find_sites(model)
+            return [site for site in PRESETS[sites] if found[site]]
+        return sites
 
     def accepts(self, name: str, module: nn.Module) -> bool:
         """The filter for `dbpkern.decorrelate`: leaves the decoder out unless it is asked for."""
@@ -129,15 +134,16 @@ class Config:
     Args:
         out: Folder of the run; made if missing. It must be empty, or hold this very run and be resumed.
         model: mae_vit_tiny, mae_vit_small, mae_vit_base, mae_vit_large or mae_vit_huge; or darl_vit_tiny and
-            so on.
+            so on; dvae_tiny, dvae_small or dvae_base.
         decoder: Preset of MAE's decoder: "mae" (8 blocks, 512 wide) or "dbp" (2 blocks, 512 wide).
         model_args: Changes to the model, such as {depth: 6, embed_dim: 128}; any of patch_size (one number or
             two), embed_dim, depth, num_heads, mlp_ratio, and for MAE decoder_embed_dim, decoder_depth,
-            decoder_num_heads.
+            decoder_num_heads; of a discrete VAE patch_size, vocabulary, width, depth.
         img_size: Side of the training crops in pixels, or height and width.
         mask_ratio: Part of the patches that MAE hides, in (0, 1).
         norm_pix_loss: Whether MAE's targets are pixels normalised per patch.
         darl: What DARL predicts, and how.
+        dvae: The loss of a discrete VAE.
         epochs: Length of the run, in passes over the training images.
         steps: The same in optimizer steps; overrides epochs.
         batch_size: Images per optimizer step, over all processes and micro-batches.
@@ -170,6 +176,7 @@ class Config:
     mask_ratio: float = 0.75
     norm_pix_loss: bool = True
     darl: DarlConfig = field(default_factory=DarlConfig)
+    dvae: DvaeConfig = field(default_factory=DvaeConfig)
     epochs: float = 800
     steps: int | None = None
     batch_size: int = 4096
@@ -240,13 +247,13 @@ class Config:
             carbon_intensity(self.energy.country)
 
 
-def check_same_run(old: Mapping, new: Mapping, where: str) -> None:
-    """Raise ValueError naming the settings in which two configurations differ.
+def check_same_run(old: Mapping, config, where: str) -> None:
+    """Raise ValueError naming the settings in which an old configuration differs from that of this run.
 
     A setting that did not exist when the old one was written was what it is by default.
     """
-    old, new = flat(old), flat(new)
-    for name, value in flat(asdict(Config(""))).items():
+    old, new = flat(old), flat(asdict(config))
+    for name, value in flat(asdict(type(config)(""))).items():
         if not any(known.startswith(f"{name}.") for known in old):  # a rank, say, may be one or many
             old.setdefault(name, value)
     differing = [
@@ -258,8 +265,12 @@ def check_same_run(old: Mapping, new: Mapping, where: str) -> None:
         raise ValueError(f"{where} is of another configuration: {'; '.join(differing)}")
 
 
-def open_run(config: Config, procs: Processes) -> tuple[RunFolder, tuple[Path, dict] | None]:
+def open_run(config, procs: Processes) -> tuple[RunFolder, tuple[Path, dict] | None]:
     """The run's folder, and the checkpoint to continue from with its state if there is one.
+
+    Args:
+        config: Of this script or another, with `out` and `resume`.
+        procs: This process among the others.
 
     Raises:
         ValueError: the folder holds another run, or this one while `resume` is "none".
@@ -268,7 +279,7 @@ def open_run(config: Config, procs: Processes) -> tuple[RunFolder, tuple[Path, d
     run = RunFolder(config.out)
     old = run.read_config()
     if old is not None:
-        check_same_run(old, asdict(config), f"out: the run in {run.path}")
+        check_same_run(old, config, f"out: the run in {run.path}")
         if config.resume == "none":
             raise ValueError(f"out: {run.path} holds a run; continue it with --resume auto or choose another")
     if config.resume == "none":
@@ -281,16 +292,16 @@ def open_run(config: Config, procs: Processes) -> tuple[RunFolder, tuple[Path, d
     else:
         path = Path(config.resume)
         state = checkpoint.load(path, procs)
-    check_same_run(state["config"], asdict(config), f"resume: {path}")
+    check_same_run(state["config"], config, f"resume: {path}")
     if procs.is_main:
-        print(f"pretrain: resuming from {path}, step {state['step']}", flush=True)
+        print(f"resuming from {path}, step {state['step']}", flush=True)
     return run, (path, state)
 
 
-def chosen_by(config: Config, ranks: Mapping[str, int | None] | None) -> tuple:
+def chosen_by(config, model: nn.Module, ranks: Mapping[str, int | None] | None) -> tuple:
     """Sites, filter and rank for `dbpkern.decorrelate`: the planned layers, or what the options say."""
     if ranks is None:
-        return config.decor.sites, config.decor.accepts, config.decor.rank
+        return config.decor.present(model), config.decor.accepts, config.decor.rank
     return None, lambda name, module: name in ranks, ranks
 
 
@@ -303,10 +314,10 @@ def build_model(config: Config, ranks: Mapping[str, int | None] | None = None) -
     model = task_of(config).build()
     decor = config.decor
     if decor.in_layers and (ranks is not None or not decor.planned):
-        sites, accepts, rank = chosen_by(config, ranks)
+        sites, accepts, rank = chosen_by(config, model, ranks)
         dbpkern.decorrelate(model, sites, accepts, decor.form, rank)
     else:
-        select(model, decor.observed, decor.accepts)  # raises now: evaluation observes them
+        select(model, decor.present(model), decor.accepts)  # raises now: evaluation observes them
     return model
 
 
@@ -331,8 +342,22 @@ def build_optimizers(
             setattr(optimizer, name, getattr(kron, name))
     for group in optimizer.param_groups:
         group["initial_lr"] = peak
+    return optimizer, build_decor(config, model, optimizer, ranks)
+
+
+def build_decor(
+    config, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Mapping[str, int | None] | None = None
+) -> dbpkern.DecorSGD | None:
+    """The optimizer of R, whose step is part of that of the weights; None for a run without decorrelation.
+
+    Args:
+        config: Of this script or another, with `decor` and `seed`.
+        model: Whose layers are decorrelated.
+        optimizer: Of the weights, with `initial_lr` in its groups.
+        ranks: The layers of a plan.
+    """
     if not config.decor.enable:
-        return optimizer, None
+        return None
     c = config.decor
     rule = {
         "lr": c.eta,
@@ -345,18 +370,18 @@ def build_optimizers(
         "follow": optimizer if c.follow else None,
     }
     if not c.in_layers:
-        return optimizer, dbpkern.DecorPreconditioner(model, optimizer, *chosen_by(config, ranks), **rule)
+        return dbpkern.DecorPreconditioner(model, optimizer, *chosen_by(config, model, ranks), **rule)
     decor = dbpkern.DecorSGD(model, **rule)
     optimizer.register_step_post_hook(lambda *_: decor.step())
-    return optimizer, decor
+    return decor
 
 
-def check_sample(config: Config, num_patches: int, slices: int) -> None:
+def check_sample(config, tokens: int, slices: int) -> None:
     """Raise ValueError if a micro-batch of this size would give no rows to decorrelate by.
 
     `DecorSGD` takes one row at the least; statistics of one row where the user asked for less are noise.
     """
-    rows = config.batch_size // slices * task_of(config).tokens(num_patches)
+    rows = config.batch_size // slices * tokens
     if config.decor.enable and 0 < config.decor.sample <= 1 and round(config.decor.sample * rows) < 1:
         raise ValueError(
             f"decor.sample: {config.decor.sample} of the {rows} rows of a micro-batch gives no rows; "
@@ -388,7 +413,7 @@ def make_plan(
 
     def step() -> None:
         for _ in range(config.accumulation):
-            batch = moved(next(batches), procs.device)
+            batch = moved(next(batches), procs.device) | {"progress": (0, calls)}
             with torch.autocast(procs.device.type, autocast, enabled=autocast is not None):
                 value = loss(model, batch) / config.accumulation
             value.backward()
@@ -427,7 +452,7 @@ def order_of(
     )
 
 
-def autocast_of(config: Config, device: torch.device) -> torch.dtype | None:
+def autocast_of(config, device: torch.device) -> torch.dtype | None:
     """dtype of mixed precision, None for none."""
     auto = "bf16" if device.type == "cuda" else "fp32"
     precision = auto if config.precision == "auto" else config.precision
@@ -437,7 +462,7 @@ def autocast_of(config: Config, device: torch.device) -> torch.dtype | None:
 class Evaluator:
     """Held-out loss, pictures and input correlations of a model."""
 
-    def __init__(self, config: Config, task, model: nn.Module, held_out, processes: Processes) -> None:
+    def __init__(self, config: Config, task: Task, model: nn.Module, held_out, processes: Processes) -> None:
         self.config = config
         self.task = task
         self.model = model
@@ -458,9 +483,9 @@ class Evaluator:
 
     @torch.no_grad()
     def __call__(self) -> dict:
-        """Mean loss over the held-out set; the decorrelation loss per layer on part of it."""
+        """Mean loss and measures over the held-out set; the decorrelation loss per layer on part of it."""
         self.model.eval()
-        total = torch.zeros((), dtype=torch.float64, device=self.processes.device)
+        total: Tensor | int = 0
         losses: dict[str, float] = {}
         unreadable: dict[str, str] = {}
         for i, batch in enumerate(self.loader):
@@ -472,7 +497,7 @@ class Evaluator:
             decor = self.config.decor
             observes = first and self.observes
             watch = (
-                diagnostics.observe(self.model, decor.observed, decor.accepts)
+                diagnostics.observe(self.model, decor.present(self.model), decor.accepts)
                 if observes
                 else nullcontext({})
             )
@@ -482,12 +507,13 @@ class Evaluator:
             if first:
                 self.images = images
                 self.pictures = self.task.pictures(self.model, images, batch, made)
-            if i < self.chunks:
-                total += loss.double() * len(images)
+            counted = torch.cat([loss.double().reshape(1) * len(images), self.task.tally(images, made)])
+            total = total + (counted if i < self.chunks else torch.zeros_like(counted))
         self.model.train()
         self.processes.sum(total)
         return {
-            "heldout_loss": total.item() / self.size,
+            "heldout_loss": total[0].item() / self.size,
+            **self.task.measures(total[1:], self.size),
             "decorrelation_loss": losses,
             "pictures": {name: plots.image_grid(rows) for name, rows in self.pictures.items()},
             "unreadable": unreadable,
@@ -510,38 +536,57 @@ def fused_model(
     return stock.eval()
 
 
-def export_encoder(config: Config, stock: nn.Module, path: Path) -> None:
-    """Write the encoder of a stock model under timm's names."""
-    about = {"format": "pt", "model": config.model, "img_size": str(config.img_size)}
-    about |= {name: str(value) for name, value in config.model_args.items()}
-    write_atomically(path, save(stock.encoder_state_dict(), metadata=about))
+def load_run(folder: str, which: str | None = None) -> tuple[Config, nn.Module]:
+    """The configuration of a run, and its stock model by a checkpoint, fused and for evaluation.
+
+    Args:
+        folder: Of the run.
+        which: Path of the checkpoint, None for the newest that is whole.
+
+    Raises:
+        ValueError: there is no run, or no such checkpoint.
+    """
+    run = RunFolder(folder)
+    if run.read_config() is None:
+        raise ValueError(f"run: expected the folder of a run of train/pretrain.py, got {folder}")
+    config = parse(["--config", str(run.config)])
+    alone = Processes(0, 1, torch.device("cpu"))
+    if which is None:
+        found = checkpoint.newest(run.checkpoints, alone)
+        if found is None:
+            raise ValueError(f"run: {folder} has no checkpoint")
+        path, state = found
+    else:
+        path, state = Path(which), checkpoint.load(Path(which), alone)
+    weights = {name: torch.zeros(t.shape, dtype=t.dtype) for name, t in state["model"].items()}
+    checkpoint.fill(path, {"model": weights}, alone)
+    return config, fused_model(config, state["ranks"], weights)
 
 
-def write_results(config: Config, loop: Loop, evaluator: Evaluator, weights: dict[str, Tensor]) -> None:
-    """The pictures, the encoder and the summary of a finished run, whose model has `weights`."""
-    run = loop.run
-    records = list(run.records())
-    evals = [r for r in records if r["kind"] == "eval"]
-    steps = [r for r in records if r["kind"] == "step"]
-    plots.plot_curves(records, run.path / "curves.png")
-    device = loop.processes.device
-    stock = fused_model(config, loop.ranks, weights).to(device)
-    pictures = evaluator.pictures | evaluator.task.final_pictures(stock, evaluator.images)
-    for name, rows in pictures.items():
-        plots.save_image_grid(rows, run.path / f"{name}.png")
+def plot_correlations(evals: list[dict], path: Path) -> None:
+    """The decorrelation losses of a run's evaluations."""
     history: dict[str, dict[int, float]] = {}
     for record in evals:
         for name, value in record["decorrelation_loss"].items():
             history.setdefault(name, {})[record["step"]] = value
-    diagnostics.plot_losses(history, run.path / "correlation.png", "Decorrelation loss of z = R x, held out")
-    export_encoder(config, stock, run.path / "encoder.safetensors")
-    final = [r["loss"] for r in steps[-plots.WINDOW :]]
-    summary = {
+    diagnostics.plot_losses(history, path, "Decorrelation loss of z = R x, held out")
+
+
+def summary_of(config, loop: Loop, records: list[dict]) -> dict:
+    """What summary.json says of any run.
+
+    Args:
+        config: Of this script or another, with `batch_size` and `energy`.
+        loop: The finished run.
+        records: Of its log, with at least one evaluation.
+    """
+    final = [r["loss"] for r in records if r["kind"] == "step"][-plots.WINDOW :]
+    return {
         "steps": loop.step,
         "seconds": loop.seconds,
-        "images_per_second": loop.step * config.batch_size / loop.seconds,
+        "images_per_second": loop.step * config.batch_size / loop.seconds if loop.seconds else None,
         "final_loss": sum(final) / len(final) if final else None,
-        "heldout_loss": evals[-1]["heldout_loss"],
+        "heldout_loss": [r for r in records if r["kind"] == "eval"][-1]["heldout_loss"],
         "energy": loop.energy.summary(config.energy.country),
         "skipped_steps": loop.skipped,
         "unreadable": len(loop.unreadable),
@@ -551,7 +596,23 @@ def write_results(config: Config, loop: Loop, evaluator: Evaluator, weights: dic
         "parameters": sum(p.numel() for p in loop.model.parameters()),
         "machine": collect(),
     }
-    write_atomically(run.summary, to_json(summary, indent=1))
+
+
+def write_results(config: Config, loop: Loop, evaluator: Evaluator, weights: dict[str, Tensor]) -> None:
+    """The pictures, the exported model and the summary of a finished run, whose model has `weights`."""
+    run = loop.run
+    records = list(run.records())
+    plots.plot_curves(records, run.path / "curves.png")
+    device = loop.processes.device
+    stock = fused_model(config, loop.ranks, weights).to(device)
+    pictures = evaluator.pictures | evaluator.task.final_pictures(stock, evaluator.images)
+    for name, rows in pictures.items():
+        plots.save_image_grid(rows, run.path / f"{name}.png")
+    evals = [r for r in records if r["kind"] == "eval"]
+    plot_correlations(evals, run.path / "correlation.png")
+    for name, content in evaluator.task.exports(stock).items():
+        write_atomically(run.path / name, content)
+    write_atomically(run.summary, to_json(summary_of(config, loop, records), indent=1))
 
 
 def prepare(
@@ -604,7 +665,7 @@ def prepare(
     if found is not None and run.files.is_file() and run.files.read_text() != files:
         raise ValueError(f"data: the training images are no longer those of {run.files}; restore them")
     sampler = order_of(config, training, procs, total, 0 if found is None else found[1]["step"])
-    check_sample(config, patches.num_patches, procs.world_size * config.accumulation)
+    check_sample(config, task.tokens(patches.num_patches), procs.world_size * config.accumulation)
     batches = build_loader(training, sampler, config.data.workers, pin_memory=procs.device.type == "cuda")
     ranks, planning = None, 0.0
     if config.decor.planned:
@@ -667,18 +728,31 @@ def prepare(
     return loop, evaluator, iter(batches)
 
 
-def parse(arguments: list[str] | None = None) -> Config:
-    """The configuration from the command line and YAML files."""
-    parser = ArgumentParser(prog="train/pretrain.py", description=__doc__)
+def parse(
+    arguments: list[str] | None = None, prog: str = "train/pretrain.py", about: str = __doc__, **defaults
+) -> Config:
+    """The configuration from the command line and YAML files, for a script with these defaults."""
+    parser = ArgumentParser(prog=prog, description=about)
     parser.add_argument("--config", action="config", help="YAML file with any of the options below")
     parser.add_class_arguments(Config)
+    parser.set_defaults(defaults)
     settings = parser.instantiate(parser.parse_args(arguments))
     settings.pop("config")
     return Config(**settings)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run, and say in one line what went wrong where it is not a defect of the program."""
+def run_script(
+    name: str, parse: Callable, prepare: Callable, write_results: Callable, arguments: list[str] | None
+) -> None:
+    """Run a training script, and say in one line what went wrong where it is not a defect of the program.
+
+    Args:
+        name: What messages start with.
+        parse: As in this module, like the two that follow.
+        prepare: Makes everything up to the first step.
+        write_results: Called on the main process of a finished run.
+        arguments: Of the command line, None for those of this process.
+    """
     procs = None
     try:
         config = parse(arguments)
@@ -687,16 +761,16 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, FileNotFoundError) as error:
         processes.stop()
         if int(os.environ.get("RANK", 0)) == 0:
-            print(f"pretrain: {error}", file=sys.stderr, flush=True)
+            print(f"{name}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     try:
         loop.train(batches)
         weights = whole_weights(loop.model)
     except Diverged as error:
-        sys.exit(f"pretrain: {error}" if procs.is_main else 1)
+        sys.exit(f"{name}: {error}" if procs.is_main else 1)
     except Interrupted as stopped:
         if procs.is_main:
-            print(f"pretrain: stopped at step {loop.step}. {stopped}; continue with --resume auto")
+            print(f"{name}: stopped at step {loop.step}. {stopped}; continue with --resume auto")
         return
     finally:
         del batches  # ends the loader's workers
@@ -704,8 +778,13 @@ def main(arguments: list[str] | None = None) -> None:
     if procs.is_main:
         write_results(config, loop, evaluator, weights)
         if loop.unreadable:
-            print(f"pretrain: {len(loop.unreadable)} unreadable files were skipped, see {loop.run.summary}")
-        print(f"pretrain: {loop.step} steps in {loop.seconds:.1f} s, results in {config.out}")
+            print(f"{name}: {len(loop.unreadable)} unreadable files were skipped, see {loop.run.summary}")
+        print(f"{name}: {loop.step} steps in {loop.seconds:.1f} s, results in {config.out}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Pre-train."""
+    run_script("pretrain", parse, prepare, write_results, arguments)
 
 
 if __name__ == "__main__":

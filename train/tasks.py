@@ -9,16 +9,19 @@ from functools import cached_property
 from typing import Literal
 
 import torch
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from models import darl, diffusion, dvae, mae
 from models.generate import generate
-from models.vit import unpatchify
+from models.vit import patchify, unpatchify
 from train.augment import denormalize
+from train.schedule import warmup_cosine
 
 COUNT = 8  # images in a picture
 GAMMAS = (0.0, 0.1, 0.3, 0.6, 0.9)  # noise levels that a picture of denoising shows
 SAMPLING_STEPS = 50  # of the samples at the end of a run
+TEMPERATURES = (1.0, 1 / 16)  # of the Gumbel-softmax, at the start and the end of a run; DALL-E's
 
 
 Rows = dict[str, Tensor]
@@ -68,7 +71,56 @@ class DarlConfig:
         return "tokens" in (self.objective, self.inputs)
 
 
-class MaskedTask:
+@dataclass
+class DvaeConfig:
+    """The discrete VAE, for models dvae_*.
+
+    Args:
+        kl_weight: Of the KL divergence of codes from the uniform distribution; 1 makes the loss the negative
+            evidence lower bound.
+    """
+
+    kl_weight: float = 1.0
+
+
+class Task:
+    """What tasks have in common.
+
+    The name is the first part of the names of a task's models; model_args are those that may be changed.
+    """
+
+    name: str
+    model_args: tuple[str, ...]
+
+    def __init__(self, config) -> None:
+        self.config = config
+
+    def check(self) -> None:
+        """Raise ValueError for settings out of range, or that do not go together."""
+
+    def final_pictures(self, model: nn.Module, images: Tensor) -> dict[str, Rows]:
+        """Pictures that are made once, at the end of a run."""
+        return {}
+
+    def tally(self, images: Tensor, made: object) -> Tensor:
+        """What evaluation adds up over all images beside the loss, float64 [n], by what `forward` gave."""
+        return torch.zeros(0, dtype=torch.float64, device=images.device)
+
+    def measures(self, tally: Tensor, size: int) -> dict[str, float]:
+        """What the log is to say of the `tally` of so many images."""
+        return {}
+
+    def exports(self, model: nn.Module) -> dict[str, bytes]:
+        """The files that a finished run leaves of its stock model: the encoder, under timm's names."""
+        about = {"format": "pt", "model": self.config.model, "img_size": str(self.config.img_size)}
+        about |= {name: str(value) for name, value in self.config.model_args.items()}
+        # What DARL's weights do not tell, for whoever builds the encoder again.
+        parts = ("positions", "rope_temperature", "order", "order_block", "order_seed", "inputs")
+        about |= {name: str(getattr(model, name)) for name in parts if hasattr(model, name)}
+        return {"encoder.safetensors": save(model.encoder_state_dict(), metadata=about)}
+
+
+class MaskedTask(Task):
     """MAE: fill in the patches that are hidden."""
 
     name = "mae"
@@ -76,9 +128,6 @@ class MaskedTask:
         "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio",
         "decoder_embed_dim", "decoder_depth", "decoder_num_heads",
     )  # fmt: skip
-
-    def __init__(self, config) -> None:
-        self.config = config
 
     def check(self) -> None:
         """Raise ValueError for settings out of range."""
@@ -120,19 +169,21 @@ class MaskedTask:
         }
         return {"reconstructions": rows}
 
-    def final_pictures(self, model: nn.Module, images: Tensor) -> dict[str, Rows]:
-        """Pictures that are made once, at the end of a run."""
-        return {}
+
+def given_part(model: darl.DARL, images: Tensor, given: Tensor) -> Tensor:
+    """Images [B, 3, H, W] in [0, 1], grey but for the patches with the raster numbers `given`."""
+    pixels = denormalize(images)
+    patches = patchify(pixels, model.patch_embed.patch_size)
+    shown = torch.full_like(patches, 0.5)
+    shown[:, given] = patches[:, given]
+    return unpatchify(shown, model.patch_embed.grid_size, model.patch_embed.patch_size)
 
 
-class AutoregressiveTask:
+class AutoregressiveTask(Task):
     """DARL: predict each patch from those before it."""
 
     name = "darl"
     model_args = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
-
-    def __init__(self, config) -> None:
-        self.config = config
 
     @cached_property
     def tokenizer(self) -> dvae.DiscreteVae | None:
@@ -191,11 +242,12 @@ class AutoregressiveTask:
     def pictures(self, model: nn.Module, images: Tensor, batch: Mapping, made: Tensor) -> dict[str, Rows]:
         """Pictures of what `forward` gave."""
         images, made = images[:COUNT], made[:COUNT]
+        grid_size = model.patch_embed.grid_size
         if model.objective == "tokens":
             rows = {
                 "original": denormalize(images),
-                "its codes": denormalize(self.tokenizer.decode(self.codes(images))),
-                "predicted codes": denormalize(self.tokenizer.decode(made.argmax(-1))),
+                "its codes": denormalize(self.tokenizer.decode(self.codes(images), grid_size)),
+                "predicted codes": denormalize(self.tokenizer.decode(made.argmax(-1), grid_size)),
             }
             return {"predictions": rows}
         if model.objective == "mse":
@@ -235,25 +287,77 @@ class AutoregressiveTask:
         codes = self.codes(images)
         made = generate(model, images, known, SAMPLING_STEPS, self.config.seed, order=order, codes=codes)
         if codes is not None:
-            made = self.tokenizer.decode(made)
-        given = torch.zeros(1, length, 1, device=images.device)
-        given[:, order[:known]] = 1
-        values = images[0].numel() // length
-        given = unpatchify(
-            given.expand(len(images), -1, values), model.patch_embed.grid_size, model.patch_embed.patch_size
-        )
+            made = self.tokenizer.decode(made, model.patch_embed.grid_size)
         rows = {
             "original": denormalize(images),
-            "given": torch.where(given > 0, denormalize(images), 0.5),
+            "given": given_part(model, images, order[:known]),
             "continued": denormalize(made),
         }
         return {"samples": rows}
 
 
-TASKS = {task.name: task for task in (MaskedTask, AutoregressiveTask)}
+class TokenizerTask(Task):
+    """Discrete VAE: code each patch by an entry of a vocabulary."""
+
+    name = "dvae"
+    model_args = ("patch_size", "vocabulary", "width", "depth")
+
+    def build(self) -> nn.Module:
+        """The stock model, from torch's random numbers."""
+        config = self.config
+        return dvae.create_dvae(
+            config.model, img_size=config.img_size, kl_weight=config.dvae.kl_weight, **config.model_args
+        )
+
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        """What FSDP shards one by one."""
+        return [*model.encoder, *model.decoder]
+
+    def tokens(self, num_patches: int) -> int:
+        """Rows of an image in the encoder."""
+        return num_patches
+
+    def forward(
+        self, model: nn.Module, images: Tensor, batch: Mapping
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The loss of a batch and what its picture is made of: in evaluation, by the best entries."""
+        temperature = None
+        if model.training:
+            # A tensor, for torch.compile makes a graph for each number.
+            temperature = torch.tensor(warmup_cosine(*batch["progress"], 0, *TEMPERATURES))
+        loss, made, logits = model(images, temperature)
+        return loss, (made, logits)
+
+    def tally(self, images: Tensor, made: tuple[Tensor, Tensor]) -> Tensor:
+        """The sum of the images' mean squared errors, and how often each entry is the best."""
+        reconstruction, logits = made
+        error = (reconstruction - images).square().mean() * len(images)
+        counts = logits.argmax(-1).flatten().bincount(minlength=logits.shape[-1])
+        return torch.cat([error.reshape(1), counts]).double()
+
+    def measures(self, tally: Tensor, size: int) -> dict[str, float]:
+        """The mean squared error, and the perplexity of the codes: how many entries are in even use."""
+        chances = tally[1:] / tally[1:].sum()
+        perplexity = torch.special.entr(chances).sum().exp()
+        return {"reconstruction_error": tally[0].item() / size, "perplexity": perplexity.item()}
+
+    def pictures(self, model: nn.Module, images: Tensor, batch: Mapping, made: tuple) -> dict[str, Rows]:
+        """Pictures of what `forward` gave."""
+        rows = {
+            "original": denormalize(images[:COUNT]),
+            "reconstruction": denormalize(made[0][:COUNT]),
+        }
+        return {"reconstructions": rows}
+
+    def exports(self, model: nn.Module) -> dict[str, bytes]:
+        """The file that DARL's runs take as --darl.tokenizer."""
+        return {"tokenizer.safetensors": dvae.packed_tokenizer(model)}
 
 
-def task_of(config) -> MaskedTask | AutoregressiveTask:
+TASKS = {task.name: task for task in (MaskedTask, AutoregressiveTask, TokenizerTask)}
+
+
+def task_of(config) -> MaskedTask | AutoregressiveTask | TokenizerTask:
     """The task of a run's configuration, by the first part of the model's name.
 
     Raises:
@@ -261,6 +365,6 @@ def task_of(config) -> MaskedTask | AutoregressiveTask:
     """
     family = config.model.partition("_")[0]
     if family not in TASKS:
-        known = ", ".join([*mae.SIZES, *darl.SIZES])
+        known = ", ".join([*mae.SIZES, *darl.SIZES, *dvae.SIZES])
         raise ValueError(f"unknown model {config.model!r}, expected one of {known}")
     return TASKS[family](config)

@@ -1,0 +1,715 @@
+"""Classifiers on pre-trained encoders: their models, their data, whole runs, bad input."""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from timm.layers import resample_abs_pos_embed
+from torch import nn
+
+from models import classifier, darl, mae
+from models.classifier import Architecture, create_vit, load_encoder, to_classifier
+from train import finetune, plots, pretrain
+from train.labelled import AugmentConfig, LabelledConfig, LabelledSample, Mixer, all_seeded, build_labelled
+from train.run_folder import RunFolder
+from train.tasks import task_of
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "train" / "configs"
+SIZES = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+ARCHITECTURE = Architecture("mae_vit_tiny", 32, SIZES)
+MEAN = STD = (0.5, 0.5, 0.5)
+PRETRAIN = [
+    "--model_args={patch_size: 8, embed_dim: 32, depth: 2, num_heads: 2}",
+    "--img_size=32",
+    "--batch_size=8",
+    "--steps=4",
+    "--optim.warmup_steps=1",
+    "--optim.blr=0.03",
+    "--checkpoint_every=4",
+    "--device=cpu",
+]
+TINY = [
+    f"--config={CONFIGS / 'finetune_digits.yaml'}",
+    "--img_size=32",
+    "--batch_size=16",
+    "--steps=6",
+    "--optim.warmup_steps=2",
+    "--eval_every=6",
+    "--checkpoint_every=3",
+    "--device=cpu",
+]
+SCRATCH = ["--model=mae_vit_tiny", "--model_args={patch_size: 8, embed_dim: 32, depth: 2, num_heads: 2}"]
+LINEAR = ["--linear=true", "--optim.lr=0.03", "--augment.mixup=0"]
+LARS = [*LINEAR, "--optim.name=lars", "--optim.lr=5", "--optim.weight_decay=0"]
+
+
+def losses(folder: Path) -> dict[int, float]:
+    return {r["step"]: r["loss"] for r in RunFolder(folder).records() if r["kind"] == "step"}
+
+
+def evals(folder: Path) -> list[tuple]:
+    records = (r for r in RunFolder(folder).records() if r["kind"] == "eval")
+    return [(r["step"], r["heldout_loss"], r["top1"], r["top5"]) for r in records]
+
+
+def final_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Of the model in the last checkpoint of a run of one process."""
+    (file,) = (folder / "checkpoints" / "step-00000004").glob("*.safetensors")
+    tensors = load_file(file)
+    return {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
+
+
+@pytest.fixture(scope="module")
+def mae_run(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("mae") / "run"
+    decoder = ["--model_args.decoder_embed_dim=16", "--model_args.decoder_depth=1"]
+    pretrain.main([*PRETRAIN, "--model=mae_vit_tiny", *decoder, f"--out={out}"])
+    return out
+
+
+@pytest.fixture(scope="module")
+def darl_run(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("darl") / "run"
+    pretrain.main([*PRETRAIN, "--model=darl_vit_tiny", "--darl.rope_temperature=50", f"--out={out}"])
+    return out
+
+
+@pytest.fixture(scope="module")
+def finished(mae_run, tmp_path_factory) -> Path:
+    """Fine-tuning of MAE's encoder."""
+    out = tmp_path_factory.mktemp("finetuned") / "run"
+    finetune.main([*TINY, f"--encoder={mae_run / 'encoder.safetensors'}", f"--out={out}"])
+    return out
+
+
+def exported(folder: Path, **options) -> tuple[darl.DARL, Path]:
+    """A DARL model with random weights, and the file that a run would leave of it."""
+    config = pretrain.Config("", "darl_vit_tiny", model_args=SIZES, img_size=32, seed=3)
+    for name, value in options.items():
+        setattr(config.darl, name, value)
+    task = task_of(config)
+    model = task.build().eval()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False).add_(0.1 * torch.randn_like(parameter))
+    path = folder / "encoder.safetensors"
+    path.write_bytes(task.exports(model)["encoder.safetensors"])
+    return model, path
+
+
+def test_features_of_mae_are_those_of_its_pretraining(mae_run):
+    model = mae.create_mae("mae_vit_tiny", img_size=32, decoder_embed_dim=16, decoder_depth=1, **SIZES).eval()
+    model.load_state_dict(final_weights(mae_run))
+    imgs = torch.randn(3, 3, 32, 32)
+    order = torch.arange(16.0).expand(3, -1)
+    expected, _, _ = model.forward_encoder(imgs, 0.0, order)
+    vit = load_encoder(mae_run / "encoder.safetensors").model.eval()
+    torch.testing.assert_close(vit.forward_features(imgs), expected)
+
+
+def test_features_of_darl_are_those_of_its_pretraining(darl_run):
+    model = darl.create_darl("darl_vit_tiny", img_size=32, rope_temperature=50, **SIZES).eval()
+    model.load_state_dict(final_weights(darl_run), strict=False)
+    imgs = torch.randn(3, 3, 32, 32)
+    loaded = load_encoder(darl_run / "encoder.safetensors")
+    assert isinstance(loaded.model, timm.models.Eva)
+    to_classifier(loaded.model, loaded.architecture, 5, "class", causal=True)
+    vit = loaded.model.eval()
+    torch.testing.assert_close(vit.forward_features(imgs), model.features(imgs))
+    seen = vit.forward_features(imgs, attn_mask=vit.attn_mask)
+    torch.testing.assert_close(seen, model.features(imgs, is_causal=True))
+    assert not torch.allclose(seen, model.features(imgs), atol=1e-3)
+
+
+@pytest.mark.parametrize("positions", darl.POSITIONS)
+@pytest.mark.parametrize("order", ["raster", "nested", "fixed"])
+@pytest.mark.parametrize("size", [(32, 32), (48, 32)])
+def test_every_darl_encoder_becomes_a_plain_vit(tmp_path, positions, order, size):
+    model, path = exported(tmp_path, positions=positions, order=order, rope_temperature=30.0)
+    loaded = load_encoder(path)
+    to_classifier(loaded.model, loaded.architecture, 5, "class", img_size=size, causal=True)
+    vit = loaded.model.eval()
+    imgs = torch.randn(2, 3, *size)
+    if positions == "sincos" and size != (32, 32):
+        # timm resamples what DARL computes anew.
+        table = resample_abs_pos_embed(model.pos_embed, (6, 4), (4, 4))
+        torch.testing.assert_close(vit.pos_embed, table)
+        return
+    torch.testing.assert_close(vit.forward_features(imgs), model.features(imgs))
+    seen = vit.forward_features(imgs, attn_mask=vit.attn_mask)
+    places = model.order_of((size[0] // 8, size[1] // 8), None, imgs)
+    expected = model.features(imgs, is_causal=True)
+    torch.testing.assert_close(seen[:, 1 + places], expected[:, 1:])
+    torch.testing.assert_close(seen[:, 0], expected[:, 0])
+    # The mask is part of what a call computes.
+    torch.testing.assert_close(vit(imgs), vit.head(seen[:, 0]))
+
+
+def test_read_outs_are_what_they_say(tmp_path):
+    model, path = exported(tmp_path, order="nested")
+    imgs = torch.randn(2, 3, 32, 32)
+    tokens = imgs
+    made = {}
+    for readout in classifier.READOUTS:
+        loaded = load_encoder(path)
+        to_classifier(loaded.model, loaded.architecture, 5, readout)
+        nn.init.normal_(loaded.model.head.weight)
+        made[readout] = loaded.model.eval()
+    tokens = model.features(imgs)
+    before = []
+    model.norm.register_forward_pre_hook(lambda _, args: before.append(args[0]))
+    model.features(imgs)
+    last = 1 + darl.patch_order("nested", (4, 4))[-1]
+    expected = {
+        "class": tokens[:, 0],
+        "last": tokens[:, last],
+        "mean": nn.functional.layer_norm(before[0][:, 1:].mean(1), (32,), eps=1e-6),
+    }
+    for readout, vit in made.items():
+        torch.testing.assert_close(vit(imgs), vit.head(expected[readout]))
+        assert vit(imgs).shape == (2, 5)
+    assert isinstance(made["mean"].norm, nn.Identity)
+    assert isinstance(made["last"].fc_norm, nn.Identity)
+
+
+def test_the_last_of_raster_order_is_the_last_patch():
+    vit = create_vit(ARCHITECTURE)
+    to_classifier(vit, ARCHITECTURE, 5, "last")
+    imgs = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(vit(imgs), vit.head(vit.forward_features(imgs)[:, -1]))
+
+
+def test_a_layer_in_the_middle_is_the_pretraining_models_block(tmp_path):
+    model, path = exported(tmp_path)
+    loaded = load_encoder(path)
+    architecture = to_classifier(loaded.model, loaded.architecture, 5, "mean", layer=1)
+    after = []
+    model.blocks[0].register_forward_hook(lambda _, args, output: after.append(output))
+    imgs = torch.randn(2, 3, 32, 32)
+    model.features(imgs)
+    pooled = nn.functional.layer_norm(after[0][:, 1:].mean(1), (32,), eps=1e-6)
+    torch.testing.assert_close(loaded.model(imgs), loaded.model.head(pooled))
+    assert architecture.sizes["depth"] == 1
+
+
+def test_positions_of_other_image_sizes_are_resampled(mae_run):
+    loaded = load_encoder(mae_run / "encoder.safetensors")
+    table = loaded.model.pos_embed.detach().clone()
+    to_classifier(loaded.model, loaded.architecture, 5, img_size=(48, 64))
+    torch.testing.assert_close(loaded.model.pos_embed, resample_abs_pos_embed(table, (6, 8), (4, 4)))
+    assert loaded.model(torch.randn(2, 3, 48, 64)).shape == (2, 5)
+    with pytest.raises(ValueError, match="divisible"):
+        to_classifier(loaded.model, loaded.architecture, 5, img_size=30)
+
+
+@pytest.mark.parametrize("parts", ["all", "encoder"])
+def test_checkpoints_of_facebookresearch_mae(tmp_path, parts):
+    model = mae.create_mae("mae_vit_tiny", img_size=32, decoder_embed_dim=16, decoder_depth=1, **SIZES).eval()
+    weights = model.state_dict() if parts == "all" else model.encoder_state_dict()
+    path = tmp_path / "mae_pretrain.pth"
+    torch.save({"model": weights, "args": argparse.Namespace(lr=1)}, path)
+    loaded = load_encoder(path, model="mae_vit_tiny", sizes=SIZES)
+    assert loaded.architecture.img_size == (32, 32)
+    imgs = torch.randn(2, 3, 32, 32)
+    expected, _, _ = model.forward_encoder(imgs, 0.0, torch.arange(16.0).expand(2, -1))
+    torch.testing.assert_close(loaded.model.eval().forward_features(imgs), expected)
+
+
+def test_models_of_timm_by_name():
+    for name, readout, norm in (
+        ("vit_tiny_patch16_224", "mean", "fc_norm"),
+        ("vit_tiny_patch16_224", "last", "norm"),
+        ("vit_small_patch16_rope_224", "class", "norm"),
+        ("vit_medium_patch16_reg4_gap_256", "mean", "fc_norm"),
+        ("vit_medium_patch16_reg4_gap_256", "last", "norm"),
+    ):
+        architecture = Architecture(f"timm:{name}", 32)
+        vit = create_vit(architecture, drop_path=0.1)
+        to_classifier(vit, architecture, 5, readout)
+        assert vit(torch.randn(2, 3, 32, 32)).shape == (2, 5)
+        assert isinstance(getattr(vit, norm), nn.LayerNorm)
+        assert isinstance(getattr(vit, {"norm": "fc_norm", "fc_norm": "norm"}[norm]), nn.Identity)
+    with pytest.raises(ValueError, match="has no class token"):
+        to_classifier(vit, architecture, 5, "class")
+    for name, message in (
+        ("nonsense", "timm cannot build 'nonsense'"),
+        ("resnet18", "timm cannot build 'resnet18'.*img_size"),
+        ("swin_tiny_patch4_window7_224", "expected timm's VisionTransformer or Eva, got SwinTransformer"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            create_vit(Architecture(f"timm:{name}", 224 if "swin" in name else 32))
+
+
+def mae_layer(name: str, depth: int) -> int:
+    """As `get_layer_id_for_vit` in facebookresearch/mae, util/lr_decay.py."""
+    if name in ("cls_token", "pos_embed") or name.startswith("patch_embed"):
+        return 0
+    if name.startswith("blocks"):
+        return int(name.split(".")[1]) + 1
+    return depth + 1
+
+
+@pytest.mark.parametrize(("model", "readout"), [("mae_vit_tiny", "mean"), ("darl_vit_tiny", "last")])
+def test_rates_and_weight_decay_by_layer_are_those_of_mae(model, readout):
+    depth = 3
+    architecture = Architecture(model, 32, SIZES | {"depth": depth})
+    vit = create_vit(architecture)
+    to_classifier(vit, architecture, 5, readout)
+    config = finetune.parse(["--out=x", "--optim.layer_decay=0.65", "--batch_size=1024"])
+    optimizer, _ = finetune.build_optimizers(config, vit)
+    assert config.peak_lr == pytest.approx(2e-3)
+    names = {id(p): name for name, p in vit.named_parameters()}
+    found = {names[id(p)]: group for group in optimizer.param_groups for p in group["params"]}
+    assert set(found) == set(names.values())
+    for name, group in found.items():
+        scale = 0.65 ** (depth + 1 - mae_layer(name, depth))
+        if name.startswith("norm."):
+            scale = 0.65  # of the last block, by timm
+        assert group["lr_scale"] == pytest.approx(scale), name
+        assert group["initial_lr"] == pytest.approx(2e-3 * scale), name
+        free = name in ("cls_token", "pos_embed") or vit.get_parameter(name).ndim == 1
+        assert group["weight_decay"] == (0 if free else 0.05), name
+
+
+def test_the_loop_scales_the_rate_of_each_group(finished):
+    (file,) = (finished / "checkpoints" / "step-00000006").glob("state.pt")
+    groups = torch.load(file, weights_only=True)["optimizer"]["param_groups"]
+    rate = [r["lr"] for r in RunFolder(finished).records() if r["kind"] == "step"][-1]
+    assert rate > 0
+    assert len({g["lr"] for g in groups}) > 2
+    for group in groups:
+        assert group["lr"] == pytest.approx(rate * group["lr_scale"])
+
+
+MAE_AUGMENT = {"policy": "rand-m9-mstd0.5-inc1", "flip": 0.5, "erase": 0.25}
+MAE_AUGMENT |= {"mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1}
+PLAIN_AUGMENT = {"policy": None, "flip": 0.5, "erase": 0, "mixup": 0, "cutmix": 0, "smoothing": 0}
+
+
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [
+        (
+            "finetune_mae_base",
+            {
+                "readout": "mean",
+                "linear": False,
+                "causal": False,
+                "layer": None,
+                "drop_path": 0.1,
+                "epochs": 100,
+            }
+            | {"optim": {"name": "adamw", "betas": (0.9, 0.999), "weight_decay": 0.05, "warmup_epochs": 5}}
+            | {"peak_lr": 2e-3, "min_lr": 1e-6, "layer_decay": 0.65, "augment": MAE_AUGMENT},
+        ),
+        (
+            "finetune_darl_base",
+            {
+                "readout": "last",
+                "linear": False,
+                "causal": False,
+                "layer": None,
+                "drop_path": 0.0,
+                "epochs": 90,
+            }
+            | {"optim": {"name": "adamw", "betas": (0.9, 0.95), "weight_decay": 0.05, "warmup_epochs": 5}}
+            | {"peak_lr": 1e-3, "min_lr": 0.0, "layer_decay": 0.75, "augment": MAE_AUGMENT | {"erase": 0}},
+        ),
+        (
+            "linprobe_mae_base",
+            {"readout": "class", "linear": True, "causal": False, "layer": None, "drop_path": 0, "epochs": 90}
+            | {"optim": {"name": "lars", "betas": (0.9, 0.999), "weight_decay": 0, "warmup_epochs": 10}}
+            | {"peak_lr": 6.4, "min_lr": 0.0, "layer_decay": 1.0, "augment": PLAIN_AUGMENT},
+        ),
+        (
+            "linprobe_darl_base",
+            {"readout": "mean", "linear": True, "causal": True, "layer": 6, "drop_path": 0, "epochs": 90}
+            | {"optim": {"name": "lars", "betas": (0.9, 0.999), "weight_decay": 0, "warmup_epochs": 10}}
+            | {"peak_lr": 6.4, "min_lr": 0.0, "layer_decay": 1.0, "augment": PLAIN_AUGMENT},
+        ),
+    ],
+)
+def test_presets_are_the_recipes(preset, expected):
+    config = finetune.parse([f"--config={CONFIGS / preset}.yaml", "--out=x"])
+    config.check(processes=8)
+    for name in ("readout", "linear", "causal", "layer", "drop_path", "epochs"):
+        assert getattr(config, name) == expected[name], name
+    for name, value in expected["optim"].items():
+        assert getattr(config.optim, name) == value, name
+    assert config.peak_lr == pytest.approx(expected["peak_lr"])
+    assert config.optim.min_lr == expected["min_lr"]
+    assert config.optim.layer_decay == expected["layer_decay"]
+    assert vars(config.augment) == expected["augment"]
+    assert config.img_size == 224
+
+
+def sample(number: int) -> LabelledSample:
+    return LabelledSample(torch.full((3, 8, 8), float(number)), number, number, [])
+
+
+def test_neighbours_are_mixed_however_the_batch_is_cut():
+    samples = [sample(i) for i in range(8)]
+    mixer = Mixer(AugmentConfig(smoothing=0.0), 8)
+    whole = mixer(samples)
+    parts = [mixer(samples[:2]), mixer(samples[2:])]
+    for name in ("image", "target"):
+        torch.testing.assert_close(torch.cat([p[name] for p in parts]), whole[name], rtol=0, atol=0)
+    # Pixels are class numbers: their mean is that of the classes by their weights, mixed up or cut out.
+    means = whole["image"].mean((1, 2, 3))
+    torch.testing.assert_close(means, whole["target"] @ torch.arange(8.0))
+    weights = whole["target"].view(4, 2, 4, 2)
+    assert all(weights[i, :, j].sum() == 0 for i in range(4) for j in range(4) if i != j)
+    assert len({round(float(w), 4) for w in whole["target"].amax(1)}) > 2
+    flat = [image.std() < 1e-6 for image in whole["image"][::2]]
+    assert any(flat)  # mixup
+    assert not all(flat)  # CutMix
+
+
+def test_without_mixing_labels_are_smoothed_alone():
+    batch = Mixer(AugmentConfig(mixup=0, cutmix=0, smoothing=0.2), 4)([sample(i) for i in range(3)])
+    assert batch["image"][:, 0, 0, 0].tolist() == [0, 1, 2]
+    expected = torch.full((3, 4), 0.05)
+    expected[range(3), range(3)] = 0.85
+    torch.testing.assert_close(batch["target"], expected)
+
+
+def test_samples_are_functions_of_seed_epoch_and_index():
+    augment = AugmentConfig()
+    sets = [build_labelled(LabelledConfig(), augment, (16, 16), MEAN, STD, seed)[0] for seed in (0, 0, 1)]
+    first = sets[0][2, 5]
+    torch.rand(3)
+    sets[1][0, 1]
+    assert torch.equal(sets[1][2, 5].image, first.image)
+    assert sets[1][2, 5].seed == first.seed
+    assert not torch.equal(sets[2][2, 5].image, first.image)
+    assert not torch.equal(sets[0][3, 5].image, first.image)
+    state = torch.get_rng_state()
+    with all_seeded(1):
+        torch.rand(1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_digits_are_split_by_class_and_upscaled():
+    training, held_out, classes = build_labelled(
+        LabelledConfig(crop_pct=1.0), AugmentConfig(), (16, 24), MEAN, STD, 0
+    )
+    assert classes == tuple("0123456789")
+    assert (len(training), len(held_out)) == (1437, 360)
+    assert not set(training.files) & set(held_out.files)
+    counts = torch.tensor(held_out.labels).bincount()
+    assert counts.tolist() == pytest.approx([36] * 10, abs=2)
+    image = held_out[0, 0].image
+    assert image.shape == (3, 16, 24)
+    assert torch.equal(image[0], image[1])
+    assert -1.01 <= image.min() < image.max() <= 1.01
+
+
+def make_folder(root: Path, classes: str, count: int) -> Path:
+    for i, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for j in range(count):
+            Image.new("RGB", (20, 20), (20 * i, 0, 0)).save(root / name / f"{j}.png")
+    return root
+
+
+def test_folders_of_classes(tmp_path):
+    args = (AugmentConfig(policy=None, erase=0), (16, 16), (0.0,) * 3, (1.0,) * 3, 0)
+    own = make_folder(tmp_path / "own", "abc", 5)
+    training, held_out, classes = build_labelled(LabelledConfig(f"folder:{own}"), *args)
+    assert (classes, len(training), len(held_out)) == (("a", "b", "c"), 12, 3)
+    assert sorted(held_out.labels) == [0, 1, 2]
+    given = make_folder(tmp_path / "given" / "train", "abc", 3).parent
+    make_folder(given / "val", "abc", 2)
+    (given / "train" / "b" / "0.png").write_bytes(b"not an image")
+    training, held_out, _ = build_labelled(LabelledConfig(f"folder:{given}"), *args)
+    assert (len(training), len(held_out)) == (9, 6)
+    assert training.files[0] == "train/a/0.png"
+    # What stands in for an unreadable image brings its own label.
+    found = [training[0, i] for i in range(len(training))]
+    assert [s.label for s in found] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert [name for s in found for name, _ in s.skipped] == ["train/b/0.png"]
+    for s in found:
+        assert float(s.image[0].mean()) == pytest.approx(20 * s.label / 255, abs=0.01)
+
+
+def test_a_run_leaves_everything_it_promises(finished):
+    run = RunFolder(finished)
+    assert list(losses(finished)) == list(range(1, 7))
+    assert [record[0] for record in evals(finished)] == [0, 6]
+    for name in ("curves.png", "accuracy.png", "confusion.png", "correlation.png"):
+        low, high = Image.open(finished / name).convert("L").getextrema()
+        assert high - low > 100, f"{name} is blank"
+    summary = json.loads(run.summary.read_text())
+    (_, loss, top1, top5) = evals(finished)[-1]
+    assert (summary["heldout_loss"], summary["top1"], summary["top5"]) == (loss, top1, top5)
+    assert summary["best"]["top1"] == max(record[2] for record in evals(finished))
+    assert summary["trained_parameters"] == summary["parameters"]
+    assert top1 <= top5
+    # The file is timm's model, and gives these figures.
+    vit = timm.models.VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=10, global_pool="avg"
+    ).eval()
+    vit.load_state_dict(load_file(finished / "classifier.safetensors"), strict=True)
+    config = finetune.parse([f"--config={run.config}"])
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    _, held_out, _ = build_labelled(config.data, config.augment, (32, 32), mean, std, 0)
+    images = torch.stack([held_out[0, i].image for i in range(len(held_out))])
+    labels = torch.tensor(held_out.labels)
+    with torch.no_grad():
+        scores = vit(images)
+    assert nn.functional.cross_entropy(scores, labels).item() == pytest.approx(loss, rel=1e-5)
+    assert 100 * (scores.argmax(1) == labels).double().mean().item() == pytest.approx(top1)
+    hits = (scores.argsort(1)[:, 5:] == labels[:, None]).any(1)
+    assert 100 * hits.double().mean().item() == pytest.approx(top5)
+
+
+def test_evaluation_alone_and_further_training_start_from_a_classifier(finished, tmp_path, capsys):
+    start = [f"--encoder={finished / 'classifier.safetensors'}"]
+    finetune.main([*TINY, *start, "--steps=0", f"--out={tmp_path / 'eval'}"])
+    assert evals(tmp_path / "eval") == [(0, *evals(finished)[-1][1:])]
+    assert json.loads((tmp_path / "eval" / "summary.json").read_text())["top1"] == evals(finished)[-1][2]
+    loaded = load_encoder(finished / "classifier.safetensors")
+    assert (loaded.readout, loaded.classes) == ("mean", tuple("0123456789"))
+    with pytest.raises(SystemExit):
+        finetune.main([*TINY, *start, "--steps=0", "--readout=last", f"--out={tmp_path / 'last'}"])
+    assert "steps: 0 evaluates a classifier.safetensors" in capsys.readouterr().err
+    finetune.main(
+        [*TINY, *start, "--steps=2", "--readout=last", "--img_size=40", f"--out={tmp_path / 'more'}"]
+    )
+    assert len(losses(tmp_path / "more")) == 2
+
+
+def test_linear_probe_trains_the_head_alone(darl_run, tmp_path):
+    out = tmp_path / "run"
+    encoder = darl_run / "encoder.safetensors"
+    probe = [*LINEAR, "--causal=true", "--layer=1", "--steps=30", "--eval_every=30"]
+    finetune.main([*TINY, f"--encoder={encoder}", *probe, f"--out={out}"])
+    before, after = load_file(encoder), load_file(out / "classifier.safetensors")
+    names = [name for name in after if not name.startswith(("head", "fc_norm"))]
+    assert "blocks.0.attn.qkv.weight" in names
+    assert not any(name.startswith(("blocks.1", "norm")) for name in names)
+    assert all(torch.equal(after[name], before[name]) for name in names)
+    assert after["head.weight"].std() > 0.02
+    assert evals(out)[-1][1] < evals(out)[0][1]
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["trained_parameters"] == 330
+    # BatchNorm is folded into the head, and the causal mask comes with the file.
+    loaded = load_encoder(out / "classifier.safetensors")
+    assert loaded.causal
+    assert len(loaded.model.blocks) == 1
+    start = [f"--encoder={out / 'classifier.safetensors'}", "--causal=true", "--steps=0"]
+    finetune.main([*TINY, *start, f"--out={tmp_path / 'eval'}"])
+    assert evals(tmp_path / "eval")[0][1:] == pytest.approx(evals(out)[-1][1:], rel=1e-4)
+
+
+def test_lars_is_that_of_mae():
+    vit = create_vit(ARCHITECTURE)
+    to_classifier(vit, ARCHITECTURE, 5, "class", linear=True)
+    weight, bias = vit.head[1].weight, vit.head[1].bias
+    assert weight.std().item() == pytest.approx(0.01, rel=0.3)
+    config = finetune.parse(["--out=x", *LARS])
+    optimizer, _ = finetune.build_optimizers(config, vit)
+    start = weight.detach().clone()
+    weight.grad, bias.grad = torch.randn_like(weight), torch.randn_like(bias)
+    slopes = weight.grad.clone(), bias.grad.clone()
+    for _ in range(2):  # constant gradients: the second step is by 1.9 of it
+        ratio = 0.001 * weight.norm() / slopes[0].norm()
+        first = weight.detach().clone()
+        optimizer.step()
+    momentum = 0.9 * (0.001 * start.norm() / slopes[0].norm()) + ratio
+    torch.testing.assert_close(weight.detach(), first - 5 * momentum * slopes[0], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(bias.detach(), -5 * 2.9 * slopes[1])
+
+
+def test_digits_are_learned_from_random_weights(tmp_path):
+    arguments = ["--model=mae_vit_tiny", "--batch_size=64"]
+    arguments += ["--model_args={patch_size: 16, embed_dim: 64, depth: 1, num_heads: 2}"]
+    arguments += ["--optim.lr=0.01", "--optim.layer_decay=1", "--augment.mixup=0", "--eval_every=60"]
+    arguments += ["--data.crop_scale=[0.9,1.0]", "--checkpoint_every=60", "--steps=60"]
+    finetune.main([*TINY, *arguments, f"--out={tmp_path / 'run'}"])
+    assert evals(tmp_path / "run")[-1][2] > 60
+    assert evals(tmp_path / "run")[-1][3] > 90
+
+
+@pytest.mark.parametrize("arguments", [["--decor.enable=true", "--drop_path=0.2"], LARS])
+def test_a_resumed_run_gives_the_losses_of_one_never_stopped(mae_run, tmp_path, arguments):
+    start = [*TINY, f"--encoder={mae_run / 'encoder.safetensors'}", *arguments, f"--out={tmp_path / 'run'}"]
+    finetune.main(start)
+    whole, figures = losses(tmp_path / "run"), evals(tmp_path / "run")
+    made = load_file(tmp_path / "run" / "classifier.safetensors")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000006")
+    finetune.main([*start, "--resume=auto"])
+    assert losses(tmp_path / "run") == whole
+    assert evals(tmp_path / "run") == figures
+    again = load_file(tmp_path / "run" / "classifier.safetensors")
+    assert all(torch.equal(made[name], again[name]) for name in made)
+
+
+def test_decorrelation_works_in_fine_tuning(finished, mae_run, tmp_path):
+    out = tmp_path / "run"
+    decor = ["--decor.enable=true", "--decor.every=1"]
+    finetune.main([*TINY, f"--encoder={mae_run / 'encoder.safetensors'}", *decor, f"--out={out}"])
+    assert losses(out)[1] == losses(finished)[1]
+    assert losses(out)[6] != losses(finished)[6]
+    first, last = [r["decorrelation_loss"] for r in RunFolder(out).records() if r["kind"] == "eval"]
+    assert set(first) == set(last)
+    assert "blocks.1.mlp.fc2" in first
+    names = set(load_file(out / "classifier.safetensors"))
+    assert names == set(load_file(finished / "classifier.safetensors"))
+
+
+def test_two_processes_give_the_losses_of_one(darl_run, tmp_path):
+    start = [*TINY, f"--encoder={darl_run / 'encoder.safetensors'}", "--readout=last", "--augment.cutmix=1"]
+    start += ["--augment.mixup=0.8", "--augment.policy=rand-m9-mstd0.5-inc1", "--augment.erase=0.25"]
+    start += ["--decor.enable=true", "--decor.sample=1"]
+    finetune.main([*start, "--accumulation=2", f"--out={tmp_path / 'one'}"])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(ROOT / "train" / "finetune.py"), *start, f"--out={tmp_path / 'two'}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(command, env=environment, capture_output=True, check=True)
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert list(losses(two).values()) == pytest.approx(list(losses(one).values()), rel=2e-5)
+    for ours, theirs in zip(evals(one), evals(two), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    assert sum(p.stat().st_size for p in (two / "checkpoints").rglob("*.safetensors")) > 0
+
+
+def test_confusion_is_drawn_in_per_cent_of_each_class():
+    counts = torch.tensor([[3.0, 1.0], [0.0, 0.0]])
+    figure = plots.confusion_figure(counts, ["cat", "a dog with a very long name"])
+    axis = figure.axes[0]
+    assert axis.images[0].get_array().tolist() == [[75, 25], [0, 0]]
+    assert [text.get_text() for text in axis.texts] == ["75", "25"]
+    assert axis.get_yticklabels()[1].get_text() == "a dog with a very l…"
+    many = plots.confusion_figure(torch.eye(300), [f"class {i}" for i in range(300)])
+    assert len(many.axes[0].get_yticks()) < 30
+    picture = plots.as_picture(many)
+    assert picture.shape[0] == 3
+    assert 0 <= picture.min() < picture.max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--encoder=/does/not/exist.safetensors"], "no such encoder: /does/not/exist"),
+        (["--encoder={tmp}"], "a folder, expected a file"),
+        (["--encoder={tmp}/plain.safetensors"], "plain.safetensors: expected an encoder"),
+        (["--encoder={tmp}/text.safetensors"], "text.safetensors cannot be read"),
+        (["--encoder={tmp}/plain.pth"], "does not tell of which model it is"),
+        (
+            ["--encoder={tmp}/plain.pth", "--model=mae_vit_tiny"],
+            r"expected a dict of weights under 'model', got \['a'\]",
+        ),
+        (
+            ["--encoder={tmp}/head.pth", "--model=mae_vit_tiny"],
+            "is not an encoder: expected patch_embed and pos_embed, got .*head",
+        ),
+        (
+            ["--encoder={tmp}/text.safetensors.pth", "--model=mae_vit_tiny"],
+            "is no checkpoint of facebookresearch/mae",
+        ),
+        (["--encoder={encoder}", "--model=mae_vit_tiny"], "says itself that it is mae_vit_tiny"),
+        (
+            ["--encoder=timm:vit_tiny_patch16_224", "--model=mae_vit_tiny"],
+            "model: timm:vit_tiny_patch16_224 is one itself",
+        ),
+        (["--encoder=timm:nonsense", "--pretrained=false"], "timm cannot build 'nonsense'"),
+        ([], "encoder: expected a file or timm:NAME"),
+        ([*SCRATCH, "--model=mae_vit_giant"], "unknown model 'mae_vit_giant'"),
+        ([*SCRATCH, "--model_args={width: 3}"], "unknown argument 'width'"),
+        ([*SCRATCH, "--layer=3"], "layer: expected 1 to 2, or null for the last, got 3"),
+        ([*SCRATCH, "--layer=0"], "layer: expected 1 to 2"),
+        ([*SCRATCH, "--causal=true"], "causal: expected an encoder of DARL"),
+        ([*SCRATCH, "--img_size=30"], "must be divisible by patch_size"),
+        ([*SCRATCH, "--data.source=folder:/does/not/exist"], "no such folder: /does/not/exist"),
+        ([*SCRATCH, "--data.source=folder:{tmp}/empty"], "find any class folder"),
+        ([*SCRATCH, "--data.source=folder:{tmp}/odd"], "only one has c"),
+        ([*SCRATCH, "--data.source=folder:{tmp}/single"], "a fifth of each class cannot be held out"),
+        ([*SCRATCH, "--data.source=photos"], "data.source: expected 'digits' or 'folder:PATH'"),
+        ([*SCRATCH, "--augment.policy=nonsense"], "augment.policy: timm does not know 'nonsense'"),
+        ([*SCRATCH, "--augment.smoothing=2"], r"augment.smoothing: expected a part in \[0, 1\], got 2"),
+        (
+            [*SCRATCH, "--batch_size=6", "--accumulation=2"],
+            "mixup and cutmix need pairs, expected a multiple of 4",
+        ),
+        ([*SCRATCH, "--linear=true", "--decor.enable=true"], "decor.enable: a linear probe"),
+        ([*SCRATCH, "--linear=true", "--drop_path=0.1"], "drop_path: a linear probe"),
+        ([*SCRATCH, "--optim.name=lars"], "lars is for linear probes"),
+        ([*SCRATCH, "--optim.layer_decay=0"], r"optim.layer_decay: expected a factor in \(0, 1\], got 0"),
+        ([*SCRATCH, "--optim.lr=.nan"], "optim.lr: expected a finite number"),
+        ([*SCRATCH, "--optim.warmup_steps=7"], "warm-up of 7 steps is longer than the run of 6"),
+        (
+            [*SCRATCH, "--decor.enable=true", "--decor.sites=auto"],
+            "decor: fine-tuning works around the optimizer",
+        ),
+        ([*SCRATCH, "--decor.enable=true", "--decor.sample=1e-4"], "gives no rows"),
+        ([*SCRATCH, "--steps=0"], "steps: 0 evaluates a classifier.safetensors"),
+        ([*SCRATCH, "--resume=/does/not/exist"], "no checkpoint at"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(tmp_path, mae_run, capsys, arguments, message):
+    save_file({"a": torch.ones(1)}, tmp_path / "plain.safetensors")
+    torch.save({"a": torch.ones(1)}, tmp_path / "plain.pth")
+    torch.save({"model": {"head": torch.ones(1)}}, tmp_path / "head.pth")
+    (tmp_path / "text.safetensors").write_text("hello")
+    (tmp_path / "text.safetensors.pth").write_text("hello")
+    (tmp_path / "empty").mkdir()
+    make_folder(tmp_path / "single", "ab", 1)
+    make_folder(tmp_path / "odd" / "train", "ab", 1)
+    make_folder(tmp_path / "odd" / "val", "abc", 1)
+    places = {"{tmp}": str(tmp_path), "{encoder}": str(mae_run / "encoder.safetensors")}
+    for mark, place in places.items():
+        arguments = [argument.replace(mark, place) for argument in arguments]
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit) as stop:
+        finetune.main([*TINY, *arguments, f"--out={out}"])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("finetune: ")
+    assert re.search(message, error), error
+    assert not out.exists()
+
+
+def test_encoders_that_cannot_be_used_say_why(tmp_path):
+    _, path = exported(tmp_path)
+    weights = load_file(path)
+    for about, message in (
+        ({"model": "darl_vit_tiny", "img_size": "32"}, "order, order_block, .*positions.* missing"),
+        ({"model": "mae_vit_tiny", "img_size": "32", "inputs": "tokens"}, "reads pixels, got one for tokens"),
+        ({"model": "mae_vit_tiny", "img_size": "32"}, "does not fit the model: .*missing"),
+    ):
+        save_file(weights, tmp_path / "other.safetensors", metadata=about)
+        with pytest.raises(ValueError, match=message):
+            load_encoder(tmp_path / "other.safetensors")
+    _, path = exported(tmp_path, order="random", two_stream=True)
+    loaded = load_encoder(path)
+    for readout, causal in (("last", False), ("mean", True)):
+        with pytest.raises(ValueError, match='order "random"'):
+            to_classifier(loaded.model, loaded.architecture, 5, readout, causal=causal)
+    to_classifier(loaded.model, loaded.architecture, 5, "mean")
+
+
+def test_help_explains_every_option(capsys):
+    with pytest.raises(SystemExit):
+        finetune.parse(["--help"])
+    text = capsys.readouterr().out
+    for option in (
+        "--encoder",
+        "--readout",
+        "--optim.layer_decay",
+        "--augment.mixup",
+        "--decor.eta",
+        "--linear",
+    ):
+        assert option in text
+    assert "Factor of the rate from each block" in text

@@ -1,0 +1,490 @@
+"""Train a classifier on a pre-trained encoder: fine-tuning or a linear probe, plain or with DBP.
+
+    torchrun --standalone --nproc_per_node 1 train/finetune.py --config train/configs/finetune_digits.yaml \
+        --encoder runs/a/encoder.safetensors --out runs/b
+
+Also runs with plain python. `--help` lists every option; `docs/finetuning.md` explains them.
+"""
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from jsonargparse import ArgumentParser
+from safetensors.torch import save
+from timm.data import resolve_model_data_config
+from timm.loss import SoftTargetCrossEntropy
+from timm.optim import Lars, param_groups_layer_decay
+from torch import Tensor, nn
+
+import dbpkern
+from dbpkern import diagnostics
+from models.classifier import (
+    Architecture,
+    Loaded,
+    Readout,
+    classifier_metadata,
+    classifier_state_dict,
+    create_vit,
+    load_encoder,
+    to_classifier,
+)
+from models.vit import pair
+from train import plots
+from train.data import StepSampler, build_loader
+from train.energy import EnergyConfig, carbon_intensity
+from train.labelled import AugmentConfig, LabelledConfig, LabelledSet, Mixer, build_labelled, collate
+from train.loop import Loop, moved
+from train.pretrain import (
+    DecorConfig,
+    autocast_of,
+    build_decor,
+    check_sample,
+    open_run,
+    plot_correlations,
+    run_script,
+    summary_of,
+)
+from train.processes import Processes
+from train.run_folder import to_json, write_atomically
+from train.schedule import warmup_cosine
+
+
+@dataclass
+class OptimConfig:
+    """The optimizer of the weights and its schedule; by default as in MAE's fine-tuning of ViT-B.
+
+    Args:
+        name: "adamw", or "lars" for linear probes.
+        blr: Base learning rate; the peak rate is blr * batch_size / 256.
+        lr: The peak rate itself; overrides blr.
+        min_lr: Rate at the end of the cosine.
+        warmup_epochs: Length of the linear warm-up.
+        warmup_steps: The same in steps; overrides warmup_epochs.
+        weight_decay: Of weights with two or more dimensions; biases, norms, tokens and positions have none.
+        betas: Of AdamW; the first is the momentum of LARS.
+        layer_decay: Factor of the rate from each block to the one before it; 1 for one rate.
+        clip_grad: Largest norm of the gradient, before R maps it; null for no limit.
+    """
+
+    name: Literal["adamw", "lars"] = "adamw"
+    blr: float = 5e-4
+    lr: float | None = None
+    min_lr: float = 1e-6
+    warmup_epochs: float = 5
+    warmup_steps: int | None = None
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.999)
+    layer_decay: float = 0.65
+    clip_grad: float | None = None
+
+
+@dataclass
+class Config:
+    """Fine-tuning of an encoder, or a linear probe of it; by default with MAE's recipe for ViT-B.
+
+    Args:
+        out: Folder of the run; made if missing. It must be empty, or hold this very run and be resumed.
+        encoder: encoder.safetensors of a run of train/pretrain.py; classifier.safetensors of one of this
+            script; "timm:NAME" for a ViT of timm; a checkpoint file of facebookresearch/mae, which needs
+            model; or null for random weights, which need it, too.
+        model: mae_vit_base, darl_vit_base and so on; null where the encoder tells.
+        model_args: Changes to model, or to timm's, such as {depth: 6, embed_dim: 128}; any of patch_size,
+            embed_dim, depth, num_heads, mlp_ratio.
+        pretrained: Whether timm:NAME has timm's weights, which timm downloads once, or random ones.
+        readout: What the head sees: "mean" of the patch tokens, "class" token, or "last" patch token.
+        layer: Blocks that are kept, from the first; null for all.
+        causal: Whether patches see only those before them, as in DARL's pre-training.
+        linear: Whether the head alone is trained, after a BatchNorm without weights: a linear probe.
+        drop_path: Rate of stochastic depth at the last block.
+        img_size: Side of the images in pixels, or height and width; need not be that of pre-training.
+        epochs: Length of the run, in passes over the training images.
+        steps: The same in optimizer steps; overrides epochs. 0 evaluates a classifier.safetensors alone.
+        batch_size: Images per optimizer step, over all processes and micro-batches.
+        accumulation: Micro-batches per step.
+        optim: The optimizer of the weights.
+        decor: Decorrelated backpropagation, around the optimizer.
+        data: The images.
+        augment: What training does to them.
+        energy: What is told of the energy that the steps take.
+        seed: Of weights, order, augmentation and samples.
+        device: "auto", "cpu" or "cuda".
+        precision: "fp32", "bf16" (autocast), or "auto" for bf16 on GPUs and fp32 elsewhere.
+        compile: Whether to run the model through torch.compile.
+        deterministic: Whether to ask for bit-reproducible results on GPUs; on CPUs they always are.
+        resume: "none", "auto" to continue from the newest whole checkpoint in out if there is one, or
+            the path of a checkpoint of this run.
+        eval_every: Steps between evaluations on held-out images.
+        checkpoint_every: Steps between checkpoints.
+        keep: Checkpoints kept.
+        max_bad_steps: Steps in a row with a non-finite loss that are skipped before the run stops.
+        profile: Whether to write a trace of a few steps, for TensorBoard's profiler plugin.
+    """
+
+    out: str
+    encoder: str | None = None
+    model: str | None = None
+    model_args: dict[str, int | float | list[int]] = field(default_factory=dict)
+    pretrained: bool = True
+    readout: Readout = "mean"
+    layer: int | None = None
+    causal: bool = False
+    linear: bool = False
+    drop_path: float = 0.1
+    img_size: int | tuple[int, int] = 224
+    epochs: float = 100
+    steps: int | None = None
+    batch_size: int = 1024
+    accumulation: int = 1
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    decor: DecorConfig = field(default_factory=DecorConfig)
+    data: LabelledConfig = field(default_factory=LabelledConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    energy: EnergyConfig = field(default_factory=EnergyConfig)
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    compile: bool = False
+    deterministic: bool = False
+    resume: str = "none"
+    eval_every: int = 1000
+    checkpoint_every: int = 1000
+    keep: int = 2
+    max_bad_steps: int = 10
+    profile: bool = False
+
+    @property
+    def peak_lr(self) -> float:
+        """Learning rate of the last layer at the end of the warm-up."""
+        return self.optim.blr * self.batch_size / 256 if self.optim.lr is None else self.optim.lr
+
+    def check(self, processes: int) -> None:
+        """Raise ValueError for settings out of range or that do not go together, in so many processes."""
+        at_least = {
+            "batch_size": 1, "accumulation": 1, "eval_every": 1, "checkpoint_every": 1,
+            "keep": 1, "max_bad_steps": 1, "seed": 0,
+        }  # fmt: skip
+        for name, least in at_least.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        if self.steps is not None and self.steps < 0:
+            raise ValueError(f"steps: expected at least 0, got {self.steps}")
+        if not (math.isfinite(self.epochs) and self.epochs > 0):
+            raise ValueError(f"epochs: expected a number above 0, got {self.epochs}")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed: expected less than 2**63, got {self.seed}")
+        for name in ("blr", "lr", "min_lr", "weight_decay", "warmup_epochs", "warmup_steps"):
+            value = getattr(self.optim, name)
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"optim.{name}: expected a finite number >= 0, got {value}")
+        if not 0 < self.optim.layer_decay <= 1:
+            raise ValueError(f"optim.layer_decay: expected a factor in (0, 1], got {self.optim.layer_decay}")
+        if self.optim.clip_grad is not None and not self.optim.clip_grad > 0:
+            raise ValueError(
+                f"optim.clip_grad: expected a number above 0 or null, got {self.optim.clip_grad}"
+            )
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path: expected a rate in [0, 1), got {self.drop_path}")
+        slices = self.accumulation * processes
+        if self.augment.mixes and self.batch_size // slices % 2:
+            raise ValueError(
+                f"batch_size: mixup and cutmix need pairs, expected a multiple of {2 * slices}, got "
+                f"{self.batch_size}"
+            )
+        if self.linear and self.drop_path:
+            raise ValueError(
+                f"drop_path: a linear probe freezes the encoder; expected 0, got {self.drop_path}"
+            )
+        if self.linear and self.decor.enable:
+            raise ValueError("decor.enable: a linear probe trains no layer that has an R; expected false")
+        if self.optim.name == "lars" and not self.linear:
+            raise ValueError("optim.name: lars is for linear probes; expected adamw, or --linear true")
+        if self.decor.form != "optimizer" or self.decor.sites == "auto":
+            raise ValueError(
+                'decor: fine-tuning works around the optimizer at given sites; expected form "optimizer" and '
+                f'sites other than "auto", got {self.decor.form!r} and {self.decor.sites!r}'
+            )
+        if self.energy.country is not None:
+            carbon_intensity(self.energy.country)
+
+
+def load(config: Config) -> Loaded:
+    """The encoder that a configuration asks for, from torch's random numbers where it has no weights.
+
+    Raises:
+        FileNotFoundError, ValueError: as `create_vit` and `load_encoder`.
+    """
+    name = config.encoder
+    if name is not None and not name.startswith("timm:"):
+        return load_encoder(name, config.drop_path, config.model, config.model_args)
+    if name is not None and config.model is not None:
+        raise ValueError(f"model: {name} is one itself; expected null, got {config.model}")
+    if name is None and config.model is None:
+        raise ValueError(
+            "encoder: expected a file or timm:NAME; or, for random weights, --model such as mae_vit_base"
+        )
+    architecture = Architecture(name or config.model, config.img_size, config.model_args)
+    return Loaded(create_vit(architecture, config.drop_path, config.pretrained), architecture)
+
+
+def build_optimizers(
+    config: Config, model: nn.Module
+) -> tuple[torch.optim.Optimizer, dbpkern.DecorSGD | None]:
+    """The optimizer of the weights, and that of R where the run decorrelates; one step makes both.
+
+    Rates decay by layers as in BEiT and MAE: the head and the norm before it have the whole rate, a block
+    `layer_decay` times that of the next, patch embedding, tokens and positions that of a block before the
+    first. timm puts a final norm of all tokens, which the read-outs "class" and "last" have, with the last
+    block.
+    """
+    c = config.optim
+    groups = param_groups_layer_decay(
+        model, c.weight_decay, model.no_weight_decay(), layer_decay=c.layer_decay
+    )
+    peak = config.peak_lr
+    if c.name == "adamw":
+        optimizer = torch.optim.AdamW(groups, lr=peak, betas=c.betas)
+    else:
+        # As MAE's: the trust ratio is for weights, not for biases.
+        groups = [group | {"always_adapt": group["params"][0].ndim > 1} for group in groups]
+        optimizer = Lars(groups, lr=peak, momentum=c.betas[0])
+    for group in optimizer.param_groups:
+        group["initial_lr"] = peak * group["lr_scale"]
+    return optimizer, build_decor(config, model, optimizer)
+
+
+def average_statistics(norm: nn.BatchNorm1d, *_) -> None:
+    """Forward hook: give all processes the same running statistics, the means of theirs."""
+    if norm.training:
+        for statistic in (norm.running_mean, norm.running_var):
+            dist.all_reduce(statistic)
+            statistic /= dist.get_world_size()
+
+
+class Evaluator:
+    """Held-out loss, accuracy, confusion matrix and input correlations of a classifier."""
+
+    def __init__(
+        self,
+        config: Config,
+        model: nn.Module,
+        architecture: Architecture,
+        classes: tuple[str, ...],
+        held_out: LabelledSet,
+        processes: Processes,
+    ) -> None:
+        self.config = config
+        self.model = model
+        self.architecture = architecture
+        self.classes = classes
+        self.processes = processes
+        self.confusion = torch.zeros(len(classes), len(classes))  # of the last evaluation
+        share = config.batch_size // (config.accumulation * processes.world_size)
+        mine = [(0, index) for index in processes.share(range(len(held_out)))]
+        chunks = [mine[i : i + share] for i in range(0, len(mine), share)]
+        self.loader = build_loader(held_out, chunks, config.data.workers, False, collate)
+
+    @torch.no_grad()
+    def __call__(self) -> dict:
+        """Loss, top-1 and top-5 accuracy in per cent; the decorrelation loss per layer on part of the set."""
+        self.model.eval()
+        device, count = self.processes.device, len(self.classes)
+        sums = torch.zeros(2 + count**2, dtype=torch.float64, device=device)  # loss, top 5, confusion
+        losses: dict[str, float] = {}
+        unreadable: dict[str, str] = {}
+        decor = self.config.decor
+        observes = self.processes.is_main and not self.config.linear
+        for batch in self.loader:
+            unreadable |= dict(batch.pop("skipped"))
+            batch = moved(batch, device)
+            labels = batch["label"]
+            watch = nullcontext({})
+            if observes:
+                watch = diagnostics.observe(self.model, decor.present(self.model), decor.accepts)
+                observes = False
+            with watch as layers:
+                scores = self.model(batch["image"])
+            losses |= {name: layer.loss_after for name, layer in layers.items()}
+            best = scores.topk(min(5, count)).indices
+            sums[0] += F.cross_entropy(scores, labels, reduction="sum")
+            sums[1] += (best == labels[:, None]).sum()
+            sums[2:] += (labels * count + best[:, 0]).bincount(minlength=count**2)
+        self.model.train()
+        self.processes.sum(sums)
+        self.confusion = sums[2:].view(count, count).cpu()
+        total = self.confusion.sum()
+        pictures = {}
+        if self.processes.is_main:
+            pictures["confusion"] = plots.as_picture(plots.confusion_figure(self.confusion, self.classes))
+        return {
+            "heldout_loss": (sums[0].cpu() / total).item(),
+            "top1": (100 * self.confusion.trace() / total).item(),
+            "top5": (100 * sums[1].cpu() / total).item(),
+            "decorrelation_loss": losses,
+            "pictures": pictures,
+            "unreadable": unreadable,
+        }
+
+
+def write_results(config: Config, loop: Loop, evaluator: Evaluator, weights: dict[str, Tensor]) -> None:
+    """The pictures, the classifier and the summary of a finished run."""
+    run = loop.run
+    records = list(run.records())
+    evals = [r for r in records if r["kind"] == "eval"]
+    plots.plot_curves(records, run.path / "curves.png")
+    plots.plot_accuracy(records, run.path / "accuracy.png")
+    figure = plots.confusion_figure(evaluator.confusion, evaluator.classes)
+    figure.savefig(run.path / "confusion.png", dpi=120)
+    if not config.linear:
+        plot_correlations(evals, run.path / "correlation.png")
+    loop.model.load_state_dict(weights)
+    classifier = loop.model.cpu()
+    about = classifier_metadata(
+        classifier, evaluator.architecture, evaluator.classes, config.readout, config.causal
+    )
+    write_atomically(
+        run.path / "classifier.safetensors", save(classifier_state_dict(classifier), metadata=about)
+    )
+    figures = ("top1", "top5", "heldout_loss", "step")
+    best = max(evals, key=lambda record: record["top1"])
+    summary = summary_of(config, loop, records)
+    summary |= {name: evals[-1][name] for name in ("top1", "top5")}
+    summary |= {"best": {name: best[name] for name in figures}}
+    summary["trained_parameters"] = sum(p.numel() for p in loop.model.parameters() if p.requires_grad)
+    write_atomically(run.summary, to_json(summary, indent=1))
+
+
+def prepare(config: Config, procs: Processes) -> tuple[Loop, Evaluator, Iterator[dict]]:
+    """Everything up to the first step. Whatever can be wrong is found before a file is written.
+
+    Args:
+        config: What is asked for.
+        procs: This process among the others.
+
+    Raises:
+        ValueError, FileNotFoundError: what the user asked for cannot be done; the message says why.
+    """
+    config.check(procs.world_size)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by cuBLAS, read at its start
+        torch.use_deterministic_algorithms(True)
+
+    torch.manual_seed(config.seed)
+    loaded = load(config)
+    model, img_size = loaded.model, pair("img_size", config.img_size)
+    pixels = resolve_model_data_config(model)  # how timm's own weights want them, ImageNet's way otherwise
+    training, held_out, classes = build_labelled(
+        config.data, config.augment, img_size, pixels["mean"], pixels["std"], config.seed
+    )
+    keeps_head = (loaded.classes, loaded.readout, loaded.causal) == (classes, config.readout, config.causal)
+    keeps_head = keeps_head and config.layer is None and not config.linear
+    head = model.head.state_dict()
+    architecture = to_classifier(
+        model,
+        loaded.architecture,
+        len(classes),
+        config.readout,
+        img_size=img_size,
+        layer=config.layer,
+        causal=config.causal,
+        linear=config.linear,
+    )
+    if keeps_head:
+        model.head.load_state_dict(head)
+    elif config.steps == 0:
+        raise ValueError(
+            "steps: 0 evaluates a classifier.safetensors with its own classes, readout and causal, without "
+            f"layer and linear; {config.encoder} is not one, or was made with other settings"
+        )
+    model.to(procs.device)
+    if config.linear and procs.world_size > 1:
+        model.head[0].register_forward_hook(average_statistics)
+    optimizer, decor = build_optimizers(config, model)
+
+    per_epoch = len(training) / config.batch_size
+    total = max(1, round(config.epochs * per_epoch)) if config.steps is None else config.steps
+    warmup = config.optim.warmup_steps
+    if warmup is None:
+        warmup = round(config.optim.warmup_epochs * per_epoch)
+    if warmup > total > 0:
+        raise ValueError(
+            f"optim: the warm-up of {warmup} steps is longer than the run of {total}; "
+            "set --optim.warmup_steps or --optim.warmup_epochs"
+        )
+    slices = procs.world_size * config.accumulation
+    check_sample(config, model.num_prefix_tokens + model.patch_embed.num_patches, slices)
+    run, found = open_run(config, procs)
+    files = "".join(f"{name}\n" for name in training.files)
+    if found is not None and run.files.is_file() and run.files.read_text() != files:
+        raise ValueError(f"data: the training images are no longer those of {run.files}; restore them")
+    sampler = StepSampler(
+        len(training),
+        config.batch_size,
+        config.seed,
+        total,
+        0 if found is None else found[1]["step"],
+        config.accumulation,
+        procs.rank,
+        procs.world_size,
+    )
+    mixer = Mixer(config.augment, len(classes))
+    batches = build_loader(training, sampler, config.data.workers, procs.device.type == "cuda", mixer)
+    evaluator = Evaluator(config, model, architecture, classes, held_out, procs)
+    entropy = SoftTargetCrossEntropy()
+    loop = Loop(
+        config=asdict(config),
+        processes=procs,
+        run=run,
+        model=model,
+        optimizer=optimizer,
+        decor=decor,
+        ranks=None,
+        loss=lambda model, batch: entropy(model(batch["image"]), batch["target"]),
+        evaluate=evaluator,
+        rate=lambda step: warmup_cosine(step, total, warmup, config.peak_lr, config.optim.min_lr),
+        recheck=None,
+        total_steps=total,
+        batch_size=config.batch_size,
+        accumulation=config.accumulation,
+        autocast=autocast_of(config, procs.device),
+        clip_grad=config.optim.clip_grad,
+        eval_every=config.eval_every,
+        checkpoint_every=config.checkpoint_every,
+        keep=config.keep,
+        max_bad_steps=config.max_bad_steps,
+        seed=config.seed,
+        compile=config.compile,
+        profile=config.profile,
+    )
+    if found is not None:
+        loop.load(*found)
+    procs.barrier()  # nobody writes to the folder before everybody has read it
+    if procs.is_main:
+        run.write_config(asdict(config))
+        write_atomically(run.files, files)
+    return loop, evaluator, iter(batches)
+
+
+def parse(arguments: list[str] | None = None) -> Config:
+    """The configuration from the command line and YAML files."""
+    parser = ArgumentParser(prog="train/finetune.py", description=__doc__)
+    parser.add_argument("--config", action="config", help="YAML file with any of the options below")
+    parser.add_class_arguments(Config)
+    settings = parser.instantiate(parser.parse_args(arguments))
+    settings.pop("config")
+    return Config(**settings)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Fine-tune."""
+    run_script("finetune", parse, prepare, write_results, arguments)
+
+
+if __name__ == "__main__":
+    main()

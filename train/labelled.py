@@ -1,0 +1,304 @@
+"""Labelled images: a folder for each class, or the digits that ship with scikit-learn.
+
+Every training sample (its crop, its augmentation and how it is mixed with another) is a function of
+(seed, epoch, index) alone, as in `train.data`, for runs that are resumed or spread over more processes.
+"""
+
+import functools
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from timm.data import Mixup, create_transform
+from timm.data.mixup import mixup_target
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
+
+from dbpkern.sampling import derive_seed
+from train.augment import Chooser, Crop, View
+from train.data import Images, load_file, seeded
+
+HELD_OUT = 0.2  # part of each class that is held out where the source has no split of its own
+
+
+@dataclass
+class LabelledConfig:
+    """Where labelled images come from and how they are cropped.
+
+    Args:
+        source: "digits": the 1,797 handwritten digits, grey and of 8 x 8 pixels, that ship with scikit-learn.
+            "folder:PATH": image files in a sub-folder of PATH/train for each class, and the same classes in
+            PATH/val for evaluation; or sub-folders of PATH itself. Digits, and folders without train and
+            val, are split: a fifth of each class is held out, the same in every run.
+        workers: Loader processes per training process; 0 loads in the training process itself.
+        crop_scale: Smallest and largest area of a random crop, as parts of the image's area.
+        crop_pct: Side of the centre crop of evaluation, as a part of the image's shorter side.
+    """
+
+    source: str = "digits"
+    workers: int = 0
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_pct: float = 0.875
+
+    def __post_init__(self):
+        kind, _, path = self.source.partition(":")
+        if self.source != "digits" and not (kind == "folder" and path):
+            raise ValueError(f"data.source: expected 'digits' or 'folder:PATH', got {self.source!r}")
+        if self.workers < 0:
+            raise ValueError(f"data.workers: expected at least 0, got {self.workers}")
+        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ValueError(
+                f"data.crop_scale: expected two areas, 0 < min <= max <= 1, got {self.crop_scale}"
+            )
+        if not 0 < self.crop_pct <= 1:
+            raise ValueError(f"data.crop_pct: expected a part in (0, 1], got {self.crop_pct}")
+
+
+@dataclass
+class AugmentConfig:
+    """What training does to images and labels beside the crop, all by timm.
+
+    Args:
+        policy: timm's string for RandAugment and its like; null for none.
+        flip: Chance of a mirrored image.
+        erase: Chance of a box of noise in an image.
+        mixup: Parameter of the Beta distribution of mixup's weights; 0 for none.
+        cutmix: The same of CutMix's areas. With both, half of the pairs of images get each.
+        smoothing: Part of a label that goes to all classes.
+    """
+
+    policy: str | None = "rand-m9-mstd0.5-inc1"
+    flip: float = 0.5
+    erase: float = 0.25
+    mixup: float = 0.8
+    cutmix: float = 1.0
+    smoothing: float = 0.1
+
+    def __post_init__(self):
+        for name in ("flip", "erase", "smoothing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"augment.{name}: expected a part in [0, 1], got {getattr(self, name)}")
+        for name in ("mixup", "cutmix"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"augment.{name}: expected a number >= 0, got {getattr(self, name)}")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed, which needs pairs of them."""
+        return self.mixup > 0 or self.cutmix > 0
+
+
+@contextmanager
+def all_seeded(*keys: int) -> Iterator[None]:
+    """As `seeded`, and the random numbers of Python and NumPy, too: timm draws from all three."""
+    states = random.getstate(), np.random.get_state()
+    seed = derive_seed(*keys)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    try:
+        with seeded(*keys):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+class LabelledSample(NamedTuple):
+    """One image, ready for the model.
+
+    Attributes:
+        image: float32 [3, H, W].
+        label: Number of its class.
+        seed: Of how it is mixed.
+        skipped: (name, reason) of the files that could not be read and that this image replaces.
+    """
+
+    image: Tensor
+    label: int
+    seed: int
+    skipped: list[tuple[str, str]]
+
+
+class LabelledSet(Dataset):
+    """Images with labels; `dataset[epoch, index]` is a function of (seed, epoch, index) alone.
+
+    Args:
+        images: Where they come from.
+        labels: Number of each one's class.
+        transform: From a PIL image to float32 [3, H, W]; may draw random numbers.
+        seed: Of what the transform draws, a 64-bit integer.
+
+    Raises:
+        ValueError: None of the images can be read.
+    """
+
+    def __init__(self, images: Images, labels: list[int], transform, seed: int):
+        images.read(0)  # fails now rather than in the first step
+        self.images = images
+        self.labels = labels
+        self.transform = transform
+        self.seed = seed
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the images, in order."""
+        return self.images.names
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, key: tuple[int, int]) -> LabelledSample:
+        epoch, index = key
+        crop, skipped = self.images.read(index)
+        label = self.labels[(index + len(skipped)) % len(self)]  # of the image that was read
+        with all_seeded(self.seed, epoch, index):
+            image = self.transform(v2.functional.to_pil_image(crop.pixels))
+        return LabelledSample(image, label, derive_seed(self.seed, epoch, index, 1), skipped)
+
+
+def collate(samples: list[LabelledSample]) -> dict[str, Tensor | list]:
+    """Stack B samples: image [B, 3, H, W], label [B], and one list of all skipped."""
+    return {
+        "image": torch.stack([sample.image for sample in samples]),
+        "label": torch.tensor([sample.label for sample in samples]),
+        "skipped": [record for sample in samples for record in sample.skipped],
+    }
+
+
+class Mixer:
+    """As `collate`, for training: each image is mixed with its neighbour in the batch.
+
+    timm's `Mixup` pairs the first image of a batch with the last, and gives all pairs one weight or one box.
+    Here neighbours are a pair, with a weight or box of its own: that does not depend on how a batch is cut
+    into micro-batches and spread over processes.
+
+    Args:
+        augment: How images are mixed.
+        num_classes: C.
+    """
+
+    def __init__(self, augment: AugmentConfig, num_classes: int):
+        self.num_classes = num_classes
+        self.smoothing = augment.smoothing
+        self.mixup = None
+        if augment.mixes:
+            self.mixup = Mixup(
+                augment.mixup, augment.cutmix, label_smoothing=augment.smoothing, num_classes=num_classes
+            )
+
+    def __call__(self, samples: list[LabelledSample]) -> dict[str, Tensor | list]:
+        """Stack B samples, mixed in place; "target" are the weights of the classes [B, C]."""
+        batch = collate(samples)
+        if self.mixup is None:
+            target = mixup_target(batch["label"], self.num_classes, smoothing=self.smoothing)
+            return batch | {"target": target}
+        targets = []
+        pairs = zip(samples[::2], batch["image"].split(2), batch["label"].split(2), strict=True)
+        for first, images, labels in pairs:
+            with all_seeded(first.seed):
+                targets.append(self.mixup(images, labels)[1])  # changes the images in place
+        return batch | {"target": torch.cat(targets)}
+
+
+def take_digit(pixels: Tensor, name: str, choose: Chooser) -> Crop:
+    """The image of a digit by its name, uint8 [3, 8, 8]."""
+    return Crop(pixels[int(name.rpartition("-")[2])].expand(3, -1, -1), View(0, 0, 8, 8))
+
+
+def _read_digits() -> tuple[Images, list[int], tuple[str, ...]]:
+    from sklearn.datasets import load_digits  # takes a second
+
+    data = load_digits()
+    pixels = torch.from_numpy((data.images * (255 / 16)).round().astype(np.uint8))  # of 0 to 16
+    names = [f"digit-{i:04d}" for i in range(len(pixels))]
+    images = Images(names, functools.partial(take_digit, pixels[:, None]))
+    return images, data.target.tolist(), tuple(str(name) for name in data.target_names)
+
+
+def _read_folder(root: Path, part: str = "") -> tuple[Images, list[int], tuple[str, ...]]:
+    folder = ImageFolder(str(root / part))  # FileNotFoundError where there are no classes, or empty ones
+    names = [Path(os.path.relpath(path, root)).as_posix() for path, _ in folder.samples]
+    images = Images(names, functools.partial(load_file, root))
+    return images, [label for _, label in folder.samples], tuple(folder.classes)
+
+
+def _split(images: Images, labels: list[int]) -> tuple[tuple[Images, list[int]], tuple[Images, list[int]]]:
+    from sklearn.model_selection import train_test_split  # takes a second
+
+    try:
+        parts = train_test_split(range(len(labels)), test_size=HELD_OUT, random_state=0, stratify=labels)
+    except ValueError as error:
+        raise ValueError(f"data.source: a fifth of each class cannot be held out: {error}") from error
+    first, second = (
+        (Images([images.names[i] for i in part], images.load), [labels[i] for i in part])
+        for part in map(sorted, parts)
+    )
+    return first, second
+
+
+def build_labelled(
+    config: LabelledConfig,
+    augment: AugmentConfig,
+    img_size: tuple[int, int],
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    seed: int,
+) -> tuple[LabelledSet, LabelledSet, tuple[str, ...]]:
+    """Build the training set and the held-out set of a source.
+
+    Args:
+        config: The source, and how it is cropped.
+        augment: What else training does to images.
+        img_size: Height and width of the crops, in pixels.
+        mean: Of the pixels in [0, 1] by channel, which is taken off.
+        std: Of the same, by which they are divided.
+        seed: Of the training set, a 64-bit integer.
+
+    Returns:
+        The two sets, and the names of the classes in the order of their numbers.
+
+    Raises:
+        FileNotFoundError: The folder is missing, has no folders for classes, or one of them is empty.
+        ValueError: Training and evaluation have other classes, a class is too small to split, no image can be
+            read, or timm does not know the policy of augmentation.
+    """
+    common = {"input_size": (3, *img_size), "interpolation": "bicubic", "mean": mean, "std": std}
+    try:
+        random_crop = create_transform(
+            is_training=True,
+            scale=config.crop_scale,
+            hflip=augment.flip,
+            color_jitter=None,
+            auto_augment=augment.policy,
+            re_prob=augment.erase,
+            re_mode="pixel",
+            **common,
+        )
+    except (AssertionError, ValueError, KeyError) as error:
+        raise ValueError(f"augment.policy: timm does not know {augment.policy!r}: {error}") from error
+    centre_crop = create_transform(is_training=False, crop_pct=config.crop_pct, **common)
+    kind, _, path = config.source.partition(":")
+    root = Path(path).expanduser()
+    if kind == "folder" and not root.is_dir():
+        raise FileNotFoundError(f"data.source: no such folder: {root}")
+    if kind == "folder" and ((root / "train").is_dir() or (root / "val").is_dir()):
+        *training, classes = _read_folder(root, "train")
+        *held_out, others = _read_folder(root, "val")
+        if classes != others:
+            odd = sorted(set(classes) ^ set(others))
+            raise ValueError(
+                f"data.source: expected the same classes in {root / 'train'} and {root / 'val'}, but only "
+                f"one has {', '.join(odd[:5])}"
+            )
+    else:
+        images, labels, classes = _read_digits() if kind == "digits" else _read_folder(root)
+        training, held_out = _split(images, labels)
+    return LabelledSet(*training, random_crop, seed), LabelledSet(*held_out, centre_crop, seed), classes
