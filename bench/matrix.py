@@ -274,8 +274,8 @@ class Run:
         settings = {k: v for k, v in settings.items() if k not in NEUTRAL or k == "eval_every"}
         if not (arm.published or settings["decor.enable"]):
             settings = {k: v for k, v in settings.items() if k == "decor.enable" or k[:6] != "decor."}
-        if settings["model"][:5] != "darl_":
-            settings = {k: v for k, v in settings.items() if k[:5] != "darl."}
+        others = {"darl.", "dvae."} - {f"{settings['model'].partition('_')[0]}."}
+        settings = {k: v for k, v in settings.items() if k[:5] not in others}
         preset = PRESETS[self.preset]
         settings |= {"probe": preset.probe, "stride": preset.stride, "published": arm.published}
         return json.loads(json.dumps(settings))
