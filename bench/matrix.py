@@ -94,6 +94,7 @@ _LONG = {
     "batch_size": 32,
     "optim.warmup_steps": 100,
 }  # fmt: skip
+_LARGE = {"batch_size": 256, "steps": 300, "optim.warmup_steps": 24}
 _IMAGENET = {
     "img_size": 224,
     "decoder": "dbp",
@@ -107,6 +108,7 @@ _IMAGENET = {
 }
 PRESETS = {
     "photos": Preset(_PHOTOS),
+    "photos-large": Preset(_PHOTOS | _LARGE, evaluations=3),
     "photos-long": Preset(_PHOTOS | _LONG, evaluations=10, probe=0),
     "vit-s": Preset(_IMAGENET | {"model": "mae_vit_small"}, evaluations=10, needs_source=True),
     "vit-b": Preset(_IMAGENET | {"model": "mae_vit_base"}, evaluations=10, needs_source=True),
@@ -131,7 +133,7 @@ REFERENCE = "dbp-full"  # of the ablations
 ARMS = {
     "adamw": Arm("AdamW", {}, _RATES),
     "muon": Arm("Muon", _MUON, (*_RATES, 1.2e-2)),
-    "kron": Arm("Kron (PSGD)", {"optim.name": "kron"}, (1e-3, 2e-3, 3e-3)),
+    "kron": Arm("Kron (PSGD)", {"optim.name": "kron"}, (5e-4, 1e-3, 2e-3, 3e-3)),
     "published": Arm(
         "DBP as published",
         {

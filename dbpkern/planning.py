@@ -64,8 +64,8 @@ class Price:
 
 # Of a full and of a low-rank R, fitted to the time that DecorPreconditioner adds to a step on the CPU of
 # bench/results/epyc-2-cores, see docs/planning.md. No other device has been measured.
-FULL = Price(ratio=1.03, entry=290.0, each=1.4e7, group=1.15e8)
-LOW_RANK = Price(ratio=1.2, entry=490.0, each=8e6, group=1.6e8)
+FULL = Price(ratio=0.98, entry=130.0, each=1e7, group=5e7)
+LOW_RANK = Price(ratio=1.0, entry=230.0, each=4.5e6, group=7e7)
 
 
 @dataclass(frozen=True)

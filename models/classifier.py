@@ -253,14 +253,14 @@ def load_encoder(
     model: str | None = None,
     sizes: Mapping[str, object] | None = None,
 ) -> Loaded:
-    """Load an encoder, or a classifier that `save_metadata` describes, from a file.
+    """Load an encoder, or a classifier with `classifier_metadata`, from a file.
 
     Args:
         path: encoder.safetensors of a run of train/pretrain.py, classifier.safetensors of one of
             train/finetune.py, or a checkpoint file of facebookresearch/mae for square images.
         drop_path: As in `create_vit`.
         model: Which model it is. A checkpoint of facebookresearch/mae does not tell; the others do.
-        sizes: Changes to such a model.
+        sizes: Changes to the model, as in `Architecture`.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -282,10 +282,11 @@ def load_encoder(
         architecture = Architecture.from_metadata(about)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    if model not in (None, architecture.model) or sizes:
+    asked = {"model": model or architecture.model, **architecture.sizes, **(sizes or {})}
+    found = {"model": architecture.model, **architecture.sizes}
+    if asked != found:
         raise ValueError(
-            f"model: {path} says itself that it is {architecture.model} with {dict(architecture.sizes)}; "
-            f"expected null and no model_args, got {model} and {dict(sizes or {})}"
+            f"model: {path} says itself that it is {found}; expected null or the same, got {asked}"
         )
     vit = create_vit(architecture, drop_path)
     if "readout" not in about:

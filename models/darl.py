@@ -2,8 +2,8 @@
 
 A ViT with causal attention reads the patches of an image one after the other, after a start token; from its
 output at each place a small decoder predicts the next patch, by mean squared error or by diffusion. The
-blocks and their parameters' names are timm's: with 2D RoPE the encoder loads into
-`vit_base_patch16_rope_224`.
+blocks and their parameters' names are timm's: with 2D RoPE the encoder is that of
+`vit_base_patch16_rope_224` without LayerScale, `timm.models.eva.vit_base_patch16_rope_224(init_values=None)`.
 
 What the paper leaves open is chosen here as follows: a final LayerNorm; the start token is learned and has no
 rotation (it stands at (0, 0)); RoPE's longest wavelength is 2 pi * 100, as in timm's models of that name; the
@@ -87,7 +87,7 @@ def patch_order(kind: str, grid_size: tuple[int, int], block: int = 2, seed: int
     square = (row // block) * (-(-columns // block)) + column // block
     within = (row % block) * block + column % block
     first, second = (square, within) if kind == "nested" else (within, square)
-    return (first * (1 + int(second.max())) + second).argsort()
+    return (first * (rows * columns * block**2) + second).argsort()
 
 
 def rotary_positions(
@@ -233,7 +233,7 @@ class PairDecoder(nn.Module):
     def forward(self, context: Tensor, noisy: Tensor) -> Tensor:
         """Context [..., D] and noisy patch [..., noisy] to predictions [..., out]."""
         noisy = self.embed(noisy)
-        x = torch.stack([context.to(noisy.dtype), noisy], dim=-2)
+        x = torch.stack([context, noisy], dim=-2)
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
             x = block(x, second=i == last)  # nobody reads the context's token after the last
@@ -273,7 +273,7 @@ class DARL(nn.Module):
             are served, too, by positions that are interpolated.
         patch_size: Height and width of a patch; has to divide the image.
         in_chans: Channels of the images.
-        embed_dim: Width; divisible by `num_heads`, and a head's width by 4.
+        embed_dim: Width; divisible by `num_heads` and by 4, with RoPE a head's width by 4.
         depth: Blocks.
         num_heads: Attention heads.
         mlp_ratio: Hidden width of the MLPs over their width.
@@ -333,14 +333,16 @@ class DARL(nn.Module):
         check_sizes(img_size, patch_size)
         check_transformer("", embed_dim, num_heads, depth)
         head_dim = embed_dim // num_heads
-        if positions[:4] == "rope" and head_dim % 4:
-            raise ValueError(f"a head's width must be divisible by 4 for {positions}, got {head_dim}")
         for name, value, known in (
             ("positions", positions, POSITIONS), ("order", order, ORDERS),
             ("objective", objective, OBJECTIVES), ("decoder", decoder, (None, *DECODERS)),
             ("prediction", prediction, PREDICTIONS), ("inputs", inputs, INPUTS),
         ):  # fmt: skip
             _check_choice(name, value, known)
+        if positions[:4] == "rope" and head_dim % 4:
+            raise ValueError(f"a head's width must be divisible by 4 for {positions}, got {head_dim}")
+        if not 0 < rope_temperature < float("inf"):
+            raise ValueError(f"rope_temperature: expected a finite number above 0, got {rope_temperature}")
         diffuses = objective == "diffusion"
         decoder = decoder or ("transformer" if diffuses else "mlp")
         decoder_depth = int(diffuses) if decoder_depth is None else decoder_depth
@@ -349,12 +351,15 @@ class DARL(nn.Module):
         least = int(decoder == "transformer")
         if decoder_depth < least:
             raise ValueError(f"decoder_depth: expected at least {least} for {decoder}, got {decoder_depth}")
-        if order == "random" and not two_stream:
+        if order == "random" and not (two_stream and positions != "none"):
             raise ValueError(
-                'order: "random" needs two_stream, for a patch whose place is not known cannot be predicted'
+                'order: "random" needs two_stream and positions, for a patch whose place is not known cannot '
+                "be predicted"
             )
         if not all(0 < value < float("inf") for value in gamma) or len(gamma) != 2:
             raise ValueError(f"gamma: expected two finite numbers above 0, got {gamma}")
+        if norm_pix_loss and objective == "tokens":
+            raise ValueError("norm_pix_loss: expected False for the objective tokens, which are no pixels")
         if "tokens" in (inputs, objective) and not (vocabulary and vocabulary > 1):
             raise ValueError(f"vocabulary: expected at least 2 entries for tokens, got {vocabulary}")
 
@@ -427,7 +432,7 @@ class DARL(nn.Module):
             self.positions, grid_size, head_dim, self.patch_embed.grid_size, self.rope_temperature
         )
 
-    def _grid(self, imgs: Tensor) -> tuple[int, int]:
+    def grid(self, imgs: Tensor) -> tuple[int, int]:
         """Rows and columns of patches, raising ValueError unless `imgs` [B, C, H, W] can be cut into them."""
         return grid_of(imgs, self.in_chans, self.patch_embed.patch_size)
 
@@ -460,14 +465,15 @@ class DARL(nn.Module):
 
     def _embed(self, imgs: Tensor, codes: Tensor | None) -> tuple[Tensor, tuple[int, int]]:
         """Tokens of the patches [B, L, D] in raster order, without positions, and their grid."""
-        grid_size = self._grid(imgs)
+        grid_size = self.grid(imgs)
         if self.inputs == "pixels":
             return self.patch_embed(imgs), grid_size
-        self._check_codes(codes, len(imgs), grid_size)
+        self.check_codes(codes, len(imgs), grid_size)
         return self.patch_embed(codes), grid_size
 
     @staticmethod
-    def _check_codes(codes: Tensor | None, batch: int, grid_size: tuple[int, int]) -> None:
+    def check_codes(codes: Tensor | None, batch: int, grid_size: tuple[int, int]) -> None:
+        """Raise ValueError unless there is an entry of the vocabulary for each patch, [batch, L]."""
         shape = (batch, grid_size[0] * grid_size[1])
         if codes is None or codes.shape != shape:
             raise ValueError(
@@ -479,6 +485,7 @@ class DARL(nn.Module):
         """Tokens [B, n, D] of any patches [B, n, P], or of entries of the vocabulary [B, n]."""
         if self.inputs == "tokens":
             return self.patch_embed(patches)
+        patches = patches.to(self.norm.weight.dtype)
         single = unpatchify(patches.flatten(0, 1).unsqueeze(1), (1, 1), self.patch_embed.patch_size)
         tokens = self.patch_embed(single)
         return tokens.view(*patches.shape[:2], tokens.shape[-1])
@@ -505,7 +512,7 @@ class DARL(nn.Module):
             order = self.order_of(grid_size, None, imgs)
             x = x[:, order]
             rope = None if rope is None else rope[order]
-        x = torch.cat([start.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+        x = torch.cat([start.expand(len(x), -1, -1), x], dim=1)
         for block in self.blocks:
             x = block(x, rope=rope, is_causal=is_causal)
         return self.norm(x)
@@ -527,7 +534,7 @@ class DARL(nn.Module):
         start = self.cls_token
         if added is not None:
             start, x = start + added[:, :1], x + added[:, 1:]
-        start = start.expand(len(x), -1, -1).to(x.dtype)
+        start = start.expand(len(x), -1, -1)
         x = _take(x, order)[:, :-1]  # nothing comes after the last patch
         if rope is not None:
             rope = rope[order] if order.dim() == 1 else rope[order].unsqueeze(1)
@@ -537,7 +544,7 @@ class DARL(nn.Module):
             for block in self.blocks:
                 x = block(x, rope=rope, is_causal=True)
             return self.norm(x)
-        queries = self.queries(added, order).expand(len(x), -1, -1).to(x.dtype)
+        queries = self.queries(added, order).expand(len(x), -1, -1)
         x = torch.cat([start, x, queries], dim=1)
         rope = None if rope is None else torch.cat([rope[..., :-1, :], rope], dim=-2)
         mask = two_stream_mask(length, x.device)
@@ -579,11 +586,11 @@ class DARL(nn.Module):
 
     def _decode(self, context: Tensor, noisy: Tensor, gamma: Tensor) -> Tensor:
         told = torch.cat([noisy, gamma.unsqueeze(-1)], dim=-1) if self.gamma_conditioned else noisy
-        return self.decoder(context, told)
+        return self.decoder(context, told.to(context.dtype))
 
     def draw(self, imgs: Tensor, seeds: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         """The random numbers of diffusion for images [B, C, H, W]: see `diffusion.draw`."""
-        rows, columns = self._grid(imgs)
+        rows, columns = self.grid(imgs)
         return diffusion.draw(imgs, rows * columns, *self.gamma, seeds)
 
     def forward(
@@ -608,11 +615,11 @@ class DARL(nn.Module):
         Raises:
             ValueError: For images, noise or codes that do not fit.
         """
-        grid_size = self._grid(imgs)
+        grid_size = self.grid(imgs)
         order = self.order_of(grid_size, noise, imgs)
         context = self.in_raster_order(self.contexts(imgs, order, codes), order)
         if self.objective == "tokens":
-            self._check_codes(codes, len(imgs), grid_size)
+            self.check_codes(codes, len(imgs), grid_size)
             scores = self.decoder(context).float()
             return F.cross_entropy(scores.flatten(0, 1), codes.flatten()), scores
         target = self.targets(imgs)
@@ -636,7 +643,11 @@ class DARL(nn.Module):
         Raises:
             ValueError: For images that do not fit, or another number or size of patches.
         """
-        grid_size = self._grid(imgs)
+        grid_size = self.grid(imgs)
+        values = self.in_chans * self.patch_embed.patch_size[0] * self.patch_embed.patch_size[1]
+        expected = [len(imgs), grid_size[0] * grid_size[1], values]
+        if list(patches.shape) != expected:
+            raise ValueError(f"expected patches of shape {expected}, got {list(patches.shape)}")
         patches = patches.float()
         if self.norm_pix_loss:
             mean, std = patch_statistics(patchify(imgs.float(), self.patch_embed.patch_size))

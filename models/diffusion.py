@@ -60,7 +60,7 @@ def draw(
     Raises:
         ValueError: For another number of seeds.
     """
-    values = imgs[0].numel() // length
+    values = imgs.shape[1:].numel() // length
     if seeds is None:
         gamma = sample_gamma((len(imgs), length), a, b, imgs.device)
         return gamma, torch.randn(len(imgs), length, values, device=imgs.device)

@@ -20,9 +20,7 @@ class _Reader:
 
     def __init__(self, model: DARL, imgs: Tensor, order: Tensor, cached: bool):
         self.model, self.imgs, self.order = model, imgs, order
-        grid_size = (imgs.shape[2] // model.patch_embed.patch_size[0],)
-        grid_size += (imgs.shape[3] // model.patch_embed.patch_size[1],)
-        self.added, rope = model.place(grid_size, imgs.device)
+        self.added, rope = model.place(model.grid(imgs), imgs.device)
         self.rope = None
         if rope is not None:
             # The start token is not rotated: sine 0 and cosine 1.
@@ -41,7 +39,8 @@ class _Reader:
         if self.cache is None:
             if model.inputs == "tokens":
                 return model.contexts(self.imgs, self.order, patches)[:, t]
-            return model.contexts(model.images_of(self.imgs, patches), self.order)[:, t]
+            imgs = model.images_of(self.imgs, patches).to(model.norm.weight.dtype)
+            return model.contexts(imgs, self.order)[:, t]
         read = self.cache.tokens  # start token included
         new = self.order[max(read - 1, 0) : t]
         x = model.embed_patches(patches[:, new])
@@ -90,7 +89,7 @@ def generate(
 
     Raises:
         ValueError: The model predicts normalised patches, tokens from pixels or pixels from tokens, or has
-            no order of its own; or a number is out of range.
+            no order of its own; images or order do not fit; or a number is out of range.
     """
     if model.norm_pix_loss:
         raise ValueError("generate: the model predicts normalised patches, without brightness")
@@ -101,19 +100,21 @@ def generate(
         )
     if steps < 1:
         raise ValueError(f"generate: steps: expected at least 1, got {steps}")
+    grid_size = model.grid(imgs)
     tokens = model.inputs == "tokens"
     patches = patchify(imgs.float(), model.patch_embed.patch_size)
     length = patches.shape[1]
     if order is None:
         if model.order == "random":
             raise ValueError('generate: order: expected one for a model of the order "random"')
-        grid_size = tuple(n // p for n, p in zip(imgs.shape[2:], model.patch_embed.patch_size, strict=True))
         order = model.order_of(grid_size, None, imgs)
+    elif order.shape != (length,) or not torch.equal(order.sort().values.cpu(), torch.arange(length)):
+        raise ValueError(f"generate: order: expected the numbers 0 to {length - 1}, each once, got {order}")
     if not 0 <= known <= length:
         raise ValueError(f"generate: known: expected between 0 and {length} patches, got {known}")
     made = patches.new_zeros(patches.shape)
     if tokens:
-        model._check_codes(codes, len(imgs), (1, length))
+        model.check_codes(codes, len(imgs), grid_size)
         patches, made = codes, torch.zeros_like(codes)
     made[:, order[:known]] = patches[:, order[:known]]
     generator = torch.Generator(imgs.device).manual_seed(seed)

@@ -105,6 +105,7 @@ def name_of(options: object) -> str:
 
 each_order = pytest.mark.parametrize("order", SHARED, ids=name_of)
 each_position = pytest.mark.parametrize("positions", POSITIONS)
+each_place = pytest.mark.parametrize("positions", [name for name in POSITIONS if name != "none"])
 each_objective = pytest.mark.parametrize("options", OBJECTIVES, ids=name_of)
 
 
@@ -140,7 +141,7 @@ def rename(order: dict) -> dict:
     return {{"order": "kind", "order_block": "block", "order_seed": "seed"}[k]: v for k, v in order.items()}
 
 
-@each_position
+@each_place
 def test_a_context_depends_on_the_patches_before_in_the_order_of_its_image(positions):
     model, imgs = small(positions=positions, two_stream=True, order="random"), images(2)
     noise = torch.rand(2, LENGTH)
@@ -231,7 +232,7 @@ def test_the_stream_of_patches_is_that_of_a_plain_model(positions):
     torch.testing.assert_close(model.norm(last[0][:, :LENGTH]), expected, rtol=1e-5, atol=1e-5)
 
 
-@each_position
+@each_place
 def test_a_query_is_the_next_token_of_what_it_sees(positions):
     # The context of patch t is the last output for the sequence: start, the patches before t, the query. Each
     # token sees itself, but the query does not.
@@ -481,7 +482,7 @@ def test_fixed_positions_are_scaled_to_the_range_of_the_model(grid):
 
 
 @pytest.mark.parametrize("order", [*SHARED, {"order": "random", "two_stream": True}], ids=name_of)
-@each_position
+@each_place
 def test_every_model_serves_other_sizes(positions, order):
     model = small(positions=positions, **order)
     loss, pred = model(images(2, (32, 24)))
@@ -533,9 +534,10 @@ def test_encoder_state_dict_is_a_contiguous_copy():
 @each_objective
 def test_what_is_no_encoder_is_named_decoder(options):
     model = small(**options)
-    others = model.state_dict().keys() - model.encoder_state_dict().keys() - {"query_token"}
-    assert others
-    assert all(name.startswith("decoder") for name in others)
+    others = model.state_dict().keys() - model.encoder_state_dict().keys()
+    assert all(name.startswith("decoder") for name in others - {"query_token"})
+    assert ("query_token" in others) == model.two_stream
+    assert {"decoder.pred.weight", "decoder.pred.bias"} <= others
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -575,7 +577,7 @@ def test_causal_features_are_the_contexts_of_the_next_patches(order, positions):
     torch.testing.assert_close(features[:, :-1], contexts, rtol=1e-5, atol=1e-5)
 
 
-@each_position
+@each_place
 def test_features_without_causality_have_no_order(positions):
     model, imgs = small(positions=positions), images()
     expected = model.features(imgs)
@@ -952,7 +954,7 @@ def test_images_of_any_layout_and_number(options):
 @pytest.mark.parametrize(
     ("order", "two_stream"), [*((order, False) for order in ORDERS[:-1]), ("raster", True), ("random", True)]
 )
-@each_position
+@each_place
 def test_a_single_patch_is_predicted_from_the_start_alone(positions, order, two_stream):
     model = small(img_size=(8, 12), positions=positions, two_stream=two_stream, order=order)
     loss, pred = model(images(2, (8, 12)))
@@ -1007,6 +1009,9 @@ def test_any_number_of_channels(in_chans):
             "decoder_depth: expected at least 1 for transformer, got 0",
         ),
         ({"order": "random"}, 'order: "random" needs two_stream'),
+        ({"order": "random", "two_stream": True, "positions": "none"}, "needs two_stream and positions"),
+        ({"rope_temperature": 0.0}, "rope_temperature: expected a finite number above 0, got 0.0"),
+        ({"objective": "tokens", "vocabulary": 7, "norm_pix_loss": True}, "norm_pix_loss: expected False"),
         ({"gamma": (0.0, 1.0)}, r"gamma: expected two finite numbers above 0, got \(0\.0, 1\.0\)"),
         ({"gamma": (1.0, math.inf)}, "gamma: expected two finite numbers above 0"),
         ({"gamma": (1.0, math.nan)}, "gamma: expected two finite numbers above 0"),
@@ -1084,7 +1089,7 @@ def test_every_image_needs_a_seed(seeds):
 
 @pytest.mark.parametrize("shape", [(2, LENGTH, VALUES + 1), (2, LENGTH - 1, VALUES)])
 def test_predicted_patches_are_checked(shape):
-    with pytest.raises(ValueError, match=rf"expected patches of shape \[B, {LENGTH}, .*\], got \["):
+    with pytest.raises(ValueError, match=rf"expected patches of shape \[2, {LENGTH}, {VALUES}\], got \["):
         small().images_of(images(), torch.zeros(shape))
 
 

@@ -61,6 +61,12 @@ def test_extreme_parameters_give_numbers(a, b):
     assert gamma.double().mean().item() == pytest.approx(a / (a + b), abs=0.02)
 
 
+def test_a_random_number_of_zero_does_no_harm(monkeypatch):
+    # It comes once in 17 million times, and has no logarithm.
+    monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.zeros(shape))
+    assert sample_gamma((5,), *PAPERS).isfinite().all()
+
+
 def test_noise_levels_stay_float32_under_autocast():
     expected = sample_gamma((1000,), *PAPERS, generator=torch.Generator().manual_seed(1))
     with torch.autocast("cpu", dtype=torch.bfloat16):

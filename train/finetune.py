@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 import dbpkern
 from dbpkern import diagnostics
+from dbpkern.convert import select
 from models.classifier import (
     Architecture,
     Loaded,
@@ -383,7 +384,7 @@ def prepare(config: Config, procs: Processes) -> tuple[Loop, Evaluator, Iterator
         config.data, config.augment, img_size, pixels["mean"], pixels["std"], config.seed
     )
     keeps_head = (loaded.classes, loaded.readout, loaded.causal) == (classes, config.readout, config.causal)
-    keeps_head = keeps_head and config.layer is None and not config.linear
+    keeps_head = keeps_head and config.layer in (None, len(model.blocks)) and not config.linear
     head = model.head.state_dict()
     architecture = to_classifier(
         model,
@@ -399,9 +400,13 @@ def prepare(config: Config, procs: Processes) -> tuple[Loop, Evaluator, Iterator
         model.head.load_state_dict(head)
     elif config.steps == 0:
         raise ValueError(
-            "steps: 0 evaluates a classifier.safetensors with its own classes, readout and causal, without "
-            f"layer and linear; {config.encoder} is not one, or was made with other settings"
+            "steps: 0 evaluates a classifier.safetensors with its own classes, readout, causal and layer, "
+            f"and --linear false; {config.encoder} is not one, or was made with other settings"
         )
+    if not config.linear:
+        select(
+            model, config.decor.present(model), config.decor.accepts
+        )  # raises now: evaluation observes them
     model.to(procs.device)
     if config.linear and procs.world_size > 1:
         model.head[0].register_forward_hook(average_statistics)

@@ -4,7 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.utils import make_grid
@@ -12,6 +14,7 @@ from torchvision.utils import make_grid
 WINDOW = 50  # steps over which training losses are averaged
 NAMED = 30  # classes whose names fit on the axes of a confusion matrix
 WRITTEN = 16  # classes for whose figures there is room in it
+CELLS = 250  # rows and columns that it has at most
 
 
 def trailing_mean(values: Sequence[float], window: int = WINDOW) -> list[float]:
@@ -94,14 +97,19 @@ def confusion_figure(counts: Tensor, classes: Sequence[str]) -> Figure:
     Args:
         counts: Images by class and by the class they were taken for [C, C].
         classes: Names of the classes, which are on the axes if there are at most `NAMED`; their numbers
-            otherwise. Up to `WRITTEN`, the figures are in the cells, too.
+            otherwise. Up to `WRITTEN`, the figures are in the cells, too; above `CELLS`, a cell has the
+            largest figure of several classes.
     """
     count = len(classes)
     share = 100 * counts / counts.sum(1, keepdim=True).clamp(min=1)
     side = min(max(5.0, 0.32 * count + 2), 11.0)
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     axis = figure.subplots()
-    picture = axis.imshow(share.cpu().numpy(), vmin=0, vmax=100, cmap="Blues")
+    cells = F.adaptive_max_pool2d(share.float()[None], min(count, CELLS))[0]
+    # Where there are many classes, what a class is taken for is a few per cent here and there.
+    norm = PowerNorm(1 if count <= NAMED else 0.4, vmin=0, vmax=100)
+    edges = (-0.5, count - 0.5, count - 0.5, -0.5)
+    picture = axis.imshow(cells.cpu().numpy(), norm=norm, cmap="Blues", extent=edges)
     figure.colorbar(picture, ax=axis, label="% of the images of a class", shrink=0.8)
     axis.set_ylabel("class")
     axis.set_xlabel("taken for")
