@@ -94,6 +94,10 @@ _LONG = {
     "batch_size": 32,
     "optim.warmup_steps": 100,
 }  # fmt: skip
+_DARL = _PHOTOS | {
+    "model": "darl_vit_tiny",
+    "model_args": {"patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4},
+}
 _LARGE = {"batch_size": 256, "steps": 300, "optim.warmup_steps": 24}
 _IMAGENET = {
     "img_size": 224,
@@ -110,6 +114,8 @@ PRESETS = {
     "photos": Preset(_PHOTOS),
     "photos-large": Preset(_PHOTOS | _LARGE, evaluations=3),
     "photos-long": Preset(_PHOTOS | _LONG, evaluations=10, probe=0),
+    "darl": Preset(_DARL),
+    "darl-diffusion": Preset(_DARL | {"darl.objective": "diffusion"}),
     "vit-s": Preset(_IMAGENET | {"model": "mae_vit_small"}, evaluations=10, needs_source=True),
     "vit-b": Preset(_IMAGENET | {"model": "mae_vit_base"}, evaluations=10, needs_source=True),
 }

@@ -11,6 +11,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
+from models.darl import DARL
 from models.mae import MaskedAutoencoder
 
 DIGITS = 1797  # that scikit-learn has
@@ -26,10 +27,11 @@ def digits(count: int, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def accuracy(model: MaskedAutoencoder, count: int) -> float:
+def accuracy(model: MaskedAutoencoder | DARL, count: int) -> float:
     """Share of digits told right by ridge regression on the mean of the patch tokens.
 
-    The first half of `count` digits fits it, the other half is told. Deterministic.
+    The first half of `count` digits fits it, the other half is told. Deterministic. DARL's patches see those
+    before them alone, as in pre-training.
 
     Returns:
         A number in [0, 1]; NaN where a feature is not finite.
@@ -43,11 +45,8 @@ def accuracy(model: MaskedAutoencoder, count: int) -> float:
     images, labels = digits(count, model.patch_embed.img_size)
     training = model.training
     model.eval()
-    order = torch.arange(model.patch_embed.num_patches, device=device, dtype=torch.float32)
-    tokens = [
-        model.forward_encoder(part.to(device), 0.0, order.expand(len(part), -1))[0]
-        for part in images.split(CHUNK)
-    ]
+    mask = {"is_causal": True} if isinstance(model, DARL) else {}
+    tokens = [model.features(part.to(device), **mask) for part in images.split(CHUNK)]
     model.train(training)
     features = torch.cat([part[:, 1:].mean(1) for part in tokens]).cpu().double().numpy()
     if not np.isfinite(features).all():

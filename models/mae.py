@@ -212,6 +212,15 @@ class MaskedAutoencoder(nn.Module):
         x = torch.cat([cls_token, x], dim=1)
         return self.norm(self.blocks(x)), mask, ids_restore
 
+    def features(self, imgs: Tensor) -> Tensor:
+        """The encoder's output for whole images [B, C, H, W]: [B, 1 + L, D], class token first, raster order.
+
+        Raises:
+            ValueError: For images that do not fit the model.
+        """
+        order = torch.arange(self.patch_embed.num_patches, device=imgs.device, dtype=torch.float32)
+        return self.forward_encoder(imgs, 0.0, order.expand(len(imgs), -1))[0]
+
     def forward_decoder(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
         """Predict all patches [B, L, P] from the encoder's latent [B, 1 + K, D] and ids_restore [B, L]."""
         x = self.decoder_embed(latent)
