@@ -223,6 +223,13 @@ ABLATIONS = {
     "schedule": {"follow": Arm("eta follows the learning rate", _FULL | {"decor.follow": True})},
     "scale": {
         "unscaled": Arm("not scale-free, eta 0.01", _FULL | {"decor.scale_free": False, "decor.eta": 1e-2}),
+        **{
+            f"default-unscaled-{eta:g}": Arm(
+                f"as by default, but not scale-free, eta {eta:g}",
+                _DEFAULT | {"decor.scale_free": False, "decor.eta": eta},
+            )
+            for eta in (1e-2, 2e-2)
+        },
         "layers-scale-free": Arm(
             "in the layers, scale-free", _FULL | {"decor.form": "auto", "decor.follow": True}
         ),
