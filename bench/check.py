@@ -26,7 +26,7 @@ class CheckFailed(Exception):
 class _Rows:
     """One draw of samples for both sides: of rows, or of whole images where there is a row for each patch.
 
-    For convolutions draw images in the published rule.
+    The published rule draws images for its convolutions.
     """
 
     def __init__(self, case: Case) -> None:

@@ -392,11 +392,10 @@ def plan(
     Calls `step` a few times to count its FLOPs and to measure the correlations of every candidate's input.
     A group of layers is worth its share of the candidates' weights times the mean squared correlation of
     its inputs, or the part of it that a subspace of the rank can hold: what R changes are the gradients of
-    these weights. The choice first
-    covers as many groups as fit into the budget, each by its cheapest R, as decorrelation works by being
-    everywhere (docs/planning.md), and then spends what is left on higher ranks; the most benefit for its cost
-    comes first. Costs are FLOPs and constants
-    measured beforehand (`FULL`, `LOW_RANK`), not times: the same seed and data give the same plan.
+    these weights. The choice first covers as many groups as fit into the budget, each by its cheapest R, and
+    then spends what is left on higher ranks; the most benefit for its cost comes first. docs/planning.md says
+    why. Costs are FLOPs and constants measured beforehand (`FULL`, `LOW_RANK`), not times: the same seed,
+    data and number of threads give the same plan.
 
     Where a process group is initialised this is a collective, and all processes get one plan.
 

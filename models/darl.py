@@ -491,7 +491,9 @@ class DARL(nn.Module):
         return tokens.view(*patches.shape[:2], tokens.shape[-1])
 
     def features(self, imgs: Tensor, is_causal: bool = False, codes: Tensor | None = None) -> Tensor:
-        """The encoder's output for whole images, [B, 1 + L, D], start token first and patches in their order.
+        """The encoder's output for whole images, [B, 1 + L, D]: start token, then the patches.
+
+        They are in raster order, or in the order of prediction if causal.
 
         Args:
             imgs: [B, C, H, W].

@@ -80,7 +80,7 @@ def generate(
         known: Patches that are given, in the order of prediction.
         steps: Denoising steps of a patch, of equal size in the noise level.
         seed: Of the noise.
-        cached: Whether the keys and values of what was read are kept: the same numbers in less time.
+        cached: Whether the keys and values of what was read are kept: the same up to rounding, sooner.
         order: Of the prediction, raster numbers [L]; None for the model's own.
         codes: Entries of the vocabulary [B, L], where these are the inputs.
 

@@ -37,7 +37,8 @@ class Config:
         count: Images.
         steps: Denoising steps of each patch, of equal size in the noise level.
         seed: Of the noise.
-        cache: Whether keys and values are kept from patch to patch. The images are the same without.
+        cache: Whether keys and values are kept from patch to patch; without, the images are the same up to
+            rounding.
         checkpoint: Of the run; null for its newest.
         device: "auto", "cpu" or "cuda".
     """
@@ -67,7 +68,7 @@ def draw(config: Config) -> dict[str, Tensor]:
     """The rows of the picture.
 
     Raises:
-        ValueError, FileNotFoundError: there is no such run, or its model cannot draw; the message says why.
+        ValueError, OSError: there is no such run, or its model cannot draw; the message says why.
     """
     config.check()
     device = processes.start(config.device).device
@@ -76,13 +77,16 @@ def draw(config: Config) -> dict[str, Tensor]:
         raise ValueError(f"run: expected that of a model darl_vit_*, got {trained.model}")
     model.to(device)
     patches = model.patch_embed
-    _, held_out = build_data(trained.data, patches.img_size, patches.num_patches, trained.seed)
-    batch = collate([held_out[i % len(held_out)] for i in range(config.count)])
-    images = batch["image"].to(device)
+    known = round(config.known * patches.num_patches)
+    images = torch.zeros(config.count, model.in_chans, *patches.img_size, device=device)
+    if known:
+        _, held_out = build_data(trained.data, patches.img_size, patches.num_patches, trained.seed)
+        batch = collate([held_out[i % len(held_out)] for i in range(config.count)])
+        images = batch["image"].to(device)
     task = task_of(trained)
     codes = task.codes(images)
     order = torch.arange(patches.num_patches, device=device) if model.order == "random" else model.places
-    known = round(config.known * patches.num_patches)
+    Path(config.out).parent.mkdir(parents=True, exist_ok=True)  # fails now rather than after the work
     start = time.perf_counter()
     made = generate(model, images, known, config.steps, config.seed, config.cache, order, codes)
     seconds = time.perf_counter() - start
@@ -101,9 +105,8 @@ def main(arguments: list[str] | None = None) -> None:
     config = Config(**parser.instantiate(parser.parse_args(arguments)))
     try:
         rows = draw(config)
-        Path(config.out).parent.mkdir(parents=True, exist_ok=True)
         plots.save_image_grid(rows, Path(config.out))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"generate: {error}")
 
 

@@ -35,7 +35,7 @@ from train.loop import Diverged, Interrupted, Loop, moved
 from train.processes import Processes
 from train.run_folder import NEUTRAL, RunFolder, flat, to_json, write_atomically
 from train.schedule import warmup_cosine
-from train.tasks import DarlConfig, DvaeConfig, Rows, Task, task_of
+from train.tasks import COUNT, FAMILIES, DarlConfig, DvaeConfig, Rows, Task, task_of
 
 
 @dataclass
@@ -220,6 +220,12 @@ class Config:
             raise ValueError(f"seed: expected less than 2**63, got {self.seed}")
         task = task_of(self)
         task.check()
+        for family, names in FAMILIES.items():
+            changed = [n for n in names if family != task.name and getattr(self, n) != getattr(Config(""), n)]
+            if changed:
+                raise ValueError(
+                    f"{changed[0]}: a setting of models {family}_*, got model {self.model}; leave it out"
+                )
         for name, value in self.model_args.items():
             if name not in task.model_args:
                 raise ValueError(f"model_args: unknown argument {name!r}, expected some of {task.model_args}")
@@ -504,9 +510,10 @@ class Evaluator:
             with watch as layers:
                 loss, made = self.task.forward(self.model, images, batch)
             losses |= {name: layer.loss_after for name, layer in layers.items()}
-            if first:
-                self.images = images
-                self.pictures = self.task.pictures(self.model, images, batch, made)
+            if i == 0:  # by all: sharded weights are gathered for it
+                pictures = self.task.pictures(self.model, images, batch, made)
+                if first:
+                    self.images, self.pictures = images[:COUNT].clone(), pictures
             counted = torch.cat([loss.double().reshape(1) * len(images), self.task.tally(images, made)])
             total = total + (counted if i < self.chunks else torch.zeros_like(counted))
         self.model.train()
@@ -599,20 +606,20 @@ def summary_of(config, loop: Loop, records: list[dict]) -> dict:
 
 
 def write_results(config: Config, loop: Loop, evaluator: Evaluator, weights: dict[str, Tensor]) -> None:
-    """The pictures, the exported model and the summary of a finished run, whose model has `weights`."""
+    """The exported model, the summary and the pictures of a finished run, whose model has `weights`."""
     run = loop.run
     records = list(run.records())
-    plots.plot_curves(records, run.path / "curves.png")
-    device = loop.processes.device
-    stock = fused_model(config, loop.ranks, weights).to(device)
-    pictures = evaluator.pictures | evaluator.task.final_pictures(stock, evaluator.images)
-    for name, rows in pictures.items():
-        plots.save_image_grid(rows, run.path / f"{name}.png")
-    evals = [r for r in records if r["kind"] == "eval"]
-    plot_correlations(evals, run.path / "correlation.png")
+    stock = fused_model(config, loop.ranks, weights)
+    # First what nothing else can replace.
     for name, content in evaluator.task.exports(stock).items():
         write_atomically(run.path / name, content)
     write_atomically(run.summary, to_json(summary_of(config, loop, records), indent=1))
+    plots.plot_curves(records, run.path / "curves.png")
+    evals = [r for r in records if r["kind"] == "eval"]
+    plot_correlations(evals, run.path / "correlation.png")
+    final = evaluator.task.final_pictures(stock.to(loop.processes.device), evaluator.images)
+    for name, rows in (evaluator.pictures | final).items():
+        plots.save_image_grid(rows, run.path / f"{name}.png")
 
 
 def prepare(

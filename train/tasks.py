@@ -267,7 +267,9 @@ class AutoregressiveTask(Task):
         target = model.targets(images)
         rows = {"original": denormalize(images)}
         for gamma in GAMMAS:
-            level = torch.full(target.shape[:2], max(gamma, 1e-3), device=images.device)
+            # Noise cannot be subtracted where there is nothing else.
+            least = 1e-3 if model.prediction == "epsilon" else 0.0
+            level = torch.full(target.shape[:2], max(gamma, least), device=images.device)
             noisy = diffusion.corrupt(target, level, eps)
             clean = model.denoise(context, noisy, level)
             if gamma:
@@ -354,6 +356,8 @@ class TokenizerTask(Task):
         return {"tokenizer.safetensors": dvae.packed_tokenizer(model)}
 
 
+# Settings of a run that are for the models of one family alone.
+FAMILIES = {"mae": ("decoder", "mask_ratio", "norm_pix_loss"), "darl": ("darl",), "dvae": ("dvae",)}
 TASKS = {task.name: task for task in (MaskedTask, AutoregressiveTask, TokenizerTask)}
 
 

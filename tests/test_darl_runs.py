@@ -1,0 +1,205 @@
+"""DARL by the pre-training script, and images from its runs."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from timm.models.eva import Eva
+
+from models.darl import DARL
+from train import generate, pretrain
+from train.run_folder import RunFolder
+
+ROOT = Path(__file__).parent.parent
+TINY = [
+    "--model=darl_vit_tiny",
+    "--model_args={patch_size: 8, embed_dim: 32, depth: 2, num_heads: 2}",
+    "--img_size=32",
+    "--batch_size=8",
+    "--steps=8",
+    "--optim.warmup_steps=2",
+    "--optim.blr=0.03",
+    "--eval_every=4",
+    "--checkpoint_every=4",
+    "--device=cpu",
+]
+DIFFUSION = ["--darl.objective=diffusion", "--darl.gamma=[1,1]", "--darl.gamma_conditioned=true"]
+DBP = ["--decor.enable=true", "--decor.sample=1"]  # every row, so that processes draw nothing of their own
+
+
+def losses(folder: Path) -> list[float]:
+    return [r["loss"] for r in RunFolder(folder).records() if r["kind"] == "step"]
+
+
+def heldout(folder: Path) -> list[float]:
+    return [r["heldout_loss"] for r in RunFolder(folder).records() if r["kind"] == "eval"]
+
+
+def on_processes(count: int, *arguments: str) -> None:
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+    script = str(ROOT / "train" / "pretrain.py")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*start, script, *TINY, *arguments], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def diffusion(tmp_path_factory, one_thread) -> Path:
+    """A whole decorrelated run of diffusion."""
+    out = tmp_path_factory.mktemp("runs") / "diffusion"
+    pretrain.main([*TINY, *DIFFUSION, *DBP, f"--out={out}"])
+    return out
+
+
+@pytest.fixture(scope="module")
+def mse(tmp_path_factory, one_thread) -> Path:
+    """A whole decorrelated run of mean squared error, with decorrelated layers."""
+    out = tmp_path_factory.mktemp("runs") / "mse"
+    pretrain.main([*TINY, *DBP, "--decor.form=auto", "--decor.rank=null", f"--out={out}"])
+    return out
+
+
+def colours(path: Path) -> int:
+    return len(set(Image.open(path).convert("RGB").resize((64, 64)).getdata()))
+
+
+def test_a_run_leaves_its_pictures(diffusion, mse):
+    for path in (
+        diffusion / "denoising.png",
+        diffusion / "samples.png",
+        mse / "predictions.png",
+        mse / "samples.png",
+    ):
+        assert colours(path) > 100
+    assert not (mse / "denoising.png").exists()
+    assert not (mse / "reconstructions.png").exists()
+
+
+def test_the_exported_encoder_is_the_fused_model_and_a_stock_vit(mse):
+    config, model = pretrain.load_run(str(mse))
+    assert isinstance(model, DARL)
+    assert config.model == "darl_vit_tiny"
+    stock = Eva(
+        img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=0, global_pool="",
+        attn_type="rope", use_abs_pos_emb=False, use_rot_pos_emb=True, rope_grid_indexing="xy",
+        rope_temperature=100.0,
+    ).eval()  # fmt: skip
+    stock.norm.eps = 1e-6
+    for block in stock.blocks:
+        block.norm1.eps = block.norm2.eps = 1e-6
+    stock.load_state_dict(load_file(mse / "encoder.safetensors"), strict=True)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = model.features(images, is_causal=True)
+        torch.testing.assert_close(
+            stock.forward_features(images, is_causal=True), expected, rtol=1e-4, atol=1e-5
+        )
+        # A trained model, not the start.
+        pretrain.torch.manual_seed(0)
+        assert not torch.allclose(
+            pretrain.build_model(config).features(images, is_causal=True), expected, atol=1e-2
+        )
+
+
+def test_a_run_resumed_half_way_gives_the_losses_of_one_never_stopped(diffusion, tmp_path):
+    half = diffusion / "checkpoints" / "step-00000004"
+    pretrain.main([*TINY, *DIFFUSION, *DBP, f"--out={tmp_path / 'second'}", f"--resume={half}"])
+    assert losses(tmp_path / "second") == losses(diffusion)[4:]
+    assert heldout(tmp_path / "second") == heldout(diffusion)[2:]
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_give_the_run_of_one(diffusion, tmp_path, parallel):
+    on_processes(2, *DIFFUSION, *DBP, f"--parallel={parallel}", f"--out={tmp_path}/two")
+    assert losses(tmp_path / "two") == pytest.approx(losses(diffusion), rel=1e-4)
+    assert heldout(tmp_path / "two") == pytest.approx(heldout(diffusion), rel=1e-4)
+    assert (tmp_path / "two" / "denoising.png").exists()
+
+
+def test_micro_batches_see_the_noise_of_the_whole_batch(diffusion, tmp_path):
+    pretrain.main([*TINY, *DIFFUSION, *DBP, "--accumulation=2", f"--out={tmp_path / 'parts'}"])
+    assert losses(tmp_path / "parts") == pytest.approx(losses(diffusion), rel=1e-4)
+
+
+def test_orders_by_image_follow_the_data(tmp_path, one_thread):
+    random = ["--darl.order=random", "--darl.two_stream=true", "--steps=2", "--eval_every=2"]
+    for parts in (1, 2):
+        pretrain.main([*TINY, *random, f"--accumulation={parts}", f"--out={tmp_path / str(parts)}"])
+    assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "2"), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--model=mae_vit_tiny", "--darl.objective=diffusion"],
+            "darl: a setting of models darl_*, got model",
+        ),
+        (["--mask_ratio=0.5"], "mask_ratio: a setting of models mae_*, got model darl_vit_tiny"),
+        (["--model_args={decoder_depth: 1}"], "model_args: unknown argument 'decoder_depth'"),
+        (["--darl.order=random"], 'order: "random" needs two_stream'),
+        (["--darl.objective=tokens"], "darl.tokenizer: expected the file of one, got None"),
+        (["--model=dare_vit_tiny"], "unknown model 'dare_vit_tiny', expected one of mae_vit_tiny"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_is_written(tmp_path, capsys, arguments, message):
+    with pytest.raises(SystemExit) as stop:
+        pretrain.main([*TINY, *arguments, f"--out={tmp_path / 'x'}"])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+# Images.
+
+
+@pytest.mark.parametrize("known", [0, 0.5])
+def test_images_are_drawn_from_a_run(diffusion, tmp_path, known, capsys):
+    drawn = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        out = tmp_path / "new" / f"{name}.png"
+        arguments = [f"--run={diffusion}", f"--out={out}", f"--known={known}", f"--seed={seed}"]
+        generate.main([*arguments, "--steps=3", "--count=2", "--device=cpu"])
+        drawn.append(out.read_bytes())
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert f"2 images, {16 - round(16 * known)} patches each" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--run=nothing"], "generate: run: expected the folder of a run of train/pretrain.py, got nothing"),
+        (["--steps=0"], "generate: steps: expected at least 1, got 0"),
+        (["--known=2"], r"generate: known: expected a part in [0, 1], got 2"),
+        (["--out=x.jpg"], "generate: out: expected the name of a PNG file, got x.jpg"),
+        (["--checkpoint=nothing"], "generate: no checkpoint at nothing"),
+    ],
+)
+def test_bad_input_to_drawing_is_named(mse, tmp_path, arguments, message):
+    with pytest.raises(SystemExit, match="") as stop:
+        generate.main([f"--run={mse}", f"--out={tmp_path / 'x.png'}", "--device=cpu", *arguments])
+    assert message in str(stop.value.code)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_masked_autoencoder_draws_nothing(tmp_path, one_thread):
+    small = ["--model=mae_vit_tiny", "--decoder=dbp", "--steps=1", "--optim.warmup_steps=0"]
+    pretrain.main([*TINY, *small, f"--out={tmp_path / 'mae'}"])
+    with pytest.raises(SystemExit) as stop:
+        generate.main([f"--run={tmp_path / 'mae'}", f"--out={tmp_path / 'x.png'}"])
+    assert "run: expected that of a model darl_vit_*, got mae_vit_tiny" in str(stop.value.code)
