@@ -325,12 +325,22 @@ def _load_mae(path: Path, drop_path: float, model: str | None, sizes: Mapping[st
     return Loaded(vit, architecture)
 
 
-def _order(architecture: Architecture, grid_size: tuple[int, int], what: str) -> Tensor:
+def _order(model: Vit, architecture: Architecture, what: str) -> Tensor:
+    """The order of pre-training for the patches of the model's images."""
+    patches = model.patch_embed
     if architecture.order == "random":
         raise ValueError(
             f'{what}: expected an encoder with an order of its patches, got one of the order "random"'
         )
-    return darl.patch_order(architecture.order, grid_size, architecture.order_block, architecture.order_seed)
+    trained = pair("img_size", architecture.img_size)
+    if architecture.order == "fixed" and patches.img_size != trained:
+        raise ValueError(
+            f'{what}: the order "fixed" is one of the patches of {trained} pixels; expected such images, got '
+            f"{patches.img_size}"
+        )
+    return darl.patch_order(
+        architecture.order, patches.grid_size, architecture.order_block, architecture.order_seed
+    )
 
 
 def causal_mask(order: Tensor) -> Tensor:
@@ -371,8 +381,7 @@ def _set_readout(model: Vit, architecture: Architecture, readout: Readout) -> No
             raise ValueError(f'readout: {architecture.model} has no class token; expected "mean" or "last"')
         model.global_pool = "token"
         return
-    grid_size = model.patch_embed.grid_size
-    order = _order(architecture, grid_size, "readout")
+    order = _order(model, architecture, "readout")
     model.global_pool, model.attn_pool = "", TakeToken(int(order[-1]) - len(order))
 
 
@@ -410,6 +419,8 @@ def to_classifier(
         raise ValueError(f"readout: expected one of {', '.join(READOUTS)}, got {readout!r}")
     if causal and not architecture.is_darl:
         raise ValueError(f"causal: expected an encoder of DARL, got {architecture.model}")
+    if causal and readout == "class":
+        raise ValueError('readout: the start token sees no patch if causal; expected "mean" or "last"')
     depth = len(model.blocks)
     if layer is not None and not 1 <= layer <= depth:
         raise ValueError(f"layer: expected 1 to {depth}, or null for the last, got {layer}")
@@ -421,7 +432,7 @@ def to_classifier(
     if layer is not None:
         model.blocks = model.blocks[:layer]
     _set_readout(model, architecture, readout)
-    mask = causal_mask(_order(architecture, model.patch_embed.grid_size, "causal")) if causal else None
+    mask = causal_mask(_order(model, architecture, "causal")) if causal else None
     _set_mask(model, mask)
     head = nn.Linear(model.embed_dim, num_classes)
     nn.init.trunc_normal_(head.weight, std=0.01 if linear else 2e-5)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed
 from torch import nn
 
+import train.loop
 from models import classifier, darl, mae
 from models.classifier import Architecture, create_vit, load_encoder, to_classifier
 from train import finetune, plots, pretrain
@@ -125,7 +127,7 @@ def test_features_of_darl_are_those_of_its_pretraining(darl_run):
     imgs = torch.randn(3, 3, 32, 32)
     loaded = load_encoder(darl_run / "encoder.safetensors")
     assert isinstance(loaded.model, timm.models.Eva)
-    to_classifier(loaded.model, loaded.architecture, 5, "class", causal=True)
+    to_classifier(loaded.model, loaded.architecture, 5, "last", causal=True)
     vit = loaded.model.eval()
     torch.testing.assert_close(vit.forward_features(imgs), model.features(imgs))
     seen = vit.forward_features(imgs, attn_mask=vit.attn_mask)
@@ -139,7 +141,13 @@ def test_features_of_darl_are_those_of_its_pretraining(darl_run):
 def test_every_darl_encoder_becomes_a_plain_vit(tmp_path, positions, order, size):
     model, path = exported(tmp_path, positions=positions, order=order, rope_temperature=30.0)
     loaded = load_encoder(path)
-    to_classifier(loaded.model, loaded.architecture, 5, "class", img_size=size, causal=True)
+    if order == "fixed" and size != (32, 32):
+        with pytest.raises(
+            ValueError, match=r'readout: the order "fixed" is one of the patches of \(32, 32\)'
+        ):
+            to_classifier(loaded.model, loaded.architecture, 5, "last", img_size=size, causal=True)
+        return
+    to_classifier(loaded.model, loaded.architecture, 5, "last", img_size=size, causal=True)
     vit = loaded.model.eval()
     imgs = torch.randn(2, 3, *size)
     if positions == "sincos" and size != (32, 32):
@@ -154,13 +162,12 @@ def test_every_darl_encoder_becomes_a_plain_vit(tmp_path, positions, order, size
     torch.testing.assert_close(seen[:, 1 + places], expected[:, 1:])
     torch.testing.assert_close(seen[:, 0], expected[:, 0])
     # The mask is part of what a call computes.
-    torch.testing.assert_close(vit(imgs), vit.head(seen[:, 0]))
+    torch.testing.assert_close(vit(imgs), vit.head(seen[:, 1 + places[-1]]))
 
 
 def test_read_outs_are_what_they_say(tmp_path):
     model, path = exported(tmp_path, order="nested")
     imgs = torch.randn(2, 3, 32, 32)
-    tokens = imgs
     made = {}
     for readout in classifier.READOUTS:
         loaded = load_encoder(path)
@@ -243,6 +250,12 @@ def test_models_of_timm_by_name():
         assert isinstance(getattr(vit, {"norm": "fc_norm", "fc_norm": "norm"}[norm]), nn.Identity)
     with pytest.raises(ValueError, match="has no class token"):
         to_classifier(vit, architecture, 5, "class")
+
+
+def test_a_start_token_that_sees_nothing_is_no_read_out():
+    architecture = Architecture("darl_vit_tiny", 32, SIZES)
+    with pytest.raises(ValueError, match="readout: the start token sees no patch if causal"):
+        to_classifier(create_vit(architecture), architecture, 5, "class", causal=True)
     for name, message in (
         ("nonsense", "timm cannot build 'nonsense'"),
         ("resnet18", "timm cannot build 'resnet18'.*img_size"),
@@ -525,6 +538,32 @@ def test_linear_probe_trains_the_head_alone(darl_run, tmp_path):
     start = [f"--encoder={out / 'classifier.safetensors'}", "--causal=true", "--steps=0"]
     finetune.main([*TINY, *start, f"--out={tmp_path / 'eval'}"])
     assert evals(tmp_path / "eval")[0][1:] == pytest.approx(evals(out)[-1][1:], rel=1e-4)
+
+
+def test_a_skipped_step_leaves_the_statistics_of_batches_as_they_were(darl_run, tmp_path, monkeypatch):
+    known = []
+
+    def broken(batch, device):
+        batch = moved(batch, device)
+        if len(known) == 2:
+            batch["image"] = torch.full_like(batch["image"], torch.nan)
+        known.append(batch["image"])
+        return batch
+
+    moved = train.loop.moved
+    monkeypatch.setattr(train.loop, "moved", broken)
+    out = tmp_path / "run"
+    probe = [*LINEAR, "--steps=4", "--eval_every=4", "--checkpoint_every=4"]
+    finetune.main([*TINY, f"--encoder={darl_run / 'encoder.safetensors'}", *probe, f"--out={out}"])
+    assert [r["step"] for r in RunFolder(out).records() if r["kind"] == "skip"] == [3]
+    assert all(tensor.isfinite().all() for tensor in load_file(out / "classifier.safetensors").values())
+
+
+def test_statistics_that_are_not_finite_count_as_a_state_that_is_not():
+    norm = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    assert all(map(math.isfinite, train.loop.health(norm).values()))
+    norm[1].running_var[1] = math.inf
+    assert train.loop.health(norm)["1.running_var"] == math.inf
 
 
 def test_lars_is_that_of_mae():

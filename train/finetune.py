@@ -204,7 +204,7 @@ class Config:
             )
         if self.linear and self.decor.enable:
             raise ValueError("decor.enable: a linear probe trains no layer that has an R; expected false")
-        if self.optim.name == "lars" and not self.linear:
+        if self.optim.name == "lars" and not self.linear and self.steps != 0:
             raise ValueError("optim.name: lars is for linear probes; expected adamw, or --linear true")
         if self.decor.form != "optimizer" or self.decor.sites == "auto":
             raise ValueError(

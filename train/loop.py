@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import profile, schedule, tensorboard_trace_handler
 from torch.utils._pytree import tree_map_only
@@ -44,7 +45,7 @@ def moved(batch: dict, device: torch.device) -> dict:
 
 
 def health(model: nn.Module, decor: DecorSGD | None = None) -> dict[str, float]:
-    """The largest absolute entry of every parameter and R by name, one wait for the device.
+    """The largest absolute entry of parameters, R and running statistics by name, one wait for the device.
 
     R are those of decorrelated layers and of `decor`, if it is a `DecorPreconditioner`.
 
@@ -54,6 +55,8 @@ def health(model: nn.Module, decor: DecorSGD | None = None) -> dict[str, float]:
     for name, module in model.named_modules():
         if isinstance(module, Decorrelated):
             tensors |= _factors(name, module)
+        for part, statistic in _statistics(module).items():
+            tensors[f"{name}.{part}"] = statistic
     if isinstance(decor, DecorPreconditioner):
         for name, layer in decor.layers.items():
             tensors |= _factors(name, layer)
@@ -62,6 +65,13 @@ def health(model: nn.Module, decor: DecorSGD | None = None) -> dict[str, float]:
         # No maximum of several processes can be relied on to keep a NaN.
         dist.all_reduce(peaks.nan_to_num_(math.inf, math.inf), op=dist.ReduceOp.MAX)
     return dict(zip((n for n, t in tensors.items() if t.numel()), peaks.tolist(), strict=True))
+
+
+def _statistics(module: nn.Module) -> dict[str, Tensor]:
+    """The running statistics of a BatchNorm."""
+    if not (isinstance(module, _BatchNorm) and module.track_running_stats):
+        return {}
+    return {"running_mean": module.running_mean, "running_var": module.running_var}
 
 
 def _factors(name: str, layer: Decorrelated | PreconditionedLayer) -> dict[str, Tensor]:
@@ -164,6 +174,9 @@ class Loop:
         self.unreadable: dict[str, str] = {}
         self.energy = Meter(self.processes)  # of the steps
         self._ddp: DistributedDataParallel | None = None
+        self._statistics = [
+            tensor for module in self.model.modules() for tensor in _statistics(module).values()
+        ]
         self._bad = 0
         self._signalled = False  # here
         self._stop = False  # on any process, as all of them know
@@ -299,6 +312,8 @@ class Loop:
         # The random state of a step is a function of its number, so that resuming needs no stored state.
         torch.manual_seed(derive_seed(self.seed, self.step, self.processes.rank))
         total = torch.zeros(2 + len(KINDS), device=device)  # loss, wish to stop, joules
+        # A forward writes these before it is known whether the step is any good.
+        before = [tensor.clone() for tensor in self._statistics]
         waited = 0.0
         for micro in range(self.accumulation):
             asked = time.perf_counter()
@@ -326,8 +341,11 @@ class Loop:
         good = math.isfinite(loss) and math.isfinite(norm)
         if good:
             self.optimizer.step()  # and by its hooks R's
-        elif self.decor is not None:
-            self.decor.zero_grad()
+        else:
+            for tensor, value in zip(self._statistics, before, strict=True):
+                tensor.copy_(value)
+            if self.decor is not None:
+                self.decor.zero_grad()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.energy.read()
