@@ -75,7 +75,7 @@ def mse(tmp_path_factory, one_thread) -> Path:
 
 
 def colours(path: Path) -> int:
-    return len(set(Image.open(path).convert("RGB").resize((64, 64)).getdata()))
+    return len(Image.open(path).convert("RGB").getcolors(1 << 24))
 
 
 def test_a_run_leaves_its_pictures(diffusion, mse):
@@ -191,7 +191,7 @@ def test_images_are_drawn_from_a_run(diffusion, tmp_path, known, capsys):
     ],
 )
 def test_bad_input_to_drawing_is_named(mse, tmp_path, arguments, message):
-    with pytest.raises(SystemExit, match="") as stop:
+    with pytest.raises(SystemExit) as stop:
         generate.main([f"--run={mse}", f"--out={tmp_path / 'x.png'}", "--device=cpu", *arguments])
     assert message in str(stop.value.code)
     assert not list(tmp_path.iterdir())
