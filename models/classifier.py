@@ -53,6 +53,7 @@ class Architecture:
         order: In which order patches are predicted.
         order_block: Side of a square in the orders "nested" and "round-robin".
         order_seed: Of the order "fixed".
+        inputs: What the encoder reads, "pixels" or "tokens".
     """
 
     model: str
@@ -63,6 +64,7 @@ class Architecture:
     order: str = "raster"
     order_block: int = 2
     order_seed: int = 0
+    inputs: str = "pixels"
 
     @property
     def is_darl(self) -> bool:
@@ -71,8 +73,15 @@ class Architecture:
 
     def metadata(self) -> dict[str, str]:
         """What `from_metadata` reads, for a safetensors file."""
-        about = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "sizes"} | dict(self.sizes)
+        about = {name: getattr(self, name) for name in ("model", "img_size")} | dict(self.sizes)
+        if self.is_darl:
+            about |= {name: getattr(self, name) for name in self._parts()}
         return {name: str(value) for name, value in about.items()}
+
+    @classmethod
+    def _parts(cls) -> set[str]:
+        """What there is to tell of DARL alone."""
+        return {f.name for f in fields(cls)} - {"model", "img_size", "sizes"}
 
     @classmethod
     def from_metadata(cls, about: Mapping[str, str]) -> "Architecture":
@@ -81,7 +90,7 @@ class Architecture:
         Raises:
             ValueError: Something is missing, or the encoder reads no pixels.
         """
-        names = {f.name for f in fields(cls)} - {"model", "sizes"}
+        names = {"img_size"} | cls._parts()
         needed = {"model", "img_size"} | (names if about.get("model", "").startswith("darl") else set())
         missing = sorted(needed - about.keys())
         if missing:

@@ -334,17 +334,13 @@ class Evaluator:
 
 
 def write_results(config: Config, loop: Loop, evaluator: Evaluator, weights: dict[str, Tensor]) -> None:
-    """The pictures, the classifier and the summary of a finished run."""
+    """The classifier, the summary and the pictures of a finished run.
+
+    The model is whole on each process, so that its `weights` need not be gathered.
+    """
     run = loop.run
     records = list(run.records())
     evals = [r for r in records if r["kind"] == "eval"]
-    plots.plot_curves(records, run.path / "curves.png")
-    plots.plot_accuracy(records, run.path / "accuracy.png")
-    figure = plots.confusion_figure(evaluator.confusion, evaluator.classes)
-    figure.savefig(run.path / "confusion.png", dpi=120)
-    if not config.linear:
-        plot_correlations(evals, run.path / "correlation.png")
-    loop.model.load_state_dict(weights)
     classifier = loop.model.cpu()
     about = classifier_metadata(
         classifier, evaluator.architecture, evaluator.classes, config.readout, config.causal
@@ -359,6 +355,12 @@ def write_results(config: Config, loop: Loop, evaluator: Evaluator, weights: dic
     summary |= {"best": {name: best[name] for name in figures}}
     summary["trained_parameters"] = sum(p.numel() for p in loop.model.parameters() if p.requires_grad)
     write_atomically(run.summary, to_json(summary, indent=1))
+    plots.plot_curves(records, run.path / "curves.png")
+    plots.plot_accuracy(records, run.path / "accuracy.png")
+    figure = plots.confusion_figure(evaluator.confusion, evaluator.classes)
+    figure.savefig(run.path / "confusion.png", dpi=120)
+    if not config.linear:
+        plot_correlations(evals, run.path / "correlation.png")
 
 
 def prepare(config: Config, procs: Processes) -> tuple[Loop, Evaluator, Iterator[dict]]:

@@ -3,8 +3,9 @@
 A task is made from the configuration of a run; `task_of` finds the one that its model belongs to.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -13,6 +14,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from models import darl, diffusion, dvae, mae
+from models.classifier import Architecture
 from models.generate import generate
 from models.vit import patchify, unpatchify
 from train.augment import denormalize
@@ -83,8 +85,8 @@ class DvaeConfig:
     kl_weight: float = 1.0
 
 
-class Task:
-    """What tasks have in common.
+class Task(ABC):
+    """What is learned, and what tasks have in common.
 
     The name is the first part of the names of a task's models; model_args are those that may be changed.
     """
@@ -95,8 +97,28 @@ class Task:
     def __init__(self, config) -> None:
         self.config = config
 
-    def check(self) -> None:
+    def check(self) -> None:  # noqa: B027, most have nothing to check
         """Raise ValueError for settings out of range, or that do not go together."""
+
+    @abstractmethod
+    def build(self) -> nn.Module:
+        """The stock model, from torch's random numbers."""
+
+    @abstractmethod
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        """What FSDP shards one by one."""
+
+    @abstractmethod
+    def tokens(self, num_patches: int) -> int:
+        """Tokens of an image in the encoder."""
+
+    @abstractmethod
+    def forward(self, model: nn.Module, images: Tensor, batch: Mapping) -> tuple[Tensor, object]:
+        """The loss of a batch, and what its pictures and its tally are made of."""
+
+    @abstractmethod
+    def pictures(self, model: nn.Module, images: Tensor, batch: Mapping, made: object) -> dict[str, Rows]:
+        """Pictures of what `forward` gave; a collective where weights are sharded."""
 
     def final_pictures(self, model: nn.Module, images: Tensor) -> dict[str, Rows]:
         """Pictures that are made once, at the end of a run."""
@@ -112,12 +134,13 @@ class Task:
 
     def exports(self, model: nn.Module) -> dict[str, bytes]:
         """The files that a finished run leaves of its stock model: the encoder, under timm's names."""
-        about = {"format": "pt", "model": self.config.model, "img_size": str(self.config.img_size)}
-        about |= {name: str(value) for name, value in self.config.model_args.items()}
-        # What DARL's weights do not tell, for whoever builds the encoder again.
-        parts = ("positions", "rope_temperature", "order", "order_block", "order_seed", "inputs")
-        about |= {name: str(getattr(model, name)) for name in parts if hasattr(model, name)}
+        about = {"format": "pt"} | self.architecture().metadata()
         return {"encoder.safetensors": save(model.encoder_state_dict(), metadata=about)}
+
+    def architecture(self) -> Architecture:
+        """What the weights of the encoder do not tell, for whoever builds it again."""
+        config = self.config
+        return Architecture(config.model, config.img_size, config.model_args)
 
 
 class MaskedTask(Task):
@@ -221,6 +244,19 @@ class AutoregressiveTask(Task):
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         """What FSDP shards one by one."""
         return [*model.blocks, *model.decoder.blocks]
+
+    def architecture(self) -> Architecture:
+        """What the weights of the encoder do not tell, for whoever builds it again."""
+        options = self.config.darl
+        return replace(
+            super().architecture(),
+            positions=options.positions,
+            rope_temperature=options.rope_temperature,
+            order=options.order,
+            order_block=options.order_block,
+            order_seed=self.config.seed,
+            inputs=options.inputs,
+        )
 
     def tokens(self, num_patches: int) -> int:
         """Tokens of an image in the encoder."""
@@ -361,7 +397,7 @@ FAMILIES = {"mae": ("decoder", "mask_ratio", "norm_pix_loss"), "darl": ("darl",)
 TASKS = {task.name: task for task in (MaskedTask, AutoregressiveTask, TokenizerTask)}
 
 
-def task_of(config) -> MaskedTask | AutoregressiveTask | TokenizerTask:
+def task_of(config) -> Task:
     """The task of a run's configuration, by the first part of the model's name.
 
     Raises:
