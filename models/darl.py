@@ -14,7 +14,6 @@ Letters used in shapes: B images, C channels, H and W their size, L patches, P t
 columns * channels), D the width, V entries of a vocabulary, n tokens, E twice the width of an attention head.
 """
 
-import inspect
 from collections.abc import Sequence
 from functools import partial
 from typing import Literal
@@ -31,6 +30,7 @@ from models.vit import SIZES as VIT_SIZES
 from models.vit import (
     check_sizes,
     check_transformer,
+    create,
     grid_of,
     init_xavier,
     pair,
@@ -714,10 +714,4 @@ def create_darl(name: str, **overrides) -> DARL:
     Raises:
         ValueError: If there is no such model or argument, or a value is out of its range.
     """
-    if name not in SIZES:
-        raise ValueError(f"unknown model {name!r}, expected one of {', '.join(SIZES)}")
-    known = inspect.signature(DARL).parameters
-    unknown = [key for key in overrides if key not in known]
-    if unknown:
-        raise ValueError(f"unknown argument {unknown[0]!r} for {name}, expected some of {', '.join(known)}")
-    return DARL(**{**SIZES[name], **overrides})
+    return create(DARL, SIZES, name, overrides)

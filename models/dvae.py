@@ -13,7 +13,6 @@ Letters used in shapes: B images, C channels, H and W their size, L patches in r
 entries of the vocabulary.
 """
 
-import inspect
 import json
 import math
 from pathlib import Path
@@ -25,7 +24,7 @@ from safetensors.torch import save
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
-from models.vit import check_sizes, grid_of, pair, unpatchify
+from models.vit import check_sizes, create, grid_of, pair, unpatchify
 
 SIZES = {
     "dvae_tiny": {"patch_size": 16, "vocabulary": 512, "width": 128, "depth": 2},
@@ -201,13 +200,7 @@ def create_dvae(name: str, **overrides) -> DiscreteVae:
     Raises:
         ValueError: If there is no such model or argument, or a value is out of its range.
     """
-    if name not in SIZES:
-        raise ValueError(f"unknown model {name!r}, expected one of {', '.join(SIZES)}")
-    known = inspect.signature(DiscreteVae).parameters
-    unknown = [key for key in overrides if key not in known]
-    if unknown:
-        raise ValueError(f"unknown argument {unknown[0]!r} for {name}, expected some of {', '.join(known)}")
-    return DiscreteVae(**{**SIZES[name], **overrides})
+    return create(DiscreteVae, SIZES, name, overrides)
 
 
 def packed_tokenizer(model: DiscreteVae) -> bytes:

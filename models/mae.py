@@ -9,7 +9,6 @@ patch (rows * columns * channels), D the width of the encoder, K the patches tha
 """
 
 import argparse
-import inspect
 import os
 from functools import partial
 
@@ -22,6 +21,7 @@ from models.vit import SIZES as VIT_SIZES
 from models.vit import (
     check_sizes,
     check_transformer,
+    create,
     init_xavier,
     pair,
     patch_statistics,
@@ -361,15 +361,9 @@ def create_mae(name: str, decoder: str = "mae", **overrides) -> MaskedAutoencode
     Raises:
         ValueError: If there is no such model, decoder or argument, or a value is out of its range.
     """
-    if name not in SIZES:
-        raise ValueError(f"unknown model {name!r}, expected one of {', '.join(SIZES)}")
     if decoder not in DECODERS:
         raise ValueError(f"unknown decoder {decoder!r}, expected one of {', '.join(DECODERS)}")
-    known = inspect.signature(MaskedAutoencoder).parameters
-    unknown = [key for key in overrides if key not in known]
-    if unknown:
-        raise ValueError(f"unknown argument {unknown[0]!r} for {name}, expected some of {', '.join(known)}")
-    return MaskedAutoencoder(**{**SIZES[name], **DECODERS[decoder], **overrides})
+    return create(MaskedAutoencoder, SIZES, name, {**DECODERS[decoder], **overrides})
 
 
 def mae_vit_tiny(**overrides) -> MaskedAutoencoder:

@@ -4,8 +4,14 @@ Letters used in shapes: B images, C channels, H and W their size, L patches in r
 patch (rows * columns * channels), D the width of the encoder.
 """
 
+import inspect
+from collections.abc import Mapping
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
+
+Model = TypeVar("Model", bound=nn.Module)
 
 SIZES = {
     "tiny": {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3},
@@ -14,6 +20,27 @@ SIZES = {
     "large": {"patch_size": 16, "embed_dim": 1024, "depth": 24, "num_heads": 16},
     "huge": {"patch_size": 14, "embed_dim": 1280, "depth": 32, "num_heads": 16},
 }
+
+
+def create(cls: type[Model], sizes: Mapping[str, Mapping], name: str, overrides: Mapping) -> Model:
+    """Build a model by name.
+
+    Args:
+        cls: Of the model.
+        sizes: Arguments by name.
+        name: One of these.
+        overrides: Arguments that replace those of the table, or come beside them.
+
+    Raises:
+        ValueError: If there is no such model or argument, or a value is out of its range.
+    """
+    if name not in sizes:
+        raise ValueError(f"unknown model {name!r}, expected one of {', '.join(sizes)}")
+    known = inspect.signature(cls).parameters
+    unknown = [key for key in overrides if key not in known]
+    if unknown:
+        raise ValueError(f"unknown argument {unknown[0]!r} for {name}, expected some of {', '.join(known)}")
+    return cls(**{**sizes[name], **overrides})
 
 
 def pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
