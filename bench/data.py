@@ -35,6 +35,7 @@ from bench import measure, options, record
 from bench.check import CheckFailed
 from bench.record import progress
 from train import augment, data
+from train.loop import moved
 
 PER_SHARD = 128
 QUALITY = 95  # of the JPEG files
@@ -153,6 +154,10 @@ class Loader:
         return measure.seconds(lambda: next(batches), torch.device("cpu"), self.batches)
 
 
+def _equal(a: Tensor | list, b: Tensor | list) -> bool:
+    return torch.equal(a, b) if isinstance(a, Tensor) else a == b
+
+
 def check(loaders: Sequence[Loader], device: torch.device) -> dict[str, float]:
     """Compare the first batch of each loader with direct reading, and device with host.
 
@@ -168,13 +173,13 @@ def check(loaders: Sequence[Loader], device: torch.device) -> dict[str, float]:
         keys = next(iter(loader.sampler))
         direct = data.collate([loader.dataset[key] for key in keys])
         if batch.keys() != direct.keys() or not all(
-            torch.equal(batch[name], direct[name]) for name in batch if name != "skipped"
+            _equal(batch[name], direct[name]) for name in batch if name != "skipped"
         ):
             raise CheckFailed(
                 f"{loader.name} on the {loader.place}, {loader.workers} workers: the first batch is not that "
                 "of direct reading"
             )
-        batch = {name: value.to(device) for name, value in batch.items() if name != "skipped"}
+        batch = moved(batch, device)
         found.setdefault(loader.name, {})[loader.place] = data.to_images(batch, loader.dataset.img_size)
     differences = {}
     for name, images in found.items():

@@ -243,7 +243,7 @@ def test_not_reached_and_diverged_are_told(tmp_path):
 
 
 def test_best_rate_is_that_of_the_first_seed_and_its_edge_is_marked(tmp_path):
-    for rate, level in ((2e-3, 0.9), (3e-3, 0.8), (5e-3, 0.7), (8e-3, 0.75)):
+    for rate, level in ((2e-3, 0.9), (3e-3, 0.8), (5e-3, 0.7), (8e-3, 0.75), (1.2e-2, 0.8)):
         write_result(tmp_path, "muon", [level] * 200, rate=rate)
         write_result(tmp_path, "dbp-muon", [level - 100 * rate] * 200, rate=rate)
     write_result(tmp_path, "muon", [0.1] * 200, rate=3e-3, seed=1)
@@ -256,8 +256,9 @@ def test_best_rate_is_that_of_the_first_seed_and_its_edge_is_marked(tmp_path):
     ]
     text, found = report_of(tmp_path)
     assert (found["arms"]["muon"]["rate"], found["arms"]["muon"]["edge"]) == (5e-3, None)
-    assert (found["arms"]["dbp-muon"]["rate"], found["arms"]["dbp-muon"]["edge"]) == (8e-3, "highest")
-    assert line_of(text, "Muon", "## Rates") == ["Muon", "0", "0.9000", "0.8000", "0.7000", "0.7500"]
+    assert (found["arms"]["dbp-muon"]["rate"], found["arms"]["dbp-muon"]["edge"]) == (1.2e-2, "highest")
+    row = ["Muon", "0", "0.9000", "0.8000", "0.7000", "0.7500", "0.8000"]
+    assert line_of(text, "Muon", "## Rates") == row
     assert found["target"] is None
     assert "There is no target" in text
     assert line_of(text, "Muon")[-2:] == ["-", "-"]
