@@ -549,13 +549,13 @@ def _plot_rates(figure: Figure, report: Report) -> None:
                 )
     rates = sorted({rate for name, arm in report.arms.items() if name in ARMS for rate in arm.sweep})
     axis.set_xscale("log")
-    axis.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    axis.set_xticks(rates, [f"{rate:g}" for rate in rates], fontsize=8)
     axis.minorticks_off()
     axis.set_xlabel("peak learning rate")
     axis.set_ylabel(f"final training loss, mean of {WINDOW} steps, one seed")
     axis.set_title("x at the top: diverged", fontsize=9, pad=10)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside right upper")  # curves go everywhere
 
 
 def _plot_probe(figure: Figure, report: Report) -> None:
