@@ -483,11 +483,13 @@ def _step(loop: Loop, batch: dict) -> Callable[[], None]:
     return step
 
 
-def _write_timing(matrix: Matrix, arms: Sequence[str], rounds: int, argv: Sequence[str]) -> None:
+def _write_timing(matrix: Matrix, arms: Sequence[str], rounds: int) -> None:
     measure.keep_freed_memory()
     arms = ["adamw", *(name for name in arms if name != "adamw")]
     config = Run(matrix.preset, "adamw", 1e-3, 0).config("", matrix.data)
-    head = record.header(argv, torch.device(config.device), config.precision)
+    # As for the runs, without the folder, which is of this machine alone.
+    command = ["convergence", "--preset", matrix.preset, "--arms", *arms, "--time", str(rounds)]
+    head = record.header(command, torch.device(config.device), config.precision)
     timing = head | {"arms": time_steps(matrix, arms, rounds)}
     matrix.folder.mkdir(parents=True, exist_ok=True)
     write_atomically(matrix.folder / "timing.json", json.dumps(timing, indent=1) + "\n")
@@ -557,7 +559,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
             return 0
         check_start(matrix, args, arms)
         if args.time is not None:
-            _write_timing(matrix, arms, args.time, argv)
+            _write_timing(matrix, arms, args.time)
             return 0
     except (ValueError, FileNotFoundError) as error:
         record.progress(f"convergence: {error}")

@@ -6,7 +6,6 @@
 Also runs with plain python. `--help` lists every option; `docs/finetuning.md` explains them.
 """
 
-import math
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -39,13 +38,14 @@ from models.classifier import (
 from models.vit import pair
 from train import plots
 from train.data import StepSampler, build_loader
-from train.energy import EnergyConfig, carbon_intensity
+from train.energy import EnergyConfig
 from train.labelled import AugmentConfig, LabelledConfig, LabelledSet, Mixer, build_labelled, collate
 from train.loop import Loop, moved
 from train.pretrain import (
     DecorConfig,
     autocast_of,
     build_decor,
+    check_numbers,
     check_sample,
     open_run,
     plot_correlations,
@@ -167,29 +167,9 @@ class Config:
 
     def check(self, processes: int) -> None:
         """Raise ValueError for settings out of range or that do not go together, in so many processes."""
-        at_least = {
-            "batch_size": 1, "accumulation": 1, "eval_every": 1, "checkpoint_every": 1,
-            "keep": 1, "max_bad_steps": 1, "seed": 0,
-        }  # fmt: skip
-        for name, least in at_least.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
-        if self.steps is not None and self.steps < 0:
-            raise ValueError(f"steps: expected at least 0, got {self.steps}")
-        if not (math.isfinite(self.epochs) and self.epochs > 0):
-            raise ValueError(f"epochs: expected a number above 0, got {self.epochs}")
-        if self.seed >= 2**63:
-            raise ValueError(f"seed: expected less than 2**63, got {self.seed}")
-        for name in ("blr", "lr", "min_lr", "weight_decay", "warmup_epochs", "warmup_steps"):
-            value = getattr(self.optim, name)
-            if value is not None and not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"optim.{name}: expected a finite number >= 0, got {value}")
+        check_numbers(self, least_steps=0)
         if not 0 < self.optim.layer_decay <= 1:
             raise ValueError(f"optim.layer_decay: expected a factor in (0, 1], got {self.optim.layer_decay}")
-        if self.optim.clip_grad is not None and not self.optim.clip_grad > 0:
-            raise ValueError(
-                f"optim.clip_grad: expected a number above 0 or null, got {self.optim.clip_grad}"
-            )
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"drop_path: expected a rate in [0, 1), got {self.drop_path}")
         slices = self.accumulation * processes
@@ -211,8 +191,6 @@ class Config:
                 'decor: fine-tuning works around the optimizer at given sites; expected form "optimizer" and '
                 f'sites other than "auto", got {self.decor.form!r} and {self.decor.sites!r}'
             )
-        if self.energy.country is not None:
-            carbon_intensity(self.energy.country)
 
 
 def load(config: Config) -> Loaded:

@@ -127,6 +127,37 @@ class DecorConfig:
         return self.decoder or not name.startswith("decoder")
 
 
+def check_numbers(config, least_steps: int) -> None:
+    """Raise ValueError for numbers out of range that any script's configuration has.
+
+    Args:
+        config: Of this script or another, with `optim` and `energy`.
+        least_steps: The shortest run.
+    """
+    at_least = {
+        "batch_size": 1, "accumulation": 1, "eval_every": 1, "checkpoint_every": 1,
+        "keep": 1, "max_bad_steps": 1, "seed": 0,
+    }  # fmt: skip
+    for name, least in at_least.items():
+        if getattr(config, name) < least:
+            raise ValueError(f"{name}: expected at least {least}, got {getattr(config, name)}")
+    if config.steps is not None and config.steps < least_steps:
+        raise ValueError(f"steps: expected at least {least_steps}, got {config.steps}")
+    if not (math.isfinite(config.epochs) and config.epochs > 0):
+        raise ValueError(f"epochs: expected a number above 0, got {config.epochs}")
+    if config.seed >= 2**63:
+        raise ValueError(f"seed: expected less than 2**63, got {config.seed}")
+    for name in ("blr", "lr", "min_lr", "weight_decay", "warmup_epochs", "warmup_steps"):
+        value = getattr(config.optim, name, None)
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"optim.{name}: expected a finite number >= 0, got {value}")
+    clip = config.optim.clip_grad
+    if clip is not None and not clip > 0:
+        raise ValueError(f"optim.clip_grad: expected a number above 0 or null, got {clip}")
+    if config.energy.country is not None:
+        carbon_intensity(config.energy.country)
+
+
 @dataclass
 class Config:
     """Pre-training of a masked autoencoder or a DARL model.
@@ -205,19 +236,7 @@ class Config:
 
     def check(self) -> None:
         """Raise ValueError for numbers out of range."""
-        at_least = {
-            "batch_size": 1, "accumulation": 1, "eval_every": 1, "checkpoint_every": 1,
-            "keep": 1, "max_bad_steps": 1, "seed": 0,
-        }  # fmt: skip
-        for name, least in at_least.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps: expected at least 1, got {self.steps}")
-        if not (math.isfinite(self.epochs) and self.epochs > 0):
-            raise ValueError(f"epochs: expected a number above 0, got {self.epochs}")
-        if self.seed >= 2**63:
-            raise ValueError(f"seed: expected less than 2**63, got {self.seed}")
+        check_numbers(self, least_steps=1)
         task = task_of(self)
         task.check()
         for family, names in FAMILIES.items():
@@ -232,14 +251,6 @@ class Config:
             parts = value if isinstance(value, list) and name == "patch_size" else [value]
             if name != "mlp_ratio" and not all(isinstance(part, int) for part in parts):
                 raise ValueError(f"model_args: {name}: expected a whole number, got {value}")
-        for name in ("blr", "min_lr", "weight_decay", "warmup_epochs", "warmup_steps"):
-            value = getattr(self.optim, name)
-            if value is not None and not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"optim.{name}: expected a finite number >= 0, got {value}")
-        if self.optim.clip_grad is not None and not self.optim.clip_grad > 0:
-            raise ValueError(
-                f"optim.clip_grad: expected a number above 0 or null, got {self.optim.clip_grad}"
-            )
         if self.parallel == "fsdp" and self.optim.name != "adamw":
             raise ValueError(
                 f"parallel: {self.optim.name} works on whole matrices, which fsdp shares out; "
@@ -249,8 +260,6 @@ class Config:
             raise ValueError(
                 f'decor.rank: sites "auto" choose the ranks, too; expected null, got {self.decor.rank}'
             )
-        if self.energy.country is not None:
-            carbon_intensity(self.energy.country)
 
 
 def check_same_run(old: Mapping, config, where: str) -> None:
