@@ -207,7 +207,9 @@ ABLATIONS = {
             "fc1 full, others low, every 2 steps",
             _FULL | {"decor.rank": {k: r for k, r in _LOW.items() if k != "fc1"}, "decor.every": 2},
         ),
-        "all-but-fc2": Arm("full R but for fc2, every 2 steps", _DEFAULT | {"decor.rank": {"fc2": _LOW["fc2"]}}),
+        "all-but-fc2": Arm(
+            "full R but for fc2, every 2 steps", _DEFAULT | {"decor.rank": {"fc2": _LOW["fc2"]}}
+        ),
         "low-every-1": Arm("low rank, every step", _FULL | {"decor.rank": _LOW}),
         "sublayers-every-4": Arm(
             "sublayer sites, every 4 steps", _FULL | {"decor.sites": "sublayers", "decor.every": 4}
