@@ -13,7 +13,9 @@ from timm.models.eva import Eva
 
 from models.darl import DARL
 from train import generate, pretrain
+from train.data import build_data, collate
 from train.run_folder import RunFolder
+from train.tasks import neighbours_mean
 
 ROOT = Path(__file__).parent.parent
 TINY = [
@@ -72,6 +74,27 @@ def mse(tmp_path_factory, one_thread) -> Path:
     out = tmp_path_factory.mktemp("runs") / "mse"
     pretrain.main([*TINY, *DBP, "--decor.form=auto", "--decor.rank=null", f"--out={out}"])
     return out
+
+
+def test_neighbours_mean_on_a_grid_by_hand():
+    """Two rows of three patches of one value each."""
+    patches = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0]).reshape(1, 6, 1)
+    expected = torch.tensor([0.0, 1.0, 2.0, 1.0, (8 + 2) / 2, (16 + 4) / 2]).reshape(1, 6, 1)
+    assert torch.equal(neighbours_mean(patches, (2, 3)), expected)
+    assert neighbours_mean(patches[:0], (2, 3)).shape == (0, 6, 1)
+
+
+def test_evaluations_tell_the_loss_without_a_model(diffusion, mse, tmp_path, one_thread):
+    config, model = pretrain.load_run(str(mse))
+    _, held_out = build_data(config.data, (32, 32), 16, config.seed)
+    images = collate([held_out[i] for i in range(len(held_out))])["image"]
+    target = model.targets(images)
+    expected = (neighbours_mean(target, (4, 4)) - target).square().mean().item()
+    for run in (diffusion, mse):
+        told = [r["neighbours_loss"] for r in RunFolder(run).records() if r["kind"] == "eval"]
+        assert told == pytest.approx([expected] * 3, rel=1e-5)
+    pretrain.main([*TINY, *DIFFUSION, "--darl.prediction=epsilon", "--steps=2", f"--out={tmp_path / 'eps'}"])
+    assert all("neighbours_loss" not in record for record in RunFolder(tmp_path / "eps").records())
 
 
 def colours(path: Path) -> int:

@@ -523,7 +523,8 @@ class Evaluator:
                 pictures = self.task.pictures(self.model, images, batch, made)
                 if first:
                     self.images, self.pictures = images[:COUNT].clone(), pictures
-            counted = torch.cat([loss.double().reshape(1) * len(images), self.task.tally(images, made)])
+            tally = self.task.tally(self.model, images, made)
+            counted = torch.cat([loss.double().reshape(1) * len(images), tally])
             total = total + (counted if i < self.chunks else torch.zeros_like(counted))
         self.model.train()
         self.processes.sum(total)

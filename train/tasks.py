@@ -124,7 +124,7 @@ class Task(ABC):
         """Pictures that are made once, at the end of a run."""
         return {}
 
-    def tally(self, images: Tensor, made: object) -> Tensor:
+    def tally(self, model: nn.Module, images: Tensor, made: object) -> Tensor:
         """What evaluation adds up over all images beside the loss, float64 [n], by what `forward` gave."""
         return torch.zeros(0, dtype=torch.float64, device=images.device)
 
@@ -202,6 +202,26 @@ def given_part(model: darl.DARL, images: Tensor, given: Tensor) -> Tensor:
     return unpatchify(shown, model.patch_embed.grid_size, model.patch_embed.patch_size)
 
 
+def neighbours_mean(patches: Tensor, grid_size: tuple[int, int]) -> Tensor:
+    """Predict each patch without a model: the mean of the patch to the left and the one above.
+
+    Patches at an edge have the one that there is; the first one is 0, the mean of standardised pixels.
+
+    Args:
+        patches: [B, L, P] in raster order.
+        grid_size: Rows and columns of patches, whose product is L.
+
+    Returns:
+        The predictions [B, L, P].
+    """
+    grid = patches.unflatten(1, grid_size)
+    left, above = torch.zeros_like(grid), torch.zeros_like(grid)
+    left[:, :, 1:], above[:, 1:] = grid[:, :, :-1], grid[:, :-1]
+    mean = (left + above) / 2
+    mean[:, 0], mean[:, :, 0] = left[:, 0], above[:, :, 0]
+    return mean.flatten(1, 2)
+
+
 class AutoregressiveTask(Task):
     """DARL: predict each patch from those before it."""
 
@@ -274,6 +294,24 @@ class AutoregressiveTask(Task):
             # Outside of the model, which may be compiled: the seeds are numbers of Python.
             drawn = diffusion.draw(images, batch["noise"].shape[1], *options.gamma, batch["seed"])
         return model(images, batch["noise"], drawn, self.codes(images))
+
+    @property
+    def predicts_patches(self) -> bool:
+        """Whether the loss is the mean squared error of patches, which a prediction without a model has, too."""
+        options = self.config.darl
+        return options.objective == "mse" or (options.objective, options.prediction) == ("diffusion", "x0")
+
+    def tally(self, model: nn.Module, images: Tensor, made: Tensor) -> Tensor:
+        """The sum of the losses that `neighbours_mean` has, where they compare with the model's."""
+        if not self.predicts_patches:
+            return super().tally(model, images, made)
+        target = model.targets(images)
+        error = (neighbours_mean(target, model.patch_embed.grid_size) - target).square().mean()
+        return (error * len(images)).double().reshape(1)
+
+    def measures(self, tally: Tensor, size: int) -> dict[str, float]:
+        """The loss of `neighbours_mean`, where it compares with the model's."""
+        return {"neighbours_loss": tally[0].item() / size} if self.predicts_patches else {}
 
     def pictures(self, model: nn.Module, images: Tensor, batch: Mapping, made: Tensor) -> dict[str, Rows]:
         """Pictures of what `forward` gave."""
@@ -366,7 +404,7 @@ class TokenizerTask(Task):
         loss, made, logits = model(images, temperature)
         return loss, (made, logits)
 
-    def tally(self, images: Tensor, made: tuple[Tensor, Tensor]) -> Tensor:
+    def tally(self, model: nn.Module, images: Tensor, made: tuple[Tensor, Tensor]) -> Tensor:
         """The sum of the images' mean squared errors, and how often each entry is the best."""
         reconstruction, logits = made
         error = (reconstruction - images).square().mean() * len(images)
