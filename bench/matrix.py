@@ -94,7 +94,8 @@ _LONG = {
     "batch_size": 32,
     "optim.warmup_steps": 100,
 }  # fmt: skip
-_DARL = _PHOTOS | {
+_DARL = _PHOTOS | {  # an image has four times the tokens of one that is masked, and a loss for each
+    "batch_size": 32,
     "model": "darl_vit_tiny",
     "model_args": {"patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4},
 }
