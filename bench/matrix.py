@@ -211,6 +211,16 @@ ABLATIONS = {
         "all-but-fc2": Arm(
             "full R but for fc2, every 2 steps", _DEFAULT | {"decor.rank": {"fc2": _LOW["fc2"]}}
         ),
+        **{
+            f"fc2-{part}th": Arm(
+                f"as by default, but rank 1/{part} for fc2",
+                _DEFAULT | {"decor.rank": {k: r for k, r in _LOW.items() if k != "qkv"} | {"fc2": 1 / part}},
+            )
+            for part in (16, 24)
+        },
+        "all-but-fc2-16th": Arm(
+            "full R but for fc2 with rank 1/16, every 2 steps", _DEFAULT | {"decor.rank": {"fc2": 1 / 16}}
+        ),
         "low-every-1": Arm("low rank, every step", _FULL | {"decor.rank": _LOW}),
         "sublayers-every-4": Arm(
             "sublayer sites, every 4 steps", _FULL | {"decor.sites": "sublayers", "decor.every": 4}
