@@ -1,7 +1,8 @@
 """The gate before every figure: ours and the published rule compute the same thing.
 
 Decorrelated layers are held to the rule as it stands; `DecorPreconditioner` to the rule with
-`W <- W R_old R_new^-1` after each update, so that R does not change the network's function.
+`W <- W R_old R_new^-1` after each update, so that R does not change the network's function; and a low-rank R
+whose rank is the whole width to the full one.
 """
 
 import functools
@@ -58,7 +59,7 @@ def compare(case: Case, sites: str, device: torch.device, precision: str) -> dic
     """Train ours and the published rule from one start on the same rows; returns how far they differ.
 
     Returns:
-        Relative differences of the losses, the change of the weights and that of R, the worst of both ours.
+        Relative differences of the losses, the change of the weights and that of R, the worst of all ours.
 
     Raises:
         CheckFailed: converting the model changed its output.
@@ -73,14 +74,16 @@ def compare(case: Case, sites: str, device: torch.device, precision: str) -> dic
 
     plain, published, kept = make("plain"), make("published"), make("published")
     ours, around = make("ours", limit=None), make("around", limit=None, scale_free=False)
-    for arm in (ours, around, published):
+    widths = {name: len(R) for name, R in around.R().items()}
+    low = make("around", limit=None, scale_free=False, rank=widths)
+    for arm in (ours, around, low, published):
         if not torch.equal(arm.output(), plain.output()):
             raise CheckFailed(
                 f"{case.name}, {sites}: with R = I, {arm.method} computes another output than plain"
             )
 
     rows = _Rows(case)
-    for arm in (ours, around):  # they draw without replacement; here they must not
+    for arm in (ours, around, low):  # they draw without replacement; here they must not
         arm.decor._sampler.index = rows.index
     for arm in (published, kept):
         for layer in published_layers(arm.model).values():
@@ -88,12 +91,13 @@ def compare(case: Case, sites: str, device: torch.device, precision: str) -> dic
     losses = []
     for step in range(3):
         rows.step = step
-        losses += [(ours.step(), published.step()), (around.step(), _step_in_place(kept))]
+        full = around.step()
+        losses += [(ours.step(), published.step()), (full, _step_in_place(kept)), (low.step(), full)]
     _fuse(kept)
 
-    sides = [(ours, published), (around, kept)]
+    sides = [(ours, published), (around, kept), (low, around)]
     weights = [zip(*(arm.model.parameters() for arm in (plain, *pair)), strict=True) for pair in sides]
-    Rs = [(R, theirs.R()[name]) for mine, theirs in sides for name, R in mine.R().items()]
+    Rs = [(R, theirs.R()[name]) for mine, theirs in sides[:2] for name, R in mine.R().items()]
     return {
         "loss": max(float(abs(a - b) / abs(b)) for a, b in losses),
         "weights": max(map(_change, weights)),

@@ -275,12 +275,24 @@ def test_memory(tmp_path):
     assert "| published | all            |" in done.stdout
 
 
+def _full_too_fast(model, lr, kappa, **rule):
+    return RIGHT["DecorSGD"](model, 1.01 * lr, kappa, **rule)
+
+
+def _low_too_fast(*arguments, rank, lr, **rule):
+    factor = 1.01 if isinstance(rank, dict) else 1.0  # the gate has a rank for each layer
+    return RIGHT["DecorPreconditioner"](*arguments, rank=rank, lr=factor * lr, **rule)
+
+
+RIGHT = {name: getattr(dbpkern, name) for name in ("DecorSGD", "DecorPreconditioner")}
+
+
 @pytest.mark.parametrize("command", ["step", "memory"])
-def test_a_wrong_rate_is_found(command: str, tmp_path, capsys, monkeypatch):
-    right = dbpkern.DecorSGD
-    monkeypatch.setattr(
-        dbpkern, "DecorSGD", lambda model, lr, kappa, **rule: right(model, 1.01 * lr, kappa, **rule)
-    )
+@pytest.mark.parametrize(
+    ("name", "wrong"), [("DecorSGD", _full_too_fast), ("DecorPreconditioner", _low_too_fast)]
+)
+def test_a_wrong_rate_is_found(command, name, wrong, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(dbpkern, name, wrong)
     path = tmp_path / "record.json"
     assert main([command, *TINY, "--json", str(path)]) == 1
     captured = capsys.readouterr()
