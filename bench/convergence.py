@@ -14,11 +14,8 @@ import argparse
 import json
 import math
 import os
-import signal
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -30,6 +27,7 @@ from torch import nn
 
 from bench import measure, probe, record
 from bench.baselines import PublishedRule
+from bench.jobs import Job, run_all
 from bench.matrix import ABLATIONS, ARMS, PRESETS, REFERENCE, SEEDS, Run, every_arm
 from bench.options import count
 from train import pretrain, processes
@@ -42,7 +40,6 @@ from train.run_folder import RunFolder, flat, to_json, write_atomically
 FOLDER = Path(__file__).parent / "reports" / "convergence"
 WORKER = (sys.executable, "-m", "bench", "convergence", "--worker")  # what makes a run
 FINISHED = "finished"
-LOG_TAIL = 2000  # characters of a failed run's log that are shown
 
 
 def rate(text: str) -> float:
@@ -333,69 +330,23 @@ def work(spec: Mapping) -> None:
     write_atomically(Path(spec["path"]), to_json(asdict(result)) + "\n")
 
 
-def _start(run: Run, path: Path, data: Mapping[str, object], jobs: int) -> subprocess.Popen:
-    """Let a process of its own make a run and write its file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    spec = {"run": asdict(run), "data": data, "jobs": jobs, "path": str(path.resolve())}
-    with path.with_suffix(".log").open("w") as log:
-        # In a session of its own: Ctrl-C is for this process, which then ends the others.
-        return subprocess.Popen([*WORKER, json.dumps(spec)], stdout=log, stderr=log, start_new_session=True)
+def fill(matrix: Matrix, args: argparse.Namespace, arms: Sequence[str]) -> list[str]:
+    """Make all missing runs; returns the names of those that failed."""
 
+    def missing() -> Iterator[Job]:
+        for run in matrix.missing(arms, args.seeds, args.rate):
+            spec = {"run": asdict(run), "data": matrix.data, "jobs": args.jobs}
+            yield Job(run.name, matrix.path(run), spec)
 
-def _end(workers: Iterable[subprocess.Popen]) -> None:
-    workers = list(workers)
-    for worker in workers:
-        worker.terminate()
-    for worker in workers:
-        try:
-            worker.wait(30)
-        except subprocess.TimeoutExpired:
-            worker.kill()
-            worker.wait()
-
-
-def fill(matrix: Matrix, args: argparse.Namespace, arms: Sequence[str]) -> list[Run]:
-    """Make all missing runs; returns those that failed."""
-    running: dict[Run, subprocess.Popen] = {}
-    failed: list[Run] = []
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        while True:
-            for run in matrix.missing(arms, args.seeds, args.rate):
-                if len(running) < args.jobs and run not in running and run not in failed:
-                    record.progress(f"{run.name}: started")
-                    running[run] = _start(run, matrix.path(run), matrix.data, args.jobs)
-            if not running:
-                return failed
-            time.sleep(0.2)
-            for run in [run for run, worker in running.items() if worker.poll() is not None]:
-                code = running.pop(run).returncode
-                if not _collect(matrix, run, code):
-                    failed.append(run)
-    finally:
-        _end(running.values())
-        signal.signal(signal.SIGTERM, previous)
-
-
-def _collect(matrix: Matrix, run: Run, code: int) -> bool:
-    """Take over what a worker left; whether it left a result."""
-    path = matrix.path(run)
-    log = path.with_suffix(".log")
-    try:
-        if code:
-            raise ValueError(f"exit code {code}\n{log.read_text(errors='replace')[-LOG_TAIL:]}")
-        result = read(path, matrix.preset)
+    def collect(job: Job) -> str:
+        result = read(job.path, matrix.preset)
         found = differences(result, matrix.data)
         if found:  # somebody has edited the matrix while it was filled
-            raise ValueError(f"{path} is of other settings: {'; '.join(found)}")
-    except (OSError, ValueError) as error:
-        record.progress(f"{run.name}: FAILED, see {log}: {error}")
-        return False
-    log.unlink()
-    matrix.results[run] = result
-    told = f"diverged: {result.outcome}" if result.diverged else f"final loss {result.final:.4f}"
-    record.progress(f"{run.name}: {told}")
-    return True
+            raise ValueError(f"{job.path} is of other settings: {'; '.join(found)}")
+        matrix.results[result.run] = result
+        return f"diverged: {result.outcome}" if result.diverged else f"final loss {result.final:.4f}"
+
+    return run_all(WORKER, missing, collect, args.jobs)
 
 
 def listing(matrix: Matrix, args: argparse.Namespace, arms: Sequence[str]) -> str:
@@ -570,5 +521,5 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
         record.progress("convergence: stopped; runs that were cut off are made again by the same command")
         return 130
     if failed:
-        record.progress(f"convergence: {len(failed)} runs failed: {', '.join(r.name for r in failed)}")
+        record.progress(f"convergence: {len(failed)} runs failed: {', '.join(failed)}")
     return 1 if failed else 0
