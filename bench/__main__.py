@@ -18,6 +18,7 @@ COMMANDS = {
     "data": "images per second of the loader and of the parts of its work",
     "convergence": "how soon each way to train reaches AdamW's final loss",
     "curves": "the report of what convergence has found",
+    "transfer": "what pre-trained encoders are worth in fine-tuning, against training from scratch",
     "compile": "every shipped kernel configuration ahead of time, its registers, shared memory and spills",
     "report": "tables and plots of what the others have written",
 }

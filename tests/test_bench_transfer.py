@@ -1,0 +1,186 @@
+"""bench transfer: what is run and kept, and what the report says; made-up figures and a real tiny matrix."""
+
+import json
+import os
+import sys
+from dataclasses import asdict, replace
+
+import pytest
+from PIL import Image
+from test_bench_convergence import HEADER, TINY
+
+from bench import convergence, matrix, transfer
+from bench.__main__ import main
+from bench.matrix import Run as Pretraining
+from bench.transfer import Comparison, Preset, Result, Run, Start
+
+SIZES = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
+MADE = Preset(
+    transfer.PRESETS["digits"].settings
+    | {"img_size": 16, "steps": 4, "batch_size": 8, "optim.warmup_steps": 1},
+    {
+        "scratch": Start("From scratch", {"model": "mae_vit_tiny", "model_args": SIZES}),
+        "mae": Start("MAE", {"readout": "mean"}, ("tiny", "adamw")),
+    },
+    (1e-3, 3e-3),
+    evaluations=2,
+)
+WORKER = f"""\
+import sys
+
+sys.path.insert(0, {os.path.dirname(__file__)!r})
+from test_bench_transfer import shrink
+from bench.__main__ import main
+
+shrink(dict.__setitem__)
+sys.exit(main(["transfer", "--worker", sys.argv[1]]))
+"""
+
+
+def shrink(setitem):
+    """Add tiny presets of pre-training and of fine-tuning."""
+    setitem(matrix.PRESETS, "tiny", TINY)
+    setitem(matrix.ARMS, "adamw", replace(matrix.ARMS["adamw"], rates=(3e-3,)))
+    setitem(transfer.PRESETS, "made", MADE)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch, tmp_path):
+    """The tiny presets, and a convergence matrix that knows the best rate of pre-training."""
+    shrink(monkeypatch.setitem)
+    monkeypatch.setattr(convergence, "FOLDER", tmp_path / "convergence")
+    run = Pretraining("tiny", "adamw", 3e-3, 0)
+    result = convergence.Result(
+        run, convergence.FINISHED, run.settings(transfer.IMAGES), [1.0] * 8, 1.0,
+        [{"step": 0, "heldout_loss": 1.0}], {}, 0, 1, HEADER,
+    )  # fmt: skip
+    path = tmp_path / "convergence" / "tiny" / "runs" / f"{run.name}.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(asdict(result)))
+
+
+def write_result(folder, start, rate, seed, top1, loss=1.0, **changes):
+    """The file of a made-up run, which is as good as that from its first step on."""
+    run = Run("made", start, rate, seed)
+    evals = [{"step": s, "heldout_loss": loss, "top1": top1 + s, "top5": 100.0} for s in (0, 2, 4)]
+    pretraining = {"steps": 8, "final_loss": 0.5 + seed} if start == "mae" else None
+    settings = Comparison(folder, "made").settings(run) | changes
+    path = folder / "made" / "runs" / f"{run.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(asdict(Result(run, settings, pretraining, evals, HEADER))))
+    return path
+
+
+def transfer_made(folder, *arguments):
+    return main(["transfer", "--preset", "made", "--folder", str(folder), *arguments])
+
+
+def test_a_tiny_comparison_is_made_once_and_reported(tmp_path, monkeypatch, capsys):
+    (tmp_path / "worker.py").write_text(WORKER)
+    monkeypatch.setattr(transfer, "WORKER", (sys.executable, str(tmp_path / "worker.py")))
+    assert transfer_made(tmp_path, "--seeds", "0", "--jobs", "2") == 0
+    told = capsys.readouterr().err
+    assert told.count("encoder mae, seed 0: started") == 1
+    runs = sorted(path.name for path in (tmp_path / "made" / "runs").iterdir())
+    assert runs == [f"{s}_lr{rate}_seed0.json" for s in ("mae", "scratch") for rate in ("0.001", "0.003")]
+    result = json.loads((tmp_path / "made" / "runs" / runs[0]).read_text())
+    assert [e["step"] for e in result["evals"]] == [0, 2, 4]
+    assert result["pretraining"]["steps"] == TINY.steps
+    assert result["settings"]["pretraining"]["model"] == "mae_vit_tiny"
+    assert "| From scratch" in (tmp_path / "made" / "report.md").read_text()
+    with Image.open(tmp_path / "made" / "accuracy.png") as picture:
+        assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
+    assert transfer_made(tmp_path, "--seeds", "0") == 0
+    assert "started" not in capsys.readouterr().err
+
+
+def test_the_best_rate_is_by_accuracy_and_then_by_loss(tmp_path):
+    write_result(tmp_path, "scratch", 1e-3, 0, top1=50.0, loss=1.0)
+    assert Comparison(tmp_path, "made").best_rate("scratch") is None
+    write_result(tmp_path, "scratch", 3e-3, 0, top1=50.0, loss=0.9)
+    comparison = Comparison(tmp_path, "made")
+    assert comparison.best_rate("scratch") == 3e-3
+    missing = list(comparison.missing(["scratch"], [0, 1]))
+    assert missing == [Run("made", "scratch", 3e-3, 1)]
+
+
+def test_encoders_come_before_the_runs_that_need_them_and_are_not_made_for_finished_ones(tmp_path):
+    comparison = Comparison(tmp_path, "made")
+    names = [job.name for job in comparison.jobs(["scratch", "mae"], [0])]
+    assert names == ["scratch_lr0.001_seed0", "scratch_lr0.003_seed0"] + 2 * ["encoder mae, seed 0"]
+    for rate in MADE.rates:
+        write_result(tmp_path, "mae", rate, 0, top1=50.0)
+    assert list(Comparison(tmp_path, "made").jobs(["mae"], [0])) == []
+
+
+def test_an_encoder_of_other_settings_is_made_again(tmp_path):
+    comparison = Comparison(tmp_path, "made")
+    path = comparison.encoder("mae", 0)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"weights")
+    about = {"settings": comparison.pretraining("mae", 0).settings(transfer.IMAGES)}
+    path.with_suffix(".json").write_text(json.dumps(about))
+    assert comparison.has_encoder("mae", 0)
+    about["settings"]["steps"] += 1
+    path.with_suffix(".json").write_text(json.dumps(about))
+    assert not comparison.has_encoder("mae", 0)
+
+
+def test_the_report_has_the_figures_computed_by_hand(tmp_path, capsys):
+    for start, better in (("scratch", 0.0), ("mae", 20.0)):
+        write_result(tmp_path, start, 1e-3, 0, top1=10.0)
+        for seed in (0, 1, 2):
+            write_result(tmp_path, start, 3e-3, seed, top1=50.0 + better + seed)
+    assert transfer_made(tmp_path, "--report") == 0
+    text = (tmp_path / "made" / "report.md").read_text()
+    assert capsys.readouterr().out.strip() == text.strip()
+    line = next(line for line in text.splitlines() if line.startswith("| MAE "))
+    cells = [cell.strip() for cell in line.split("|")[1:-1]]
+    assert cells[:3] == ["MAE", "0.003", "3"]
+    assert cells[3] == "1.5000"  # the mean of .5, 1.5 and 2.5
+    assert cells[4:6] == ["73.0", "75.00 (74.00 to 76.00)"]
+    assert cells[7] == "0.001: 14.0, 0.003: 74.0"
+    known = json.loads((tmp_path / "made" / "report.json").read_text())["starts"]
+    assert [row["curve"] for row in known] == [
+        {"0": 51.0, "2": 53.0, "4": 55.0},
+        {"0": 71.0, "2": 73.0, "4": 75.0},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda path: path.write_text("{"), "is damaged: expected the JSON of a run"),
+        (lambda path: path.rename(path.with_name("mae_lr1_seed0.json")), "is damaged"),
+        (
+            lambda path: write_result(path.parents[2], "mae", 1e-3, 0, 9.0, steps=5),
+            "of other settings: steps",
+        ),
+    ],
+)
+def test_files_that_do_not_fit_are_named_and_nothing_is_started(tmp_path, capsys, spoil, message):
+    spoil(write_result(tmp_path, "mae", 1e-3, 0, top1=50.0))
+    assert transfer_made(tmp_path) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert "move or delete these files" in told
+    assert "started" not in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--starts", "nothing"], "--starts: expected some of scratch, mae, got nothing"),
+        (["--seeds", "-1"], "--seeds: expected numbers of at least 0, got -1"),
+        (["--report"], "nothing to report"),
+    ],
+)
+def test_bad_input_is_named(tmp_path, capsys, arguments, message):
+    assert transfer_made(tmp_path, *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_rate_that_nobody_knows_yet_is_asked_for(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(convergence, "FOLDER", tmp_path / "nothing")
+    assert transfer_made(tmp_path, "--starts", "mae") == 2
+    assert "first run python -m bench convergence --preset tiny --arms adamw" in capsys.readouterr().err
