@@ -470,10 +470,10 @@ def report(comparison: Comparison) -> str:
         [
             f"# Transfer: {comparison.preset}",
             "",
-            f"{about['steps']} steps of {about['batch_size']} images of {about['img_size']} pixels, one protocol "
-            "for all starts. Each has its own best rate, by the accuracy of the first seed on the held-out "
-            "images that the table is about: all starts have that advantage. Mean over seeds, with the lowest "
-            "and the highest.",
+            f"{about['steps']} steps of {about['batch_size']} images of {about['img_size']} pixels, by one "
+            "protocol. Each start has its own best rate, by the accuracy of the first seed on the held-out "
+            "images that the table is about: all starts have that advantage. Mean over seeds, with the "
+            "lowest and the highest.",
             "",
             table(found),
             "",
