@@ -144,15 +144,20 @@ class RasterRotations(nn.Module):
         self._make = partial(
             darl.rotary_positions, "rope1d", head_dim=head_dim, reference=grid_size, temperature=temperature
         )
+        self.grid_size = grid_size
         self.register_buffer("pos_embed", self._make(grid_size), persistent=False)
 
     def update_feat_shape(self, grid_size: tuple[int, int]) -> None:
-        """Serve another grid from now on."""
-        self.pos_embed = self._make(tuple(grid_size)).to(self.pos_embed.device)
+        """Keep those of another grid from now on."""
+        self.grid_size = tuple(grid_size)
+        self.pos_embed = self._make(self.grid_size).to(self.pos_embed.device)
 
-    def get_embed(self, shape: Sequence[int] | None = None) -> Tensor:
-        """Sines and cosines [L, 2 * head_dim]; the shape is that of the grid which was set."""
-        return self.pos_embed
+    def get_embed(self, shape: Sequence[int]) -> Tensor:
+        """Sines and cosines [L, 2 * head_dim] for a grid of rows and columns; those of one grid are kept."""
+        # A comparison would bind an exported graph to this one size.
+        if not torch.compiler.is_exporting() and tuple(shape) == self.grid_size:
+            return self.pos_embed
+        return self._make(tuple(shape)).to(self.pos_embed.device)
 
 
 class TakeToken(nn.Module):
@@ -171,13 +176,19 @@ class TakeToken(nn.Module):
         return x[:, self.index]
 
 
-def create_vit(architecture: Architecture, drop_path: float = 0.0, pretrained: bool = False) -> Vit:
+def create_vit(
+    architecture: Architecture,
+    drop_path: float = 0.0,
+    pretrained: bool = False,
+    dynamic_img_size: bool = False,
+) -> Vit:
     """Build an encoder, with a final norm and without a head; weights are timm's random ones.
 
     Args:
         architecture: What to build.
         drop_path: Rate of stochastic depth at the last block; it grows from 0 at the first.
         pretrained: Whether "timm:NAME" gets timm's weights, which timm downloads and keeps.
+        dynamic_img_size: Whether images of any size are taken, their positions being resampled in every call.
 
     Raises:
         ValueError: No such model, sizes out of range, or a model of timm that is not a ViT.
@@ -193,6 +204,7 @@ def create_vit(architecture: Architecture, drop_path: float = 0.0, pretrained: b
                 img_size=img_size,
                 num_classes=0,
                 drop_path_rate=drop_path,
+                **({"dynamic_img_size": True} if dynamic_img_size else {}),  # few models know the argument
                 **architecture.sizes,
             )
         except (RuntimeError, TypeError) as error:  # for unknown names and arguments
@@ -218,6 +230,7 @@ def create_vit(architecture: Architecture, drop_path: float = 0.0, pretrained: b
         "num_classes": 0,
         "global_pool": "token",
         "drop_path_rate": drop_path,
+        "dynamic_img_size": dynamic_img_size,
         "norm_layer": partial(nn.LayerNorm, eps=1e-6),
         **sizes,
     }
@@ -240,8 +253,18 @@ def create_vit(architecture: Architecture, drop_path: float = 0.0, pretrained: b
     return model
 
 
-def _fill(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
-    """Load weights, raising ValueError unless they are exactly the model's."""
+def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a file, raising ValueError if it cannot be read."""
+    try:
+        with safe_open(path, "pt") as file:
+            # No mapping, in spite of its keys().
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def fill(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Load weights, raising ValueError that names their file unless they are exactly the model's."""
     own = model.state_dict()
     wrong = [f"{name} (missing)" for name in own if name not in weights]
     wrong += [f"{name} (unknown)" for name in weights if name not in own]
@@ -261,6 +284,7 @@ def load_encoder(
     drop_path: float = 0.0,
     model: str | None = None,
     sizes: Mapping[str, object] | None = None,
+    dynamic_img_size: bool = False,
 ) -> Loaded:
     """Load an encoder, or a classifier with `classifier_metadata`, from a file.
 
@@ -270,6 +294,7 @@ def load_encoder(
         drop_path: As in `create_vit`.
         model: Which model it is. A checkpoint of facebookresearch/mae does not tell; the others do.
         sizes: Changes to the model, as in `Architecture`.
+        dynamic_img_size: As in `create_vit`.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -280,13 +305,8 @@ def load_encoder(
         hint = ": a folder, expected a file such as its encoder.safetensors" if path.is_dir() else ""
         raise FileNotFoundError(f"no such encoder: {path}{hint}")
     if path.suffix != ".safetensors":
-        return _load_mae(path, drop_path, model, sizes or {})
-    try:
-        with safe_open(path, "pt") as file:
-            about = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping
-    except SafetensorError as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        return _load_mae(path, drop_path, model, sizes or {}, dynamic_img_size)
+    about, weights = read_safetensors(path)
     try:
         architecture = Architecture.from_metadata(about)
     except ValueError as error:
@@ -297,18 +317,20 @@ def load_encoder(
         raise ValueError(
             f"model: {path} says itself that it is {found}; expected null or the same, got {asked}"
         )
-    vit = create_vit(architecture, drop_path)
+    vit = create_vit(architecture, drop_path, dynamic_img_size=dynamic_img_size)
     if "readout" not in about:
-        _fill(vit, weights, path)
+        fill(vit, weights, path)
         return Loaded(vit, architecture)
     classes = tuple(json.loads(about["classes"]))
     size, causal = literal_eval(about["fine_tuned_at"]), literal_eval(about["causal"])
     to_classifier(vit, architecture, len(classes), about["readout"], img_size=size, causal=causal)
-    _fill(vit, weights, path)
+    fill(vit, weights, path)
     return Loaded(vit, architecture, classes, about["readout"], causal)
 
 
-def _load_mae(path: Path, drop_path: float, model: str | None, sizes: Mapping[str, object]) -> Loaded:
+def _load_mae(
+    path: Path, drop_path: float, model: str | None, sizes: Mapping[str, object], dynamic_img_size: bool
+) -> Loaded:
     if model is None:
         raise ValueError(
             f"model: {path} is no safetensors file, and a checkpoint of facebookresearch/mae does not tell "
@@ -329,8 +351,8 @@ def _load_mae(path: Path, drop_path: float, model: str | None, sizes: Mapping[st
     rows, columns = patch.shape[2:]
     side = isqrt(positions.shape[1] - 1)
     architecture = Architecture(model, (side * rows, side * columns), dict(sizes))
-    vit = create_vit(architecture, drop_path)
-    _fill(vit, weights, path)
+    vit = create_vit(architecture, drop_path, dynamic_img_size=dynamic_img_size)
+    fill(vit, weights, path)
     return Loaded(vit, architecture)
 
 

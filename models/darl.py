@@ -107,8 +107,8 @@ def rotary_positions(
         reference: Positions are scaled to the range of this grid; None for the grid itself.
         temperature: The longest wavelength, over 2 pi, in patches.
     """
-    scaled = None if reference in (None, grid_size) else reference
     if kind == "rope2d":
+        scaled = None if reference in (None, grid_size) else reference
         waves = build_rotary_pos_embed(
             list(grid_size),
             dim=head_dim,
@@ -120,8 +120,8 @@ def rotary_positions(
         return torch.cat(waves, dim=-1)
     length = grid_size[0] * grid_size[1]
     place = torch.arange(length, dtype=torch.float64)
-    if scaled is not None:
-        place *= scaled[0] * scaled[1] / length
+    if reference is not None:
+        place *= reference[0] * reference[1] / length
     frequency = temperature ** -(torch.arange(head_dim // 2, dtype=torch.float64) / (head_dim // 2))
     angle = torch.outer(place, frequency).repeat_interleave(2, dim=-1)
     return torch.cat([angle.sin(), angle.cos()], dim=-1).float()
