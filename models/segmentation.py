@@ -147,6 +147,10 @@ class SegmentationModel(nn.Module):
         dropout: Rate at which whole channels are dropped before the last convolutions of "upernet" and "dpt"
             and of their auxiliary head.
 
+    Attributes:
+        multiple: Height and width in pixels to whose multiples images are padded. `torch.export` with dynamic
+            sides takes multiples alone, and for "upernet" and "dpt" none below twice that.
+
     Raises:
         ValueError: Choices that do not go with each other or with the encoder; numbers out of range.
     """
@@ -214,6 +218,7 @@ class SegmentationModel(nn.Module):
                 encoder_output_strides=[side] * 4,
                 encoder_has_prefix_tokens=False,
                 readout="ignore",
+                # In the proportions of the paper's ViT-L.
                 intermediate_channels=[dim // 4, dim // 2, dim, dim],
                 fusion_channels=width,
             )
@@ -333,16 +338,16 @@ def sliding_logits(
     if batch < 1:
         raise ValueError(f"batch: expected at least 1, got {batch}")
     size = images.shape[2:]
-    height, width = (min(pair) for pair in zip(window, size, strict=True))
+    height, width = (min(sides) for sides in zip(window, size, strict=True))
     corners = list(product(_starts(size[0], height, stride[0]), _starts(size[1], width, stride[1])))
     total, seen = None, images.new_zeros(size, dtype=torch.float32)
     for first in range(0, len(corners), batch):
-        some = corners[first : first + batch]
-        crops = torch.cat([images[:, :, y : y + height, x : x + width] for y, x in some])
+        chunk = corners[first : first + batch]
+        crops = torch.cat([images[:, :, y : y + height, x : x + width] for y, x in chunk])
         logits = model(crops).logits
         if total is None:
             total = logits.new_zeros((len(images), logits.shape[1], *size), dtype=torch.float32)
-        for (y, x), part in zip(some, logits.split(len(images)), strict=True):
+        for (y, x), part in zip(chunk, logits.split(len(images)), strict=True):
             total[:, :, y : y + height, x : x + width] += part
             seen[y : y + height, x : x + width] += 1
     return total / seen
