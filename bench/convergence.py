@@ -382,8 +382,8 @@ def _cadence(loop: Loop, steps: int) -> int:
         for group in loop.optimizer.param_groups:
             group["preconditioner_update_probability"] = 1 / (every - 0.5)  # it compares 1/p with a count
         return every
-    decor = loop.config["decor"]
-    return decor["every"] if decor["enable"] else 1
+    decor = loop.config.decor
+    return decor.every if decor.enable else 1
 
 
 def time_steps(matrix: Matrix, arms: Sequence[str], rounds: int) -> dict[str, object]:

@@ -32,6 +32,7 @@ from bench.matrix import Run as Pretraining
 from bench.options import count
 from train import finetune, pretrain, processes
 from train.plots import WINDOW
+from train.run import whole_weights
 from train.run_folder import NEUTRAL, RunFolder, flat, to_json, write_atomically
 
 FOLDER = Path(__file__).parent / "reports" / "transfer"
@@ -332,7 +333,7 @@ def pretrain_encoder(run: Pretraining, path: Path) -> None:
         evaluator.observes = False
         loop.train(batches)
         losses = convergence.losses(RunFolder(out).records())[-WINDOW:]
-        stock = pretrain.fused_model(config, loop.ranks, pretrain.whole_weights(loop.model))
+        stock = pretrain.fused_model(config, loop.ranks, whole_weights(loop.model))
         about = {"steps": loop.step, "final_loss": mean(losses), "settings": run.settings(IMAGES)}
         write_atomically(path.with_suffix(".json"), to_json(about) + "\n")
         write_atomically(path, evaluator.task.exports(stock)["encoder.safetensors"])

@@ -21,6 +21,7 @@ from bench.matrix import Preset, Run
 from models.mae import create_mae
 from train.compare import average
 from train.plots import trailing_mean
+from train.pretrain import Config, DecorConfig
 
 SMALL = {
     "model": "mae_vit_tiny",
@@ -545,7 +546,7 @@ class Repeating(nn.Module):
     def __init__(self, optimizer, every=1):
         super().__init__()
         self.optimizer = optimizer
-        self.config = {"decor": {"enable": True, "every": every}}
+        self.config = Config("", decor=DecorConfig(enable=True, every=every))
 
 
 def test_arms_are_timed_over_whole_turns(monkeypatch):

@@ -274,7 +274,7 @@ def test_a_model_of_timm_trains_and_its_classifier_is_read_again(tmp_path):
     # These weights of timm's are for pixels between -1 and 1.
     config = finetune.parse([f"--config={tmp_path / 'run' / 'config.yaml'}", f"--out={tmp_path / 'other'}"])
     _, evaluator, _ = finetune.prepare(config, Processes(0, 1, torch.device("cpu")))
-    image = evaluator.loader.dataset[0, 0].image
+    image = evaluator.held_out[0, 0].image
     assert -1.01 < image.min() < -0.9
 
 
@@ -705,11 +705,9 @@ def test_confusion_is_drawn_in_per_cent_of_each_class():
         ([*SCRATCH, "--optim.layer_decay=0"], r"optim.layer_decay: expected a factor in \(0, 1\], got 0"),
         ([*SCRATCH, "--optim.lr=.nan"], "optim.lr: expected a finite number"),
         ([*SCRATCH, "--optim.warmup_steps=7"], "warm-up of 7 steps is longer than the run of 6"),
-        (
-            [*SCRATCH, "--decor.enable=true", "--decor.sites=auto"],
-            "decor: fine-tuning works around the optimizer",
-        ),
+        ([*SCRATCH, "--decor.enable=true", "--decor.sites=auto"], "sites: expected a preset .*, got 'auto'"),
         ([*SCRATCH, "--decor.enable=true", "--decor.sample=1e-4"], "gives no rows"),
+        ([*SCRATCH, "--decor.enable=true", "--batch_size=2", "--accumulation=4"], "must be a multiple of"),
         ([*SCRATCH, "--steps=0"], "steps: 0 evaluates a classifier.safetensors"),
         ([*SCRATCH, "--resume=/does/not/exist"], "no checkpoint at"),
     ],
@@ -769,4 +767,7 @@ def test_help_explains_every_option(capsys):
         "--linear",
     ):
         assert option in text
+    # Plans and decorrelated layers are for pre-training.
+    assert "--decor.budget" not in text
+    assert "--decor.form" not in text
     assert "Factor of the rate from each block" in text

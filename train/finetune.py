@@ -6,21 +6,20 @@
 Also runs with plain python. `--help` lists every option; `docs/finetuning.md` explains them.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from jsonargparse import ArgumentParser
 from safetensors.torch import save
 from timm.data import resolve_model_data_config
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import Lars, param_groups_layer_decay
 from torch import Tensor, nn
+from torchvision.utils import save_image
 
 import dbpkern
 from dbpkern import diagnostics
@@ -36,62 +35,43 @@ from models.classifier import (
     to_classifier,
 )
 from models.vit import pair
+from train import config as shared
 from train import plots
 from train.data import StepSampler, build_loader
-from train.energy import EnergyConfig
 from train.labelled import AugmentConfig, LabelledConfig, LabelledSet, Mixer, build_labelled, collate
 from train.loop import Loop, moved
-from train.pretrain import (
-    DecorConfig,
-    autocast_of,
-    build_decor,
-    check_numbers,
-    check_sample,
-    open_run,
-    plot_correlations,
-    run_script,
-    summary_of,
-)
 from train.processes import Processes
+from train.run import build_decor, open_run, parse_config, plot_correlations, run_script, summary_of
 from train.run_folder import to_json, write_atomically
-from train.schedule import warmup_cosine
 
 
 @dataclass
-class OptimConfig:
+class OptimConfig(shared.OptimConfig):
     """The optimizer of the weights and its schedule; by default as in MAE's fine-tuning of ViT-B.
 
     Args:
         name: "adamw", or "lars" for linear probes.
-        blr: Base learning rate; the peak rate is blr * batch_size / 256.
         lr: The peak rate itself; overrides blr.
-        min_lr: Rate at the end of the cosine.
-        warmup_epochs: Length of the linear warm-up.
-        warmup_steps: The same in steps; overrides warmup_epochs.
         weight_decay: Of weights with two or more dimensions; biases, norms, tokens and positions have none.
         betas: Of AdamW; the first is the momentum of LARS.
         layer_decay: Factor of the rate from each block to the one before it; 1 for one rate.
-        clip_grad: Largest norm of the gradient, before R maps it; null for no limit.
     """
 
     name: Literal["adamw", "lars"] = "adamw"
+    _: KW_ONLY
     blr: float = 5e-4
-    lr: float | None = None
     min_lr: float = 1e-6
     warmup_epochs: float = 5
-    warmup_steps: int | None = None
-    weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.999)
+    lr: float | None = None
     layer_decay: float = 0.65
-    clip_grad: float | None = None
 
 
 @dataclass
-class Config:
+class Config(shared.RunConfig):
     """Fine-tuning of an encoder, or a linear probe of it; by default with MAE's recipe for ViT-B.
 
     Args:
-        out: Folder of the run; made if missing. It must be empty, or hold this very run and be resumed.
         encoder: encoder.safetensors of a run of train/pretrain.py; classifier.safetensors of one of this
             script; "timm:NAME" for a ViT of timm; a checkpoint file of facebookresearch/mae, which needs
             model; or null for random weights, which need it, too.
@@ -105,30 +85,12 @@ class Config:
         linear: Whether the head alone is trained, after a BatchNorm without weights: a linear probe.
         drop_path: Rate of stochastic depth at the last block.
         img_size: Side of the images in pixels, or height and width; need not be that of pre-training.
-        epochs: Length of the run, in passes over the training images.
-        steps: The same in optimizer steps; overrides epochs. 0 evaluates a classifier.safetensors alone.
-        batch_size: Images per optimizer step, over all processes and micro-batches.
-        accumulation: Micro-batches per step.
-        optim: The optimizer of the weights.
-        decor: Decorrelated backpropagation, around the optimizer.
         data: The images.
         augment: What training does to them.
-        energy: What is told of the energy that the steps take.
+        steps: The same in optimizer steps; overrides epochs. 0 evaluates a classifier.safetensors alone.
         seed: Of weights, order, augmentation and samples.
-        device: "auto", "cpu" or "cuda".
-        precision: "fp32", "bf16" (autocast), or "auto" for bf16 on GPUs and fp32 elsewhere.
-        compile: Whether to run the model through torch.compile.
-        deterministic: Whether to ask for bit-reproducible results on GPUs; on CPUs they always are.
-        resume: "none", "auto" to continue from the newest whole checkpoint in out if there is one, or
-            the path of a checkpoint of this run.
-        eval_every: Steps between evaluations on held-out images.
-        checkpoint_every: Steps between checkpoints.
-        keep: Checkpoints kept.
-        max_bad_steps: Steps in a row with a non-finite loss that are skipped before the run stops.
-        profile: Whether to write a trace of a few steps, for TensorBoard's profiler plugin.
     """
 
-    out: str
     encoder: str | None = None
     model: str | None = None
     model_args: dict[str, int | float | list[int]] = field(default_factory=dict)
@@ -139,35 +101,21 @@ class Config:
     linear: bool = False
     drop_path: float = 0.1
     img_size: int | tuple[int, int] = 224
-    epochs: float = 100
-    steps: int | None = None
-    batch_size: int = 1024
-    accumulation: int = 1
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    decor: DecorConfig = field(default_factory=DecorConfig)
     data: LabelledConfig = field(default_factory=LabelledConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
-    energy: EnergyConfig = field(default_factory=EnergyConfig)
-    seed: int = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    compile: bool = False
-    deterministic: bool = False
-    resume: str = "none"
-    eval_every: int = 1000
-    checkpoint_every: int = 1000
-    keep: int = 2
-    max_bad_steps: int = 10
-    profile: bool = False
+    _: KW_ONLY
+    epochs: float = 100
+    batch_size: int = 1024
+    optim: OptimConfig = field(default_factory=OptimConfig)
 
     @property
     def peak_lr(self) -> float:
         """Learning rate of the last layer at the end of the warm-up."""
-        return self.optim.blr * self.batch_size / 256 if self.optim.lr is None else self.optim.lr
+        return super().peak_lr if self.optim.lr is None else self.optim.lr
 
     def check(self, processes: int) -> None:
         """Raise ValueError for settings out of range or that do not go together, in so many processes."""
-        check_numbers(self, least_steps=0)
+        self.check_numbers(least_steps=0)
         if not 0 < self.optim.layer_decay <= 1:
             raise ValueError(f"optim.layer_decay: expected a factor in (0, 1], got {self.optim.layer_decay}")
         if not 0 <= self.drop_path < 1:
@@ -186,11 +134,6 @@ class Config:
             raise ValueError("decor.enable: a linear probe trains no layer that has an R; expected false")
         if self.optim.name == "lars" and not self.linear and self.steps != 0:
             raise ValueError("optim.name: lars is for linear probes; expected adamw, or --linear true")
-        if self.decor.form != "optimizer" or self.decor.sites == "auto":
-            raise ValueError(
-                'decor: fine-tuning works around the optimizer at given sites; expected form "optimizer" and '
-                f'sites other than "auto", got {self.decor.form!r} and {self.decor.sites!r}'
-            )
 
 
 def load(config: Config) -> Loaded:
@@ -263,23 +206,25 @@ class Evaluator:
         self.architecture = architecture
         self.classes = classes
         self.processes = processes
-        self.confusion = torch.zeros(len(classes), len(classes))  # of the last evaluation
-        share = config.batch_size // (config.accumulation * processes.world_size)
-        mine = [(0, index) for index in processes.share(range(len(held_out)))]
-        chunks = [mine[i : i + share] for i in range(0, len(mine), share)]
-        self.loader = build_loader(held_out, chunks, config.data.workers, False, collate)
+        self.held_out = held_out
 
     @torch.no_grad()
     def __call__(self) -> dict:
         """Loss, top-1 and top-5 accuracy in per cent; the decorrelation loss per layer on part of the set."""
         self.model.eval()
         device, count = self.processes.device, len(self.classes)
+        share = self.config.batch_size // (self.config.accumulation * self.processes.world_size)
+        mine = [(0, index) for index in self.processes.share(range(len(self.held_out)))]
+        chunks = [mine[i : i + share] for i in range(0, len(mine), share)]
+        # A validation set of ImageNet's size needs workers. They end with the evaluation: to start them takes
+        # a small part of its time, and between evaluations they would only hold memory.
+        loader = build_loader(self.held_out, chunks, self.config.data.workers, device.type == "cuda", collate)
         sums = torch.zeros(2 + count**2, dtype=torch.float64, device=device)  # loss, top 5, confusion
         losses: dict[str, float] = {}
         unreadable: dict[str, str] = {}
         decor = self.config.decor
         observes = self.processes.is_main and not self.config.linear
-        for batch in self.loader:
+        for batch in loader:
             unreadable |= dict(batch.pop("skipped"))
             batch = moved(batch, device)
             labels = batch["label"]
@@ -296,14 +241,14 @@ class Evaluator:
             sums[2:] += (labels * count + best[:, 0]).bincount(minlength=count**2)
         self.model.train()
         self.processes.sum(sums)
-        self.confusion = sums[2:].view(count, count).cpu()
-        total = self.confusion.sum()
+        confusion = sums[2:].view(count, count).cpu()
+        total = confusion.sum()
         pictures = {}
         if self.processes.is_main:
-            pictures["confusion"] = plots.as_picture(plots.confusion_figure(self.confusion, self.classes))
+            pictures["confusion"] = plots.as_picture(plots.confusion_figure(confusion, self.classes))
         return {
             "heldout_loss": (sums[0].cpu() / total).item(),
-            "top1": (100 * self.confusion.trace() / total).item(),
+            "top1": (100 * confusion.trace() / total).item(),
             "top5": (100 * sums[1].cpu() / total).item(),
             "decorrelation_loss": losses,
             "pictures": pictures,
@@ -311,12 +256,12 @@ class Evaluator:
         }
 
 
-def write_results(config: Config, loop: Loop, evaluator: Evaluator, weights: dict[str, Tensor]) -> None:
+def write_results(loop: Loop, evaluator: Evaluator, weights: dict[str, Tensor]) -> None:
     """The classifier, the summary and the pictures of a finished run.
 
     The model is whole on each process, so that its `weights` need not be gathered.
     """
-    run = loop.run
+    run, config = loop.run, loop.config
     records = list(run.records())
     evals = [r for r in records if r["kind"] == "eval"]
     classifier = loop.model.cpu()
@@ -328,17 +273,16 @@ def write_results(config: Config, loop: Loop, evaluator: Evaluator, weights: dic
     )
     figures = ("top1", "top5", "heldout_loss", "step")
     best = max(evals, key=lambda record: record["top1"])
-    summary = summary_of(config, loop, records)
+    summary = summary_of(loop, records)
     summary |= {name: evals[-1][name] for name in ("top1", "top5")}
     summary |= {"best": {name: best[name] for name in figures}}
     summary["trained_parameters"] = sum(p.numel() for p in loop.model.parameters() if p.requires_grad)
     write_atomically(run.summary, to_json(summary, indent=1))
     plots.plot_curves(records, run.path / "curves.png")
     plots.plot_accuracy(records, run.path / "accuracy.png")
-    figure = plots.confusion_figure(evaluator.confusion, evaluator.classes)
-    figure.savefig(run.path / "confusion.png", dpi=120)
+    save_image(loop.pictures["confusion"], run.path / "confusion.png")
     if not config.linear:
-        plot_correlations(evals, run.path / "correlation.png")
+        plot_correlations(records, run.path / "correlation.png")
 
 
 def prepare(config: Config, procs: Processes) -> tuple[Loop, Evaluator, Iterator[dict]]:
@@ -352,10 +296,6 @@ def prepare(config: Config, procs: Processes) -> tuple[Loop, Evaluator, Iterator
         ValueError, FileNotFoundError: what the user asked for cannot be done; the message says why.
     """
     config.check(procs.world_size)
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by cuBLAS, read at its start
-        torch.use_deterministic_algorithms(True)
-
     torch.manual_seed(config.seed)
     loaded = load(config)
     model, img_size = loaded.model, pair("img_size", config.img_size)
@@ -392,22 +332,8 @@ def prepare(config: Config, procs: Processes) -> tuple[Loop, Evaluator, Iterator
         model.head[0].register_forward_hook(average_statistics)
     optimizer, decor = build_optimizers(config, model)
 
-    per_epoch = len(training) / config.batch_size
-    total = max(1, round(config.epochs * per_epoch)) if config.steps is None else config.steps
-    warmup = config.optim.warmup_steps
-    if warmup is None:
-        warmup = round(config.optim.warmup_epochs * per_epoch)
-    if warmup > total > 0:
-        raise ValueError(
-            f"optim: the warm-up of {warmup} steps is longer than the run of {total}; "
-            "set --optim.warmup_steps or --optim.warmup_epochs"
-        )
-    slices = procs.world_size * config.accumulation
-    check_sample(config, model.num_prefix_tokens + model.patch_embed.num_patches, slices)
-    run, found = open_run(config, procs)
-    files = "".join(f"{name}\n" for name in training.files)
-    if found is not None and run.files.is_file() and run.files.read_text() != files:
-        raise ValueError(f"data: the training images are no longer those of {run.files}; restore them")
+    total, rate = config.schedule(len(training))
+    run, found = open_run(config, procs, training.files)
     sampler = StepSampler(
         len(training),
         config.batch_size,
@@ -418,52 +344,32 @@ def prepare(config: Config, procs: Processes) -> tuple[Loop, Evaluator, Iterator
         procs.rank,
         procs.world_size,
     )
+    config.check_sample(model.num_prefix_tokens + model.patch_embed.num_patches, procs.world_size)
     mixer = Mixer(config.augment, len(classes))
     batches = build_loader(training, sampler, config.data.workers, procs.device.type == "cuda", mixer)
     evaluator = Evaluator(config, model, architecture, classes, held_out, procs)
     entropy = SoftTargetCrossEntropy()
     loop = Loop(
-        config=asdict(config),
+        config=config,
         processes=procs,
         run=run,
+        files=training.files,
         model=model,
         optimizer=optimizer,
         decor=decor,
-        ranks=None,
         loss=lambda model, batch: entropy(model(batch["image"]), batch["target"]),
         evaluate=evaluator,
-        rate=lambda step: warmup_cosine(step, total, warmup, config.peak_lr, config.optim.min_lr),
-        recheck=None,
         total_steps=total,
-        batch_size=config.batch_size,
-        accumulation=config.accumulation,
-        autocast=autocast_of(config, procs.device),
-        clip_grad=config.optim.clip_grad,
-        eval_every=config.eval_every,
-        checkpoint_every=config.checkpoint_every,
-        keep=config.keep,
-        max_bad_steps=config.max_bad_steps,
-        seed=config.seed,
-        compile=config.compile,
-        profile=config.profile,
+        rate=rate,
     )
     if found is not None:
         loop.load(*found)
-    procs.barrier()  # nobody writes to the folder before everybody has read it
-    if procs.is_main:
-        run.write_config(asdict(config))
-        write_atomically(run.files, files)
     return loop, evaluator, iter(batches)
 
 
 def parse(arguments: list[str] | None = None) -> Config:
     """The configuration from the command line and YAML files."""
-    parser = ArgumentParser(prog="train/finetune.py", description=__doc__)
-    parser.add_argument("--config", action="config", help="YAML file with any of the options below")
-    parser.add_class_arguments(Config)
-    settings = parser.instantiate(parser.parse_args(arguments))
-    settings.pop("config")
-    return Config(**settings)
+    return parse_config(Config, "train/finetune.py", __doc__, arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:

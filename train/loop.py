@@ -4,9 +4,9 @@ import inspect
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ from dbpkern.nn import Decorrelated
 from dbpkern.precondition import PreconditionedLayer
 from dbpkern.sampling import derive_seed
 from train import checkpoint
+from train.config import RunConfig
 from train.energy import KINDS, Meter
 from train.processes import Processes
 from train.run_folder import RunFolder, to_json
@@ -118,61 +119,52 @@ class Loop:
         config: What the run was started with; kept in checkpoints.
         processes: This process among the others.
         run: Folder of the run.
+        files: Names of the training images.
         model: The model whose state is saved.
         optimizer: Of the weights.
         decor: Of the decorrelation matrices, None for plain backpropagation.
-        ranks: The layers that a plan chose, with the ranks of their R; None where nothing was planned.
         loss: `loss(model, batch) -> 0-d tensor`, with `model` wrapped for what the run needs. The batch's
             "progress" are the step and the length of the run.
         evaluate: `evaluate() -> record`, called on every process. Its "pictures" (name: `[3, H, W]` in
             [0, 1]) go to TensorBoard and its "unreadable" (file: reason) to those of the run.
+        total_steps: Length of the run.
         rate: Learning rate by step.
+        ranks: The layers that a plan chose, with the ranks of their R; None where nothing was planned.
         recheck: Called once after a tenth of the steps, if given, on every process; the record goes to the
             log.
-        total_steps: Length of the run.
-        batch_size: Samples per step, over all processes and micro-batches; for images/s.
-        accumulation: Micro-batches per step.
+
+    Attributes:
+        step: Steps made.
+        seconds: Spent in steps and plans, waiting for data included, evaluation and saving not.
+        skipped: Steps whose loss or gradient was not finite.
+        unreadable: Files that could not be read, with the reason.
+        energy: Of the steps.
+        pictures: Of the last evaluation.
         autocast: dtype of mixed precision, None for none.
-        clip_grad: Largest norm of the gradient, None for no limit.
-        eval_every: Steps between evaluations.
-        checkpoint_every: Steps between checkpoints.
-        keep: Checkpoints kept.
-        max_bad_steps: Steps in a row that may be skipped before the run stops.
-        seed: Of everything random.
-        compile: Whether to run the model through `torch.compile`.
-        profile: Whether to write a trace of a few steps.
     """
 
-    config: dict
+    config: RunConfig
     processes: Processes
     run: RunFolder
+    files: Sequence[str]
     model: nn.Module
     optimizer: torch.optim.Optimizer
     decor: DecorSGD | None
-    ranks: dict[str, int | None] | None
     loss: Callable[[nn.Module, dict], Tensor]
     evaluate: Callable[[], dict]
-    rate: Callable[[int], float]
-    recheck: Callable[[], dict] | None
     total_steps: int
-    batch_size: int
-    accumulation: int
-    autocast: torch.dtype | None
-    clip_grad: float | None
-    eval_every: int
-    checkpoint_every: int
-    keep: int
-    max_bad_steps: int
-    seed: int
-    compile: bool = False
-    profile: bool = False
+    rate: Callable[[int], float]
+    ranks: dict[str, int | None] | None = None
+    recheck: Callable[[], dict] | None = None
 
     def __post_init__(self) -> None:
         self.step = 0
-        self.seconds = 0.0  # spent in steps and plans, waiting for data included, evaluation and saving not
+        self.seconds = 0.0
         self.skipped = 0
         self.unreadable: dict[str, str] = {}
-        self.energy = Meter(self.processes)  # of the steps
+        self.energy = Meter(self.processes)
+        self.pictures: dict[str, Tensor] = {}
+        self.autocast = self.config.autocast(self.processes.device)
         self._ddp: DistributedDataParallel | None = None
         self._statistics = [
             tensor for module in self.model.modules() for tensor in _statistics(module).values()
@@ -184,7 +176,7 @@ class Loop:
     def state_dict(self) -> dict:
         """Everything a checkpoint holds."""
         return {
-            "config": self.config,
+            "config": asdict(self.config),
             "step": self.step,
             "seconds": self.seconds,
             "skipped": self.skipped,
@@ -232,15 +224,17 @@ class Loop:
             batches: The micro-batches of this process from the present step on.
 
         Raises:
-            Diverged: `max_bad_steps` steps in a row were skipped, or the run ended with entries that are not
-                finite; the message names the layer.
+            Diverged: `config.max_bad_steps` steps in a row were skipped, or the run ended with entries that
+                are not finite; the message names the layer.
             Interrupted: SIGTERM or Ctrl-C; the message says which checkpoint is the last.
         """
         main = self.processes.is_main
         evaluates = self.step in (0, self.total_steps)  # a finished run may lack what is made from it
         model = self._wrapped()
         parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.processes.barrier()  # nobody writes to the folder before everybody has read it
         if main:
+            self.run.write_start(asdict(self.config), self.files)
             self.run.rewind(self.step, evaluates)
             checkpoint.rewind(self.run.checkpoints, self.step)
         self._log = self.run.log.open("a") if main else None
@@ -261,9 +255,9 @@ class Loop:
                         self.seconds += time.perf_counter() - start
                         self._record("plan", found | {"seconds": self.seconds})
                     last = self.step == self.total_steps
-                    if last or self.step % self.eval_every == 0:
+                    if last or self.step % self.config.eval_every == 0:
                         self._evaluate()
-                    if last or self.step % self.checkpoint_every == 0 or self._stop:
+                    if last or self.step % self.config.checkpoint_every == 0 or self._stop:
                         self._save()
                     if self._stop and not last:
                         raise Interrupted(self._last_checkpoint())
@@ -289,7 +283,7 @@ class Loop:
             device = self.processes.device
             ids = [device.index] if device.type == "cuda" else None
             model = self._ddp = DistributedDataParallel(model, device_ids=ids, **{flag: False})
-        return torch.compile(model) if self.compile else model
+        return torch.compile(model) if self.config.compile else model
 
     @contextmanager
     def _unsynchronised(self) -> Iterator[None]:
@@ -310,24 +304,24 @@ class Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("lr_scale", 1)  # timm's field for decay by layers
         # The random state of a step is a function of its number, so that resuming needs no stored state.
-        torch.manual_seed(derive_seed(self.seed, self.step, self.processes.rank))
+        torch.manual_seed(derive_seed(self.config.seed, self.step, self.processes.rank))
         total = torch.zeros(2 + len(KINDS), device=device)  # loss, wish to stop, joules
         # A forward writes these before it is known whether the step is any good.
         before = [tensor.clone() for tensor in self._statistics]
         waited = 0.0
-        for micro in range(self.accumulation):
+        for micro in range(self.config.accumulation):
             asked = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - asked
             self.unreadable |= dict(batch.pop("skipped", ()))
             batch = moved(batch, device) | {"progress": (self.step, self.total_steps)}
-            with self._unsynchronised() if micro + 1 < self.accumulation else nullcontext():
+            with self._unsynchronised() if micro + 1 < self.config.accumulation else nullcontext():
                 with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
-                    loss = self.loss(model, batch) / self.accumulation
+                    loss = self.loss(model, batch) / self.config.accumulation
                 loss.backward()
             total[0] += loss.detach()
             self.energy.read()
-        norm = nn.utils.clip_grad_norm_(parameters, self.clip_grad or math.inf)
+        norm = nn.utils.clip_grad_norm_(parameters, self.config.optim.clip_grad or math.inf)
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         total[0] /= self.processes.world_size
@@ -351,7 +345,7 @@ class Loop:
         self.energy.read()
         duration = time.perf_counter() - start
         self.seconds += duration
-        speed = self.batch_size / duration
+        speed = self.config.batch_size / duration
         if good:
             self._bad = 0
             values = {"loss": loss, "lr": rate, "grad_norm": norm, "images_per_second": speed}
@@ -371,7 +365,7 @@ class Loop:
         self.skipped += 1
         values = {"loss": loss, "grad_norm": norm, "in_a_row": self._bad}
         self._record("skip", values | self._spent())
-        if self._bad >= self.max_bad_steps:
+        if self._bad >= self.config.max_bad_steps:
             raise Diverged(
                 f"step {self.step}: {self._bad} steps in a row had a loss or gradient that is not finite "
                 f"(loss {loss}, gradient norm {norm}) and were skipped. "
@@ -388,7 +382,8 @@ class Loop:
     def _evaluate(self) -> None:
         record = self.evaluate()
         self.unreadable |= record.pop("unreadable", {})
-        for name, image in record.pop("pictures", {}).items():
+        self.pictures = record.pop("pictures", {})
+        for name, image in self.pictures.items():
             if self._board is not None:
                 self._board.add_image(name, image, self.step)
         caution = {} if self.decor is None else self.decor.caution()
@@ -403,7 +398,9 @@ class Loop:
         found = self.processes.gather(self.unreadable)
         self.unreadable = {name: reason for part in found for name, reason in part.items()}
         if self._finite():
-            checkpoint.save(self.run.checkpoints, self.step, self.state_dict(), self.keep, self.processes)
+            checkpoint.save(
+                self.run.checkpoints, self.step, self.state_dict(), self.config.keep, self.processes
+            )
             return
         reason = blame(self.model, self.decor)
         if self.processes.is_main:
@@ -426,7 +423,7 @@ class Loop:
         self._signalled = True
 
     def _profiler(self):
-        if not (self.profile and self.processes.is_main):
+        if not (self.config.profile and self.processes.is_main):
             return nullcontext()
         return profile(
             schedule=schedule(wait=2, warmup=1, active=3, repeat=1),

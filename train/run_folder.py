@@ -11,7 +11,7 @@ summary.json, *.png    written at the end
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import yaml
@@ -55,10 +55,11 @@ class RunFolder:
             raise ValueError(f"out: {self.path} exists and is not the folder of a run; choose another")
         return None
 
-    def write_config(self, config: dict) -> None:
-        """Write the configuration, which makes the folder that of a run."""
+    def write_start(self, config: dict, files: Iterable[str]) -> None:
+        """Write the configuration, which makes the folder that of a run, and the names of the images."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.config, yaml.safe_dump(config, sort_keys=False))
+        write_atomically(self.files, lines(files))
 
     def records(self) -> Iterator[dict]:
         """The records of the log, in order; a last line cut short by a kill is passed over."""
@@ -81,6 +82,11 @@ class RunFolder:
             or (record["step"] == step and not (evaluates and record["kind"] == "eval"))
         ]
         write_atomically(self.log, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def lines(names: Iterable[str]) -> str:
+    """The text of a file with a name on each line."""
+    return "".join(f"{name}\n" for name in names)
 
 
 def flat(config: Mapping, prefix: str = "") -> dict[str, object]:

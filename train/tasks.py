@@ -297,7 +297,7 @@ class AutoregressiveTask(Task):
 
     @property
     def predicts_patches(self) -> bool:
-        """Whether the loss is the mean squared error of patches, which a prediction without a model has, too."""
+        """Whether the loss is the mean squared error of patches, which needs no model to compare with."""
         options = self.config.darl
         return options.objective == "mse" or (options.objective, options.prediction) == ("diffusion", "x0")
 

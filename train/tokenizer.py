@@ -7,6 +7,7 @@ for --darl.tokenizer. Batch, rate and decay are by default those of DALL-E (arXi
 """
 
 from train import pretrain
+from train.run import parse_config, run_script
 
 DEFAULTS = {
     "model": "dvae_small",
@@ -25,7 +26,7 @@ def parse(arguments: list[str] | None = None) -> pretrain.Config:
     Raises:
         ValueError: the model is no tokenizer.
     """
-    config = pretrain.parse(arguments, "train/tokenizer.py", __doc__, **DEFAULTS)
+    config = parse_config(pretrain.Config, "train/tokenizer.py", __doc__, arguments, **DEFAULTS)
     if not config.model.startswith("dvae_"):
         raise ValueError(f"model: expected dvae_tiny, dvae_small or dvae_base, got {config.model}")
     return config
@@ -33,7 +34,7 @@ def parse(arguments: list[str] | None = None) -> pretrain.Config:
 
 def main(arguments: list[str] | None = None) -> None:
     """Train."""
-    pretrain.run_script("tokenizer", parse, pretrain.prepare, pretrain.write_results, arguments)
+    run_script("tokenizer", parse, pretrain.prepare, pretrain.write_results, arguments)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,210 @@
+"""What a run does whatever it trains: read its options, open its folder, train, tell how it went."""
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from jsonargparse import ArgumentParser
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+import dbpkern
+from dbpkern import diagnostics
+from dbpkern.env import collect
+from train import checkpoint, plots, processes
+from train.config import RunConfig
+from train.loop import Diverged, Interrupted, Loop
+from train.processes import Processes
+from train.run_folder import NEUTRAL, RunFolder, flat, lines
+
+Config = TypeVar("Config", bound=RunConfig)
+
+
+def parse_config(
+    kind: type[Config], prog: str, about: str, arguments: list[str] | None = None, **defaults
+) -> Config:
+    """The configuration from the command line and YAML files.
+
+    Args:
+        kind: Its class.
+        prog: The script, as --help calls it.
+        about: What --help says of it.
+        arguments: Of the command line, None for those of this process.
+        defaults: Other defaults than those of the class, by dotted name.
+    """
+    parser = ArgumentParser(prog=prog, description=about)
+    parser.add_argument("--config", action="config", help="YAML file with any of the options below")
+    parser.add_class_arguments(kind)
+    parser.set_defaults(defaults)
+    settings = parser.instantiate(parser.parse_args(arguments))
+    settings.pop("config")
+    return kind(**settings)
+
+
+def check_same_run(old: Mapping, config: RunConfig, where: str) -> None:
+    """Raise ValueError naming the settings in which an old configuration differs from that of this run.
+
+    A setting that did not exist when the old one was written was what it is by default.
+    """
+    old, new = flat(old), flat(asdict(config))
+    for name, value in flat(asdict(type(config)(""))).items():
+        if not any(known.startswith(f"{name}.") for known in old):  # a rank, say, may be one or many
+            old.setdefault(name, value)
+    differing = [
+        f"{name} was {old.get(name)!r}, is {new.get(name)!r}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name) and name not in NEUTRAL
+    ]
+    if differing:
+        raise ValueError(f"{where} is of another configuration: {'; '.join(differing)}")
+
+
+def open_run(
+    config: RunConfig, procs: Processes, files: Sequence[str]
+) -> tuple[RunFolder, tuple[Path, dict] | None]:
+    """The run's folder, and the checkpoint to continue from with its state if there is one.
+
+    Args:
+        config: What is asked for.
+        procs: This process among the others.
+        files: Names of the training images.
+
+    Raises:
+        ValueError: the folder holds another run, or this one while `resume` is "none"; or the run to continue
+            has other training images.
+        train.checkpoint.CheckpointError: the checkpoint that `resume` names is missing or damaged.
+    """
+    run = RunFolder(config.out)
+    old = run.read_config()
+    if old is not None:
+        check_same_run(old, config, f"out: the run in {run.path}")
+        if config.resume == "none":
+            raise ValueError(f"out: {run.path} holds a run; continue it with --resume auto or choose another")
+    if config.resume == "none":
+        return run, None
+    if config.resume == "auto":
+        found = checkpoint.newest(run.checkpoints, procs)
+        if found is None:
+            return run, None
+        path, state = found
+    else:
+        path = Path(config.resume)
+        state = checkpoint.load(path, procs)
+    check_same_run(state["config"], config, f"resume: {path}")
+    if run.files.is_file() and run.files.read_text() != lines(files):
+        raise ValueError(f"data: the training images are no longer those of {run.files}; restore them")
+    if procs.is_main:
+        print(f"resuming from {path}, step {state['step']}", flush=True)
+    return run, (path, state)
+
+
+def build_decor(
+    config: RunConfig,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ranks: Mapping[str, int | None] | None = None,
+) -> dbpkern.DecorPreconditioner | None:
+    """The optimizer of R, whose step is part of that of the weights; None for a run without decorrelation.
+
+    Args:
+        config: What is asked for.
+        model: Whose layers are decorrelated.
+        optimizer: Of the weights, with `initial_lr` in its groups.
+        ranks: The layers of a plan.
+    """
+    decor = config.decor
+    if not decor.enable:
+        return None
+    rule = decor.rule(config.seed, optimizer)
+    return dbpkern.DecorPreconditioner(model, optimizer, *decor.chosen(model, ranks), **rule)
+
+
+def whole_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The state_dict on the CPU of the main process, {} on the others; a collective."""
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def plot_correlations(records: Sequence[Mapping], path: Path) -> None:
+    """The decorrelation losses in a log's evaluations."""
+    history: dict[str, dict[int, float]] = {}
+    for record in records:
+        if record["kind"] == "eval":
+            for name, value in record["decorrelation_loss"].items():
+                history.setdefault(name, {})[record["step"]] = value
+    diagnostics.plot_losses(history, path, "Decorrelation loss of z = R x, held out")
+
+
+def summary_of(loop: Loop, records: Sequence[Mapping]) -> dict:
+    """What summary.json says of any run.
+
+    Args:
+        loop: The finished run.
+        records: Of its log, with at least one evaluation.
+    """
+    final = [r["loss"] for r in records if r["kind"] == "step"][-plots.WINDOW :]
+    images = loop.step * loop.config.batch_size
+    return {
+        "steps": loop.step,
+        "seconds": loop.seconds,
+        "images_per_second": images / loop.seconds if loop.seconds else None,
+        "final_loss": sum(final) / len(final) if final else None,
+        "heldout_loss": [r for r in records if r["kind"] == "eval"][-1]["heldout_loss"],
+        "energy": loop.energy.summary(loop.config.energy.country),
+        "skipped_steps": loop.skipped,
+        "unreadable": len(loop.unreadable),
+        "unreadable_files": loop.unreadable,
+        "processes": loop.processes.world_size,
+        "device": str(loop.processes.device),
+        "parameters": sum(p.numel() for p in loop.model.parameters()),
+        "machine": collect(),
+    }
+
+
+def run_script(
+    name: str, parse: Callable, prepare: Callable, write_results: Callable, arguments: list[str] | None
+) -> None:
+    """Run a training script, and say in one line what went wrong where it is not a defect of the program.
+
+    Args:
+        name: What messages start with.
+        parse: `parse(arguments) -> config`.
+        prepare: `prepare(config, procs) -> (loop, evaluator, batches)`, everything up to the first step.
+        write_results: `write_results(loop, evaluator, weights)`, called on the main process of a finished
+            run, whose model has these weights.
+        arguments: Of the command line, None for those of this process.
+    """
+    procs = None
+    try:
+        config = parse(arguments)
+        if config.deterministic:
+            # Asked for by cuBLAS, which reads it at its start.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+        procs = processes.start(config.device)
+        loop, evaluator, batches = prepare(config, procs)
+    except (ValueError, FileNotFoundError) as error:
+        processes.stop()
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"{name}: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    try:
+        loop.train(batches)
+        weights = whole_weights(loop.model)
+    except Diverged as error:
+        sys.exit(f"{name}: {error}" if procs.is_main else 1)
+    except Interrupted as stopped:
+        if procs.is_main:
+            print(f"{name}: stopped at step {loop.step}. {stopped}; continue with --resume auto")
+        return
+    finally:
+        del batches  # ends the loader's workers
+        processes.stop()
+    if procs.is_main:
+        write_results(loop, evaluator, weights)
+        if loop.unreadable:
+            print(f"{name}: {len(loop.unreadable)} unreadable files were skipped, see {loop.run.summary}")
+        print(f"{name}: {loop.step} steps in {loop.seconds:.1f} s, results in {config.out}")
