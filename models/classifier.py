@@ -29,7 +29,7 @@ from timm.models import Eva, VisionTransformer
 from torch import Tensor, nn
 
 from models import darl, mae
-from models.vit import check_sizes, check_transformer, pair
+from models.vit import check_sizes, check_transformer, norm_layer, pair
 
 READOUTS = ("mean", "class", "last")
 Readout = Literal["mean", "class", "last"]
@@ -231,7 +231,7 @@ def create_vit(
         "global_pool": "token",
         "drop_path_rate": drop_path,
         "dynamic_img_size": dynamic_img_size,
-        "norm_layer": partial(nn.LayerNorm, eps=1e-6),
+        "norm_layer": norm_layer,
         **sizes,
     }
     positions = architecture.positions if architecture.is_darl else "sincos"

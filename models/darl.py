@@ -15,7 +15,6 @@ columns * channels), D the width, V entries of a vocabulary, n tokens, E twice t
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Literal
 
 import torch
@@ -33,6 +32,7 @@ from models.vit import (
     create,
     grid_of,
     init_xavier,
+    norm_layer,
     pair,
     patch_statistics,
     patchify,
@@ -51,8 +51,6 @@ OBJECTIVES = ("mse", "diffusion", "tokens")
 DECODERS = ("mlp", "transformer")
 PREDICTIONS = ("x0", "epsilon")
 INPUTS = ("pixels", "tokens")
-
-norm_layer = partial(nn.LayerNorm, eps=1e-6)
 
 
 def _check_choice(name: str, value: object, known: Sequence[str]) -> None:
@@ -590,10 +588,11 @@ class DARL(nn.Module):
         told = torch.cat([noisy, gamma.unsqueeze(-1)], dim=-1) if self.gamma_conditioned else noisy
         return self.decoder(context, told.to(context.dtype))
 
-    def draw(self, imgs: Tensor, seeds: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+    def draw(self, imgs: Tensor) -> tuple[Tensor, Tensor]:
         """The random numbers of diffusion for images [B, C, H, W]: see `diffusion.draw`."""
         rows, columns = self.grid(imgs)
-        return diffusion.draw(imgs, rows * columns, *self.gamma, seeds)
+        shape = (len(imgs), rows * columns, imgs.shape[1:].numel() // (rows * columns))
+        return diffusion.draw(shape, *self.gamma, imgs.device)
 
     def forward(
         self,

@@ -34,6 +34,7 @@ def sample_gamma(
 
     def log_gamma_variate(parameter: float) -> Tensor:
         # G(p) = G(p + 1) U^(1/p) in distribution (Marsaglia and Tsang 2000, section 6).
+        # A private function, for torch.distributions.Gamma takes no generator.
         larger = torch._standard_gamma(torch.full(shape, parameter + 1.0, device=device), generator)
         uniform = 1.0 - torch.rand(shape, device=device, generator=generator)  # above 0
         return larger.log() + uniform.log() / parameter
@@ -42,37 +43,26 @@ def sample_gamma(
 
 
 def draw(
-    imgs: Tensor, length: int, a: float, b: float, seeds: Sequence[int] | None = None
+    shape: Sequence[int],
+    a: float,
+    b: float,
+    device: torch.device | str = "cpu",
+    generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The random numbers of a training step, for patches of equal size.
+    """The random numbers of a training step.
 
     Args:
-        imgs: [B, C, H, W].
-        length: Patches of an image, L.
+        shape: Of the patches, [..., P].
         a: Of Beta(a, b).
         b: Likewise.
-        seeds: One for every image, whose numbers it decides whatever else is in the batch; torch's own
-            numbers for None.
+        device: Of the results.
+        generator: Of the random numbers; torch's own for None.
 
     Returns:
-        Noise levels [B, L] and noise [B, L, C * H * W / L], float32.
-
-    Raises:
-        ValueError: For another number of seeds.
+        Noise levels [...] and noise [..., P], float32.
     """
-    values = imgs.shape[1:].numel() // length
-    if seeds is None:
-        gamma = sample_gamma((len(imgs), length), a, b, imgs.device)
-        return gamma, torch.randn(len(imgs), length, values, device=imgs.device)
-    if len(seeds) != len(imgs):
-        raise ValueError(f"seeds: expected one for each of {len(imgs)} images, got {len(seeds)}")
-    generator = torch.Generator(imgs.device)
-    gammas, noises = [], []
-    for seed in seeds:
-        generator.manual_seed(seed)
-        gammas.append(sample_gamma((length,), a, b, imgs.device, generator))
-        noises.append(torch.randn(length, values, device=imgs.device, generator=generator))
-    return torch.stack(gammas), torch.stack(noises)
+    gamma = sample_gamma(shape[:-1], a, b, device, generator)
+    return gamma, torch.randn(shape, device=device, generator=generator)
 
 
 def corrupt(x: Tensor, gamma: Tensor, noise: Tensor) -> Tensor:

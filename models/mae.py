@@ -23,6 +23,7 @@ from models.vit import (
     check_transformer,
     create,
     init_xavier,
+    norm_layer,
     pair,
     patch_statistics,
     patchify,
@@ -103,7 +104,6 @@ class MaskedAutoencoder(nn.Module):
 
         self.in_chans = in_chans
         self.norm_pix_loss = norm_pix_loss
-        norm_layer = partial(nn.LayerNorm, eps=1e-6)
         block = partial(Block, mlp_ratio=mlp_ratio, qkv_bias=True, norm_layer=norm_layer)
 
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)

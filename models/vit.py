@@ -6,12 +6,15 @@ patch (rows * columns * channels), D the width of the encoder.
 
 import inspect
 from collections.abc import Mapping
+from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 Model = TypeVar("Model", bound=nn.Module)
+
+norm_layer = partial(nn.LayerNorm, eps=1e-6)
 
 SIZES = {
     "tiny": {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3},

@@ -809,24 +809,7 @@ def test_a_step_down_the_gradient_lowers_the_loss(options):
 # Random numbers of diffusion.
 
 
-def test_a_seed_decides_the_noise_of_its_image():
-    model, imgs = small(objective="diffusion", gamma=(3, 10)), images(3)
-    gamma, noise = model.draw(imgs, [5, 6, 7])
-    assert (gamma.shape, noise.shape) == ((3, LENGTH), (3, LENGTH, VALUES))
-    for seeds in ([6], [7, 6, 5], [6, 6, 6]):
-        other = model.draw(imgs[: len(seeds)], seeds)
-        at = seeds.index(6)
-        assert torch.equal(other[0][at], gamma[1])
-        assert torch.equal(other[1][at], noise[1])
-    assert not torch.equal(gamma[0], gamma[1])
-    assert not torch.equal(noise[0], noise[1])
-    for found, expected in zip(
-        model.draw(imgs, [1, 2, 3]), diffusion.draw(imgs, 15, 3, 10, [1, 2, 3]), strict=True
-    ):
-        assert torch.equal(found, expected)
-
-
-def test_without_a_seed_noise_follows_torch():
+def test_noise_follows_torch():
     model, imgs = small(objective="diffusion"), images()
     losses = []
     for seed in (1, 1, 2):
@@ -1079,12 +1062,6 @@ def test_codes_are_checked(options, shape):
     with pytest.raises(ValueError, match=rf"codes: expected a tensor of shape \[2, {LENGTH}\], got") as error:
         small(vocabulary=7, **options)(images(), codes=entries)
     assert str(None if shape is None else list(shape)) in str(error.value)
-
-
-@pytest.mark.parametrize("seeds", [[], [1], [1, 2, 3]])
-def test_every_image_needs_a_seed(seeds):
-    with pytest.raises(ValueError, match=rf"seeds: expected one for each of 2 images, got {len(seeds)}"):
-        small(objective="diffusion").draw(images(), seeds)
 
 
 @pytest.mark.parametrize("shape", [(2, LENGTH, VALUES + 1), (2, LENGTH - 1, VALUES)])

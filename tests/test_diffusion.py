@@ -90,45 +90,27 @@ def test_noise_levels_repeat_with_generator_or_seed():
 
 
 def test_draw_gives_a_level_and_noise_for_every_patch():
-    gamma, noise = diffusion.draw(torch.zeros(100, 3, 24, 60), 15, 3, 10)
+    gamma, noise = diffusion.draw((100, 15, 288), 3, 10)
     assert (gamma.shape, noise.shape) == ((100, 15), (100, 15, 288))
     assert gamma.dtype == noise.dtype == torch.float32
     assert stats.kstest(gamma.flatten().numpy(), stats.beta(3, 10).cdf).pvalue > 1e-4
     assert stats.kstest(noise.flatten()[:20_000].numpy(), stats.norm.cdf).pvalue > 1e-4
 
 
-def test_a_seed_decides_the_numbers_of_its_image():
-    imgs, state = torch.zeros(3, 3, 24, 60), torch.get_rng_state()
-    gamma, noise = diffusion.draw(imgs, 15, 3, 10, seeds=[5, 6, 7])
-    assert (gamma.shape, noise.shape) == ((3, 15), (3, 15, 288))
+def test_draw_follows_the_generator_or_torch():
+    def seeded(seed):
+        return diffusion.draw((15, 288), 3, 10, generator=torch.Generator().manual_seed(seed))
+
+    state = torch.get_rng_state()
+    first, again, other = seeded(5), seeded(5), seeded(6)
     assert torch.equal(torch.get_rng_state(), state)
-    for place, seeds in [(1, [6]), (0, [5, 1]), (2, [9, 8, 7, 6])]:
-        alone = diffusion.draw(imgs[:1].expand(len(seeds), -1, -1, -1), 15, 3, 10, seeds)
-        where = seeds.index(5 + place)
-        assert torch.equal(alone[0][where], gamma[place])
-        assert torch.equal(alone[1][where], noise[place])
-    for numbers in (gamma, noise):
-        assert len(numbers.flatten(1).unique(dim=0)) == 3
-    # All noise of an image is its own: no two patches share it.
-    assert len(noise.flatten(0, 1).unique(dim=0)) == 45
-
-
-def test_draw_without_seeds_follows_torch():
-    imgs = torch.zeros(2, 3, 24, 60)
-    torch.manual_seed(3)
-    first = diffusion.draw(imgs, 15, 3, 10)
-    other = diffusion.draw(imgs, 15, 3, 10)
-    torch.manual_seed(3)
-    again = diffusion.draw(imgs, 15, 3, 10)
+    torch.manual_seed(5)
+    assert all(torch.equal(a, b) for a, b in zip(first, diffusion.draw((15, 288), 3, 10), strict=True))
     for a, b, c in zip(first, again, other, strict=True):
         assert torch.equal(a, b)
         assert not torch.equal(a, c)
-
-
-@pytest.mark.parametrize("seeds", [[], [1], [1, 2, 3]])
-def test_draw_needs_a_seed_for_every_image(seeds):
-    with pytest.raises(ValueError, match=rf"seeds: expected one for each of 2 images, got {len(seeds)}"):
-        diffusion.draw(torch.zeros(2, 3, 24, 60), 15, 3, 10, seeds)
+    # No two patches share their noise.
+    assert len(first[1].unique(dim=0)) == 15
 
 
 # Corruption.

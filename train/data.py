@@ -634,14 +634,13 @@ def build_data(
 
 
 def collate(samples: list[Sample]) -> dict[str, Tensor | list]:
-    """Stack B samples: image [B, 3, H, W], noise [B, num_patches], B seeds, and one list of all skipped.
+    """Stack B samples: image [B, 3, H, W], noise [B, num_patches], and one list of all skipped.
 
     Crops for `to_images` have different sizes: image is padded, uint8 [B, 3, max h, max w], beside it are
     size [B, 2] and flip [B].
     """
     batch = {
         "noise": default_collate([sample.noise for sample in samples]),
-        "seed": [sample.seed for sample in samples],
         "skipped": [record for sample in samples for record in sample.skipped],
     }
     images = [sample.image for sample in samples]

@@ -216,8 +216,7 @@ class Evaluator:
         share = self.config.batch_size // (self.config.accumulation * self.processes.world_size)
         mine = [(0, index) for index in self.processes.share(range(len(self.held_out)))]
         chunks = [mine[i : i + share] for i in range(0, len(mine), share)]
-        # A validation set of ImageNet's size needs workers. They end with the evaluation: to start them takes
-        # a small part of its time, and between evaluations they would only hold memory.
+        # Its workers end with the evaluation, as between evaluations they would only hold memory.
         loader = build_loader(self.held_out, chunks, self.config.data.workers, device.type == "cuda", collate)
         sums = torch.zeros(2 + count**2, dtype=torch.float64, device=device)  # loss, top 5, confusion
         losses: dict[str, float] = {}
@@ -324,9 +323,8 @@ def prepare(config: Config, procs: Processes) -> tuple[Loop, Evaluator, Iterator
             f"and --linear false; {config.encoder} is not one, or was made with other settings"
         )
     if not config.linear:
-        select(
-            model, config.decor.present(model), config.decor.accepts
-        )  # raises now: evaluation observes them
+        # Raises now: evaluation observes them.
+        select(model, config.decor.present(model), config.decor.accepts)
     model.to(procs.device)
     if config.linear and procs.world_size > 1:
         model.head[0].register_forward_hook(average_statistics)

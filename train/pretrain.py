@@ -210,8 +210,8 @@ def make_plan(
     calls = 4
     decor = config.decor
     order = order_of(config, training, procs, calls)
-    loader = build_loader(training, order, config.data.workers, pin_memory=procs.device.type == "cuda")
-    batches = iter(loader)
+    collate = task_of(config).collate
+    batches = iter(build_loader(training, order, config.data.workers, procs.device.type == "cuda", collate))
     autocast = config.autocast(procs.device)
 
     def step() -> None:
@@ -267,15 +267,14 @@ class Evaluator:
         self.images: Tensor | None = None  # of the pictures
         self.pictures: dict[str, Rows] = {}
         self.size = len(held_out)
+        self.held_out = held_out
         # Processes share the work; a micro-batch of training fits in memory, so one of this size does.
         share = config.batch_size // (config.accumulation * processes.world_size)
         mine = range(self.size)[processes.rank :: processes.world_size]
-        chunks = [list(mine[i : i + share]) for i in range(0, len(mine), share)]
-        self.chunks = len(chunks)
+        self.chunks = [list(mine[i : i + share]) for i in range(0, len(mine), share)]
         # Sharded weights are gathered by all together: who has less to do runs the first image once more.
         rounds = math.ceil(math.ceil(self.size / processes.world_size) / share)
-        chunks += [[0]] * (rounds - len(chunks))
-        self.loader = build_loader(held_out, chunks, 0, pin_memory=False)
+        self.fillers = [[0]] * (rounds - len(self.chunks))
 
     @torch.no_grad()
     def __call__(self) -> dict:
@@ -284,7 +283,15 @@ class Evaluator:
         total: Tensor | int = 0
         losses: dict[str, float] = {}
         unreadable: dict[str, str] = {}
-        for i, batch in enumerate(self.loader):
+        # Its workers end with the evaluation, as between evaluations they would only hold memory.
+        loader = build_loader(
+            self.held_out,
+            self.chunks + self.fillers,
+            self.config.data.workers,
+            self.processes.device.type == "cuda",
+            self.task.collate,
+        )
+        for i, batch in enumerate(loader):
             unreadable |= dict(batch["skipped"])
             batch = moved(batch, self.processes.device)
             images = batch["image"]
@@ -306,7 +313,7 @@ class Evaluator:
                     self.images, self.pictures = images[:COUNT].clone(), pictures
             tally = self.task.tally(self.model, images, made)
             counted = torch.cat([loss.double().reshape(1) * len(images), tally])
-            total = total + (counted if i < self.chunks else torch.zeros_like(counted))
+            total = total + (counted if i < len(self.chunks) else torch.zeros_like(counted))
         self.model.train()
         self.processes.sum(total)
         return {
@@ -407,7 +414,8 @@ def prepare(
     run, found = open_run(config, procs, training.files)
     sampler = order_of(config, training, procs, total, 0 if found is None else found[1]["step"])
     config.check_sample(task.tokens(patches.num_patches), procs.world_size)
-    batches = build_loader(training, sampler, config.data.workers, pin_memory=procs.device.type == "cuda")
+    workers, pin_memory = config.data.workers, procs.device.type == "cuda"
+    batches = build_loader(training, sampler, workers, pin_memory, task.collate)
     ranks, planning = None, 0.0
     if config.decor.planned:
         if found is not None:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from models import darl, diffusion, dvae, mae
 from models.classifier import Architecture
 from models.generate import generate
-from models.vit import patchify, unpatchify
+from models.vit import pair, patchify, unpatchify
 from train.augment import denormalize
+from train.data import Sample, collate
 from train.schedule import warmup_cosine
 
 COUNT = 8  # images in a picture
@@ -111,6 +112,10 @@ class Task(ABC):
     @abstractmethod
     def tokens(self, num_patches: int) -> int:
         """Tokens of an image in the encoder."""
+
+    def collate(self, samples: list[Sample]) -> dict[str, object]:
+        """A batch of samples, with what else `forward` needs, made by the loader."""
+        return collate(samples)
 
     @abstractmethod
     def forward(self, model: nn.Module, images: Tensor, batch: Mapping) -> tuple[Tensor, object]:
@@ -286,14 +291,25 @@ class AutoregressiveTask(Task):
         """The tokenizer's codes of images [B, L]; None where nothing is tokens."""
         return None if self.tokenizer is None else self.tokenizer.to(images.device).codes(images)
 
+    def collate(self, samples: list[Sample]) -> dict[str, object]:
+        """A batch of samples, for diffusion with the random numbers that each one's seed decides.
+
+        Drawn here, in the loader's processes, for a generator by image would be dozens of small launches on a
+        GPU; and they are the same on all devices.
+        """
+        batch = super().collate(samples)
+        if self.config.darl.objective == "diffusion":
+            height, width = pair("img_size", self.config.img_size)
+            length = len(samples[0].noise)
+            shape = (length, 3 * height * width // length)
+            generators = [torch.Generator().manual_seed(sample.seed) for sample in samples]
+            drawn = [diffusion.draw(shape, *self.config.darl.gamma, generator=g) for g in generators]
+            batch["drawn"] = tuple(map(torch.stack, zip(*drawn, strict=True)))
+        return batch
+
     def forward(self, model: nn.Module, images: Tensor, batch: Mapping) -> tuple[Tensor, Tensor]:
         """The loss of a batch and what its picture is made of."""
-        drawn = None
-        options = self.config.darl
-        if options.objective == "diffusion":
-            # Outside of the model, which may be compiled: the seeds are numbers of Python.
-            drawn = diffusion.draw(images, batch["noise"].shape[1], *options.gamma, batch["seed"])
-        return model(images, batch["noise"], drawn, self.codes(images))
+        return model(images, batch["noise"], batch.get("drawn"), self.codes(images))
 
     @property
     def predicts_patches(self) -> bool:
@@ -334,8 +350,7 @@ class AutoregressiveTask(Task):
 
     def _denoising(self, model: nn.Module, images: Tensor, batch: Mapping) -> Rows:
         """The same images corrupted to several levels, and what the model takes each patch for."""
-        noise = batch["noise"][:COUNT]
-        _, eps = diffusion.draw(images, noise.shape[1], *model.gamma, batch["seed"][:COUNT])
+        noise, eps = batch["noise"][:COUNT], batch["drawn"][1][:COUNT]
         order = model.order_of(model.patch_embed.grid_size, noise, images)
         context = model.in_raster_order(model.contexts(images, order, self.codes(images)), order)
         target = model.targets(images)
