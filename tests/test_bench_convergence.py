@@ -18,6 +18,7 @@ from bench import convergence, curves, matrix, probe
 from bench.__main__ import main
 from bench.convergence import FINISHED, Matrix, Result, read
 from bench.matrix import Preset, Run
+from models.darl import DARL, create_darl
 from models.mae import create_mae
 from train.compare import average
 from train.plots import trailing_mean
@@ -588,3 +589,19 @@ def test_the_probe_is_deterministic_and_refuses_what_is_not_finite():
     with torch.no_grad():
         model.cls_token.fill_(math.nan)
     assert math.isnan(probe.accuracy(model, 200))
+
+
+def test_the_probe_reads_darl_as_in_its_pre_training(monkeypatch):
+    model = create_darl("darl_vit_tiny", img_size=16, patch_size=8, embed_dim=32, depth=1, num_heads=2)
+    first = probe.accuracy(model, 200)
+    assert 0.3 < first <= 1
+    assert probe.accuracy(model, 200) == first
+    features, asked = DARL.features, []
+
+    def seen(self, imgs, is_causal=False):
+        asked.append(is_causal)
+        return features(self, imgs, is_causal)
+
+    monkeypatch.setattr(DARL, "features", seen)
+    assert probe.accuracy(model, 200) == first
+    assert asked == [True, True]  # a hundred images each

@@ -13,9 +13,9 @@ from timm.models.eva import Eva
 
 from models.darl import DARL
 from train import generate, pretrain
-from train.data import build_data, collate
+from train.data import Sample, build_data, collate
 from train.run_folder import RunFolder
-from train.tasks import neighbours_mean
+from train.tasks import neighbours_mean, task_of
 
 ROOT = Path(__file__).parent.parent
 TINY = [
@@ -53,15 +53,7 @@ def on_processes(count: int, *arguments: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def diffusion(tmp_path_factory, one_thread) -> Path:
+def diffusion(tmp_path_factory) -> Path:
     """A whole decorrelated run of diffusion."""
     out = tmp_path_factory.mktemp("runs") / "diffusion"
     pretrain.main([*TINY, *DIFFUSION, *DBP, f"--out={out}"])
@@ -69,7 +61,7 @@ def diffusion(tmp_path_factory, one_thread) -> Path:
 
 
 @pytest.fixture(scope="module")
-def mse(tmp_path_factory, one_thread) -> Path:
+def mse(tmp_path_factory) -> Path:
     """A whole decorrelated run of mean squared error, with decorrelated layers."""
     out = tmp_path_factory.mktemp("runs") / "mse"
     pretrain.main([*TINY, *DBP, "--decor.form=auto", "--decor.rank=null", f"--out={out}"])
@@ -84,7 +76,7 @@ def test_neighbours_mean_on_a_grid_by_hand():
     assert neighbours_mean(patches[:0], (2, 3)).shape == (0, 6, 1)
 
 
-def test_evaluations_tell_the_loss_without_a_model(diffusion, mse, tmp_path, one_thread):
+def test_evaluations_tell_the_loss_without_a_model(diffusion, mse, tmp_path):
     config, model = pretrain.load_run(str(mse))
     _, held_out = build_data(config.data, (32, 32), 16, config.seed)
     images = collate([held_out[i] for i in range(len(held_out))])["image"]
@@ -154,12 +146,26 @@ def test_two_processes_give_the_run_of_one(diffusion, tmp_path, parallel):
     assert (tmp_path / "two" / "denoising.png").exists()
 
 
+def test_a_seed_decides_the_noise_of_its_image():
+    task = task_of(pretrain.parse([*TINY, *DIFFUSION, "--img_size=[32,16]", "--out=x"]))
+    images = [Sample(torch.zeros(3, 32, 16), torch.rand(8), [], seed=seed) for seed in (5, 6, 7)]
+    gamma, noise = task.collate(images)["drawn"]
+    assert (gamma.shape, noise.shape) == ((3, 8), (3, 8, 3 * 8 * 8))
+    # Whatever else is in the batch.
+    for others in ([1], [2, 0], [1, 1, 2]):
+        again = task.collate([images[i] for i in others])["drawn"]
+        assert torch.equal(again[0], gamma[others])
+        assert torch.equal(again[1], noise[others])
+    for numbers in (gamma, noise):
+        assert len(numbers.flatten(1).unique(dim=0)) == 3
+
+
 def test_micro_batches_see_the_noise_of_the_whole_batch(diffusion, tmp_path):
     pretrain.main([*TINY, *DIFFUSION, *DBP, "--accumulation=2", f"--out={tmp_path / 'parts'}"])
     assert losses(tmp_path / "parts") == pytest.approx(losses(diffusion), rel=1e-4)
 
 
-def test_orders_by_image_follow_the_data(tmp_path, one_thread):
+def test_orders_by_image_follow_the_data(tmp_path):
     random = ["--darl.order=random", "--darl.two_stream=true", "--steps=2", "--eval_every=2"]
     for parts in (1, 2):
         pretrain.main([*TINY, *random, f"--accumulation={parts}", f"--out={tmp_path / str(parts)}"])
@@ -220,7 +226,7 @@ def test_bad_input_to_drawing_is_named(mse, tmp_path, arguments, message):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_masked_autoencoder_draws_nothing(tmp_path, one_thread):
+def test_a_masked_autoencoder_draws_nothing(tmp_path):
     small = ["--model=mae_vit_tiny", "--decoder=dbp", "--steps=1", "--optim.warmup_steps=0"]
     pretrain.main([*TINY, *small, f"--out={tmp_path / 'mae'}"])
     with pytest.raises(SystemExit) as stop:

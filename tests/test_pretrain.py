@@ -89,16 +89,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
-def one_thread():
-    """Sums are then made in the same order in this process and in those that it starts."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, one_thread) -> Path:
+def finished(tmp_path_factory) -> Path:
     """A whole decorrelated run."""
     out = tmp_path_factory.mktemp("runs") / "whole"
     pretrain.main([*TINY, *DBP, f"--out={out}"])
