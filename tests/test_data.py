@@ -5,6 +5,8 @@ import pickle
 import random
 import socket
 import struct
+import subprocess
+import sys
 import tarfile
 import time
 import zlib
@@ -152,6 +154,49 @@ def test_loader_gives_the_same_batches_with_workers(photos):
             assert torch.equal(a["image"], b["image"])
             assert torch.equal(a["noise"], b["noise"])
             assert a["skipped"] == b["skipped"] == []
+
+
+LEAVE = """\
+import os, signal, sys, time
+
+from torch.utils.data import Dataset
+
+from train.data import build_loader
+
+class Odd(Dataset):
+    def __getitem__(self, index):
+        if index == 3 and sys.argv[1] == "raise":
+            raise ValueError("odd")
+        return index
+
+batches = iter(build_loader(Odd(), [[index] for index in range(20)], 2, False, list))
+print(next(batches))
+if sys.argv[1] == "group":
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    os.killpg(0, signal.SIGTERM)
+    time.sleep(0.5)
+print([*batches] if sys.argv[1] != "exit" else "")
+"""
+
+
+@pytest.mark.parametrize(("how", "code"), [("raise", 1), ("exit", 0), ("group", 0)])
+def test_processes_with_loaders_end(tmp_path, how, code):
+    # A real process: what hung was Python's exit, in which multiprocessing ends the workers.
+    script = tmp_path / "leave.py"
+    script.write_text(LEAVE)
+    done = subprocess.run(
+        [sys.executable, str(script), how],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        start_new_session=True,
+    )
+    assert done.returncode == code, done.stderr
+    assert ("ValueError: odd" in done.stderr) == (how == "raise")
+    assert "killed" not in done.stderr
+    if how == "group":  # a signal to all processes leaves the workers at work
+        assert done.stdout.splitlines()[1] == str([[index] for index in range(1, 20)])
 
 
 def test_loader_processes_use_one_thread():
@@ -1030,7 +1075,7 @@ PRESETS = sorted(Path(pretrain.__file__).parent.glob("configs/*.yaml"))
 
 
 @pytest.mark.parametrize(
-    "preset", [p for p in PRESETS if p.stem.partition("_")[0] not in ("finetune", "linprobe")]
+    "preset", [p for p in PRESETS if p.stem.partition("_")[0] not in ("finetune", "linprobe", "segment")]
 )
 def test_presets_are_understood(preset):
     config = pretrain.parse([f"--config={preset}", "--out=runs/x"])

@@ -13,6 +13,7 @@ import importlib.util
 import io
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,6 +63,10 @@ MAX_HELD_OUT_FILES = 2_000
 # Larger images are skipped. Pillow refuses some 179 million pixels by itself, but that limit is
 # often lifted by other code.
 MAX_PIXELS = 200_000_000
+
+
+class DataError(ValueError):
+    """A file of a data set cannot be what it is taken for; the message names it."""
 
 
 @dataclass
@@ -657,11 +662,19 @@ def to_images(batch: dict[str, Tensor], img_size: tuple[int, int]) -> Tensor:
     return augment.finish_batch(batch["image"], batch["size"], batch["flip"], img_size)
 
 
-def _ignore_signals(_: int) -> None:
+def _heed_parent_alone(_: int) -> None:
     # Stopping is for the process that trains: it still needs its loaders to finish the step, and torchrun
-    # and Ctrl-C signal all processes.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    # and Ctrl-C signal all processes. But when it exits itself, multiprocessing sends it SIGTERM and waits.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # of the threads to come, too
+    parent = os.getppid()
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)  # with another code, the training process would report a loader that died
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def build_loader(
@@ -687,6 +700,6 @@ def build_loader(
         collate_fn=collate,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_heed_parent_alone,
         generator=torch.Generator(),  # it would draw from the caller's random numbers otherwise
     )
