@@ -24,6 +24,7 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from segmentation_models_pytorch.base.initialization import initialize_decoder
 from segmentation_models_pytorch.base.modules import Conv2dReLU
 from segmentation_models_pytorch.decoders.dpt.decoder import DPTDecoder
@@ -224,20 +225,45 @@ class SegmentationModel(nn.Module):
             )
             self.refine = Conv2dReLU(width, width, 3, padding=1)
         self.dropout = nn.Dropout2d(0.0 if linear else dropout)
-        self.classifier = nn.Conv2d(width, num_classes, 1)
-        last = [self.classifier]
         if not linear:
             self.auxiliary = nn.Sequential(
                 Conv2dReLU(dim, AUXILIARY_WIDTH, 3, padding=1),
                 nn.Dropout2d(dropout),
-                nn.Conv2d(AUXILIARY_WIDTH, num_classes, 1),
+                nn.Identity(),
             )
-            last.append(self.auxiliary[-1])
         for name, child in self.named_children():
             if name not in ("encoder", "pyramid"):
                 initialize_decoder(child)
-        for conv in last:
+        self.reset_classifier(num_classes)
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Start the last layer anew, and that of the auxiliary head, for other classes; as timm's models."""
+
+        def last(width: int) -> nn.Conv2d:
+            conv = nn.Conv2d(width, num_classes, 1)
             nn.init.normal_(conv.weight, std=0.01)
+            nn.init.zeros_(conv.bias)
+            return conv
+
+        self.num_classes = num_classes
+        self.classifier = last(self.width)
+        if self.auxiliary is not None:
+            self.auxiliary[-1] = last(AUXILIARY_WIDTH)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, object]:
+        """Layers by name, for timm's `param_groups_layer_decay`: what is not named comes after all blocks.
+
+        Args:
+            coarse: Of timm's interface; without effect.
+        """
+        return {
+            "stem": r"^encoder\.(?:cls_token|reg_token|pos_embed|patch_embed)",
+            "blocks": [(r"^encoder\.blocks\.(\d+)", None)],
+        }
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of tokens and positions, as timm's models tell them."""
+        return {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
 
     def features(self, images: Tensor) -> list[Tensor]:
         """The maps [B, D, h, w] that the decoder reads, for images whose sides are multiples of the patch."""
@@ -353,6 +379,48 @@ def sliding_logits(
     return total / seen
 
 
+@torch.no_grad()
+def multiscale_logits(
+    model: Callable[[Tensor], Segmentation],
+    versions: Sequence[Tensor],
+    size: Sequence[int],
+    window: int | tuple[int, int],
+    stride: int | tuple[int, int],
+    flip: bool = False,
+    batch: int = 1,
+) -> Tensor:
+    """Logits [B, C, *size] of images in several sizes, by `sliding_logits`.
+
+    Of several versions, they are the logarithm of the mean probability, which mmsegmentation's tests take.
+
+    Args:
+        model: A `SegmentationModel` in evaluation mode.
+        versions: The images in one or more sizes, [B, 3, h, w] each.
+        size: Height and width to which logits are resized, in pixels.
+        window: As in `sliding_logits`, like stride and batch.
+        stride: See window.
+        flip: Whether mirrored images count as versions, too.
+        batch: See window.
+
+    Raises:
+        ValueError: As `sliding_logits`.
+    """
+
+    def logits(images: Tensor) -> Tensor:
+        return resize_logits(sliding_logits(model, images, window, stride, batch), size)
+
+    if len(versions) == 1 and not flip:
+        return logits(versions[0])
+    total = None
+    for images in versions:
+        for mirrored in (False, True) if flip else (False,):
+            found = logits(images.flip(-1)).flip(-1) if mirrored else logits(images)
+            found = found.softmax(1)
+            total = found if total is None else total.add_(found)
+    count = len(versions) * (1 + flip)
+    return total.div_(count).clamp_(min=torch.finfo(total.dtype).tiny).log_()
+
+
 class LoadedSegmenter(NamedTuple):
     """A segmentation model with its weights.
 
@@ -360,15 +428,20 @@ class LoadedSegmenter(NamedTuple):
         model: At the image size that it was trained with.
         architecture: How the encoder was pre-trained.
         classes: Their names.
+        short_side: Pixels to which the shorter side of an image is brought; None for images as they are.
     """
 
     model: SegmentationModel
     architecture: Architecture
     classes: tuple[str, ...]
+    short_side: int | None
 
 
 def segmenter_metadata(
-    model: SegmentationModel, architecture: Architecture, classes: Sequence[str]
+    model: SegmentationModel,
+    architecture: Architecture,
+    classes: Sequence[str],
+    short_side: int | None = None,
 ) -> dict[str, str]:
     """What `load_segmenter` needs to build a model again, for a safetensors file.
 
@@ -376,6 +449,7 @@ def segmenter_metadata(
         model: The model.
         architecture: How its encoder was pre-trained.
         classes: Names of the classes.
+        short_side: Pixels to which the shorter side of an image is brought; None for images as they are.
 
     Raises:
         ValueError: There are not as many names as classes.
@@ -388,6 +462,7 @@ def segmenter_metadata(
         "blocks": str(model.blocks),
         "width": str(None if model.head == "linear" else model.width),
         "fine_tuned_at": str(tuple(model.encoder.patch_embed.img_size)),
+        "short_side": str(short_side),
         "classes": json.dumps(list(classes)),
     }
 
@@ -398,6 +473,15 @@ def segmenter_state_dict(model: SegmentationModel) -> dict[str, Tensor]:
         name: tensor.detach().clone(memory_format=torch.contiguous_format)
         for name, tensor in model.state_dict().items()
     }
+
+
+def is_segmenter(path: str | os.PathLike) -> bool:
+    """Whether a file has `segmenter_metadata`; False where there is no file, or it cannot be read."""
+    try:
+        with safe_open(path, "pt") as file:
+            return "blocks" in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
 
 
 def load_segmenter(path: str | os.PathLike, drop_path: float = 0.0, dropout: float = 0.1) -> LoadedSegmenter:
@@ -417,7 +501,7 @@ def load_segmenter(path: str | os.PathLike, drop_path: float = 0.0, dropout: flo
         hint = ": a folder, expected a file such as its segmenter.safetensors" if path.is_dir() else ""
         raise FileNotFoundError(f"no such segmentation model: {path}{hint}")
     about, weights = read_safetensors(path)
-    needed = ("head", "blocks", "width", "fine_tuned_at", "classes")
+    needed = ("head", "blocks", "width", "fine_tuned_at", "short_side", "classes")
     missing = [name for name in needed if name not in about]
     if missing:
         raise ValueError(
@@ -426,7 +510,7 @@ def load_segmenter(path: str | os.PathLike, drop_path: float = 0.0, dropout: flo
         )
     try:
         classes = tuple(json.loads(about["classes"]))
-        blocks, width, img_size = (literal_eval(about[name]) for name in ("blocks", "width", "fine_tuned_at"))
+        blocks, width, img_size, short_side = (literal_eval(about[name]) for name in needed[1:-1])
         architecture = Architecture.from_metadata(about)
         model = SegmentationModel(
             create_vit(architecture, drop_path, dynamic_img_size=True),
@@ -443,4 +527,4 @@ def load_segmenter(path: str | os.PathLike, drop_path: float = 0.0, dropout: flo
     if told is not None and len(told) != len(classes):
         raise ValueError(f"{path}: expected weights for the {len(classes)} classes named, got {len(told)}")
     fill(model, weights, path)
-    return LoadedSegmenter(model, architecture, classes)
+    return LoadedSegmenter(model, architecture, classes, short_side)

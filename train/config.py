@@ -20,7 +20,7 @@ class OptimConfig:
 
     Args:
         blr: Base learning rate; the peak rate is blr * batch_size / 256.
-        min_lr: Rate at the end of the cosine.
+        min_lr: Rate at the end of the run.
         warmup_epochs: Length of the linear warm-up.
         warmup_steps: The same in steps; overrides warmup_epochs.
         weight_decay: Of weights with two or more dimensions; biases and norms have none.
@@ -153,6 +153,8 @@ class RunConfig:
     max_bad_steps: int = 10
     profile: bool = False
 
+    decay = staticmethod(warmup_cosine)  # the schedule of the learning rate
+
     @property
     def peak_lr(self) -> float:
         """Learning rate at the end of the warm-up."""
@@ -210,7 +212,7 @@ class RunConfig:
                 f"optim: the warm-up of {warmup} steps is longer than the run of {total}; "
                 "set --optim.warmup_steps or --optim.warmup_epochs"
             )
-        return total, lambda step: warmup_cosine(step, total, warmup, self.peak_lr, self.optim.min_lr)
+        return total, lambda step: self.decay(step, total, warmup, self.peak_lr, self.optim.min_lr)
 
     def check_sample(self, tokens: int, processes: int) -> None:
         """Raise ValueError if a micro-batch would give no rows to decorrelate by.

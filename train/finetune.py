@@ -12,12 +12,11 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import save
 from timm.data import resolve_model_data_config
 from timm.loss import SoftTargetCrossEntropy
-from timm.optim import Lars, param_groups_layer_decay
+from timm.optim import Lars
 from torch import Tensor, nn
 from torchvision.utils import save_image
 
@@ -26,17 +25,13 @@ from dbpkern import diagnostics
 from dbpkern.convert import select
 from models.classifier import (
     Architecture,
-    Loaded,
     Readout,
     classifier_metadata,
     classifier_state_dict,
-    create_vit,
-    load_encoder,
     to_classifier,
 )
 from models.vit import pair
-from train import config as shared
-from train import plots
+from train import plots, transfer
 from train.data import StepSampler, build_loader
 from train.labelled import AugmentConfig, LabelledConfig, LabelledSet, Mixer, build_labelled, collate
 from train.loop import Loop, moved
@@ -46,15 +41,13 @@ from train.run_folder import to_json, write_atomically
 
 
 @dataclass
-class OptimConfig(shared.OptimConfig):
+class OptimConfig(transfer.OptimConfig):
     """The optimizer of the weights and its schedule; by default as in MAE's fine-tuning of ViT-B.
 
     Args:
         name: "adamw", or "lars" for linear probes.
-        lr: The peak rate itself; overrides blr.
         weight_decay: Of weights with two or more dimensions; biases, norms, tokens and positions have none.
         betas: Of AdamW; the first is the momentum of LARS.
-        layer_decay: Factor of the rate from each block to the one before it; 1 for one rate.
     """
 
     name: Literal["adamw", "lars"] = "adamw"
@@ -62,45 +55,27 @@ class OptimConfig(shared.OptimConfig):
     blr: float = 5e-4
     min_lr: float = 1e-6
     warmup_epochs: float = 5
-    betas: tuple[float, float] = (0.9, 0.999)
-    lr: float | None = None
-    layer_decay: float = 0.65
 
 
 @dataclass
-class Config(shared.RunConfig):
+class Config(transfer.TransferConfig):
     """Fine-tuning of an encoder, or a linear probe of it; by default with MAE's recipe for ViT-B.
 
     Args:
-        encoder: encoder.safetensors of a run of train/pretrain.py; classifier.safetensors of one of this
-            script; "timm:NAME" for a ViT of timm; a checkpoint file of facebookresearch/mae, which needs
-            model; or null for random weights, which need it, too.
-        model: mae_vit_base, darl_vit_base and so on; null where the encoder tells.
-        model_args: Changes to model, or to timm's, such as {depth: 6, embed_dim: 128}; any of patch_size,
-            embed_dim, depth, num_heads, mlp_ratio.
-        pretrained: Whether timm:NAME has timm's weights, which timm downloads once, or random ones.
         readout: What the head sees: "mean" of the patch tokens, "class" token, or "last" patch token.
         layer: Blocks that are kept, from the first; null for all.
         causal: Whether patches see only those before them, as in DARL's pre-training.
         linear: Whether the head alone is trained, after a BatchNorm without weights: a linear probe.
-        drop_path: Rate of stochastic depth at the last block.
-        img_size: Side of the images in pixels, or height and width; need not be that of pre-training.
         data: The images.
         augment: What training does to them.
         steps: The same in optimizer steps; overrides epochs. 0 evaluates a classifier.safetensors alone.
         seed: Of weights, order, augmentation and samples.
     """
 
-    encoder: str | None = None
-    model: str | None = None
-    model_args: dict[str, int | float | list[int]] = field(default_factory=dict)
-    pretrained: bool = True
     readout: Readout = "mean"
     layer: int | None = None
     causal: bool = False
     linear: bool = False
-    drop_path: float = 0.1
-    img_size: int | tuple[int, int] = 224
     data: LabelledConfig = field(default_factory=LabelledConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     _: KW_ONLY
@@ -108,18 +83,9 @@ class Config(shared.RunConfig):
     batch_size: int = 1024
     optim: OptimConfig = field(default_factory=OptimConfig)
 
-    @property
-    def peak_lr(self) -> float:
-        """Learning rate of the last layer at the end of the warm-up."""
-        return super().peak_lr if self.optim.lr is None else self.optim.lr
-
     def check(self, processes: int) -> None:
         """Raise ValueError for settings out of range or that do not go together, in so many processes."""
         self.check_numbers(least_steps=0)
-        if not 0 < self.optim.layer_decay <= 1:
-            raise ValueError(f"optim.layer_decay: expected a factor in (0, 1], got {self.optim.layer_decay}")
-        if not 0 <= self.drop_path < 1:
-            raise ValueError(f"drop_path: expected a rate in [0, 1), got {self.drop_path}")
         slices = self.accumulation * processes
         if self.augment.mixes and self.batch_size // slices % 2:
             raise ValueError(
@@ -136,57 +102,23 @@ class Config(shared.RunConfig):
             raise ValueError("optim.name: lars is for linear probes; expected adamw, or --linear true")
 
 
-def load(config: Config) -> Loaded:
-    """The encoder that a configuration asks for, from torch's random numbers where it has no weights.
-
-    Raises:
-        FileNotFoundError, ValueError: as `create_vit` and `load_encoder`.
-    """
-    name = config.encoder
-    if name is not None and not name.startswith("timm:"):
-        return load_encoder(name, config.drop_path, config.model, config.model_args)
-    if name is not None and config.model is not None:
-        raise ValueError(f"model: {name} is one itself; expected null, got {config.model}")
-    if name is None and config.model is None:
-        raise ValueError(
-            "encoder: expected a file or timm:NAME; or, for random weights, --model such as mae_vit_base"
-        )
-    architecture = Architecture(name or config.model, config.img_size, config.model_args)
-    return Loaded(create_vit(architecture, config.drop_path, config.pretrained), architecture)
-
-
 def build_optimizers(
     config: Config, model: nn.Module
 ) -> tuple[torch.optim.Optimizer, dbpkern.DecorSGD | None]:
     """The optimizer of the weights, and that of R where the run decorrelates; one step makes both.
 
-    Rates decay by layers as in BEiT and MAE: the head and the norm before it have the whole rate, a block
-    `layer_decay` times that of the next, patch embedding, tokens and positions that of a block before the
-    first. timm puts a final norm of all tokens, which the read-outs "class" and "last" have, with the last
-    block.
+    Rates are those of `parameter_groups`. timm puts a final norm of all tokens, which the read-outs "class"
+    and "last" have, with the last block.
     """
     c = config.optim
-    groups = param_groups_layer_decay(
-        model, c.weight_decay, model.no_weight_decay(), layer_decay=c.layer_decay
-    )
-    peak = config.peak_lr
+    groups, peak = transfer.parameter_groups(config, model), config.peak_lr
     if c.name == "adamw":
         optimizer = torch.optim.AdamW(groups, lr=peak, betas=c.betas)
     else:
         # As MAE's: the trust ratio is for weights, not for biases.
         groups = [group | {"always_adapt": group["params"][0].ndim > 1} for group in groups]
         optimizer = Lars(groups, lr=peak, momentum=c.betas[0])
-    for group in optimizer.param_groups:
-        group["initial_lr"] = peak * group["lr_scale"]
     return optimizer, build_decor(config, model, optimizer)
-
-
-def average_statistics(norm: nn.BatchNorm1d, *_) -> None:
-    """Forward hook: give all processes the same running statistics, the means of theirs."""
-    if norm.training:
-        for statistic in (norm.running_mean, norm.running_var):
-            dist.all_reduce(statistic)
-            statistic /= dist.get_world_size()
 
 
 class Evaluator:
@@ -278,7 +210,7 @@ def write_results(loop: Loop, evaluator: Evaluator, weights: dict[str, Tensor]) 
     summary["trained_parameters"] = sum(p.numel() for p in loop.model.parameters() if p.requires_grad)
     write_atomically(run.summary, to_json(summary, indent=1))
     plots.plot_curves(records, run.path / "curves.png")
-    plots.plot_accuracy(records, run.path / "accuracy.png")
+    plots.plot_accuracy(records, {"top5": "top 5", "top1": "top 1"}, run.path / "accuracy.png")
     save_image(loop.pictures["confusion"], run.path / "confusion.png")
     if not config.linear:
         plot_correlations(records, run.path / "correlation.png")
@@ -296,7 +228,7 @@ def prepare(config: Config, procs: Processes) -> tuple[Loop, Evaluator, Iterator
     """
     config.check(procs.world_size)
     torch.manual_seed(config.seed)
-    loaded = load(config)
+    loaded = transfer.load(config)
     model, img_size = loaded.model, pair("img_size", config.img_size)
     pixels = resolve_model_data_config(model)  # how timm's own weights want them, ImageNet's way otherwise
     training, held_out, classes = build_labelled(
@@ -327,7 +259,7 @@ def prepare(config: Config, procs: Processes) -> tuple[Loop, Evaluator, Iterator
         select(model, config.decor.present(model), config.decor.accepts)
     model.to(procs.device)
     if config.linear and procs.world_size > 1:
-        model.head[0].register_forward_hook(average_statistics)
+        model.head[0].register_forward_hook(transfer.average_statistics)
     optimizer, decor = build_optimizers(config, model)
 
     total, rate = config.schedule(len(training))

@@ -77,12 +77,12 @@ def save_image_grid(rows: Mapping[str, Tensor], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def plot_accuracy(records: Sequence[Mapping], path: Path) -> None:
-    """Held-out accuracy over the steps of a run, in per cent."""
+def plot_accuracy(records: Sequence[Mapping], figures: Mapping[str, str], path: Path) -> None:
+    """Figures of a log over the steps of a run, in per cent, by the names that the plot gives them."""
     evals = [r for r in records if r["kind"] == "eval"]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axis = figure.subplots()
-    for name, label in (("top5", "top 5"), ("top1", "top 1")):
+    for name, label in figures.items():
         axis.plot([r["step"] for r in evals], [r[name] for r in evals], "o-", ms=3, label=label)
     axis.set_xlabel("step")
     axis.set_ylabel("held-out accuracy, %")
@@ -91,14 +91,24 @@ def plot_accuracy(records: Sequence[Mapping], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def confusion_figure(counts: Tensor, classes: Sequence[str]) -> Figure:
-    """How often the images of each class were taken for which.
+def colour_table() -> Tensor:
+    """A colour for each label of a mask, uint8 [256, 3]: those of PASCAL VOC, black for the last, IGNORE."""
+    # In PASCAL VOC black is the first. The bits of a number go in turn to red, green and blue, the lowest to
+    # the highest bit of the colour.
+    numbers = torch.arange(1, 257)[:, None, None] % 256
+    bits = torch.arange(8)[:, None] * 3 + torch.arange(3)
+    return ((numbers >> bits & 1) << torch.arange(7, -1, -1)[:, None]).sum(1).to(torch.uint8)
+
+
+def confusion_figure(counts: Tensor, classes: Sequence[str], unit: str = "images") -> Figure:
+    """How often what is of each class was taken for which.
 
     Args:
-        counts: Images by class and by the class they were taken for [C, C].
+        counts: Images or pixels by class and by the class they were taken for [C, C].
         classes: Names of the classes, which are on the axes if there are at most `NAMED`; their numbers
             otherwise. Up to `WRITTEN`, the figures are in the cells, too; above `CELLS`, a cell has the
             largest figure of several classes.
+        unit: What is counted.
     """
     count = len(classes)
     share = 100 * counts / counts.sum(1, keepdim=True).clamp(min=1)
@@ -110,7 +120,7 @@ def confusion_figure(counts: Tensor, classes: Sequence[str]) -> Figure:
     norm = PowerNorm(1 if count <= NAMED else 0.4, vmin=0, vmax=100)
     edges = (-0.5, count - 0.5, count - 0.5, -0.5)
     picture = axis.imshow(cells.cpu().numpy(), norm=norm, cmap="Blues", extent=edges)
-    figure.colorbar(picture, ax=axis, label="% of the images of a class", shrink=0.8)
+    figure.colorbar(picture, ax=axis, label=f"% of the {unit} of a class", shrink=0.8)
     axis.set_ylabel("class")
     axis.set_xlabel("taken for")
     if count <= NAMED:

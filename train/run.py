@@ -17,6 +17,7 @@ from dbpkern import diagnostics
 from dbpkern.env import collect
 from train import checkpoint, plots, processes
 from train.config import RunConfig
+from train.data import DataError
 from train.loop import Diverged, Interrupted, Loop
 from train.processes import Processes
 from train.run_folder import NEUTRAL, RunFolder, flat, lines
@@ -196,6 +197,9 @@ def run_script(
         weights = whole_weights(loop.model)
     except Diverged as error:
         sys.exit(f"{name}: {error}" if procs.is_main else 1)
+    except DataError as error:
+        # From a process of the loader it comes with that one's traceback before it.
+        sys.exit(f"{name}: {str(error).strip().rpartition('DataError: ')[2]}")
     except Interrupted as stopped:
         if procs.is_main:
             print(f"{name}: stopped at step {loop.step}. {stopped}; continue with --resume auto")

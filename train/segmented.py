@@ -19,7 +19,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from train import scenes
 from train.augment import Chooser
-from train.data import IMAGE_EXTENSIONS, Images, choose_subset, decode, list_images, seeded
+from train.data import IMAGE_EXTENSIONS, DataError, Images, choose_subset, decode, list_images, seeded
 
 IGNORE = 255  # label of the pixels that count neither in the loss nor in metrics
 MAX_CLASSES = 255
@@ -123,23 +123,23 @@ class Coding:
         """Bring a stored mask to the labels 0 to C - 1, and IGNORE: uint8 [H, W].
 
         Raises:
-            ValueError: It is no mask of class numbers, has another size than its image, or a value that is
+            DataError: It is no mask of class numbers, has another size than its image, or a value that is
                 no class; the message names the file.
         """
         values, size = pair.values, tuple(pair.pixels.shape[1:])
         if values.ndim != 2:
-            raise ValueError(
+            raise DataError(
                 f"{pair.file}: expected one channel of class numbers, got {values.shape[2]} channels"
             )
         if tuple(values.shape) != size:
-            raise ValueError(
+            raise DataError(
                 f"{pair.file}: expected a mask of its image's size {size}, got {tuple(values.shape)}"
             )
         last = self.first + len(self.classes) - 1
         ignored = values == self.ignored
         unknown = ~ignored & ((values < self.first) | (values > last))
         if unknown.any():
-            raise ValueError(
+            raise DataError(
                 f"{pair.file}: expected labels {self.first} to {last}, or {self.ignored} for none, "
                 f"got {int(values[unknown][0])}"
             )
@@ -150,14 +150,14 @@ class SegmentedSample(NamedTuple):
     """One image with its mask, ready for the model.
 
     Attributes:
-        image: float32 [3, H, W].
+        image: float32 [3, H, W]; a list of such where the transform is `Scales`.
         mask: Labels 0 to C - 1, or IGNORE: uint8 [H, W]; in evaluation of the size that it is stored in,
             which need not be the image's.
         skipped: (name, reason) of the images that could not be read, or whose masks could not, and that this
             one replaces.
     """
 
-    image: Tensor
+    image: Tensor | list[Tensor]
     mask: Tensor
     skipped: list[tuple[str, str]]
 
@@ -176,8 +176,8 @@ class SegmentedSet(Dataset):
         seed: Of what the transform draws, a 64-bit integer.
 
     Raises:
-        ValueError: None of the images can be read; or a mask does not fit, the first one here and others when
-            they are taken. The message names the file.
+        ValueError: None of the images can be read.
+        DataError: A mask does not fit, the first one here and others when they are taken.
     """
 
     def __init__(
@@ -221,6 +221,14 @@ def collate(samples: list[SegmentedSample]) -> dict[str, Tensor | list]:
     }
 
 
+def collate_whole(samples: list[SegmentedSample]) -> dict[str, list]:
+    """List samples of any sizes, without those that stand in for others, and beside them all skipped."""
+    return {
+        "samples": [sample for sample in samples if not sample.skipped],
+        "skipped": [record for sample in samples for record in sample.skipped],
+    }
+
+
 class Preprocess:
     """What evaluation does to images: resize, keeping the ratio, and normalise. Masks stay as they are.
 
@@ -248,9 +256,36 @@ class Preprocess:
         image = v2.functional.to_dtype(pixels, torch.float32, scale=True)
         return v2.functional.normalize(image, list(self.mean), list(self.std))
 
+    def denormalize(self, image: Tensor) -> Tensor:
+        """Undo `normalize`: float32 [3, H, W] in [0, 1]."""
+        mean, std = (image.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
+        return (image * std + mean).clamp(0, 1)
+
     def __call__(self, pixels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Resize and normalise the image alone."""
         return self.normalize(self.resize(pixels)), mask
+
+
+class Scales:
+    """What evaluation does to images that it looks at in several sizes: a list of the image's versions.
+
+    Args:
+        preprocess: For the size that factors are of, and the normalisation.
+        factors: Of the sizes.
+    """
+
+    def __init__(self, preprocess: Preprocess, factors: tuple[float, ...]):
+        self.preprocess = preprocess
+        self.factors = factors
+
+    def versions(self, pixels: Tensor) -> list[Tensor]:
+        """Uint8 [3, h, w] to float32 [3, H, W] for each factor."""
+        preprocess = self.preprocess
+        return [preprocess.normalize(preprocess.resize(pixels, factor)) for factor in self.factors]
+
+    def __call__(self, pixels: Tensor, mask: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Resize and normalise the image alone."""
+        return self.versions(pixels), mask
 
 
 class PhotometricDistort(v2.RandomPhotometricDistort):

@@ -1,0 +1,579 @@
+"""Segmentation runs: figures from their definition, whole runs, bad input; prediction and export."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+
+from models.classifier import Architecture, create_vit
+from models.segmentation import Segmentation, SegmentationModel, load_segmenter, multiscale_logits
+from train import plots, predict, segment
+from train.processes import Processes
+from train.run_folder import RunFolder
+from train.schedule import warmup_linear
+from train.segmented import IGNORE
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "train" / "configs"
+ALONE = Processes(0, 1, torch.device("cpu"))
+SIZES = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+SCRATCH = ["--model=mae_vit_tiny", "--model_args={patch_size: 8, embed_dim: 16, depth: 2, num_heads: 2}"]
+TINY = [
+    f"--config={CONFIGS / 'segment_scenes.yaml'}",
+    "--img_size=32",
+    "--width=8",
+    "--batch_size=4",
+    "--steps=6",
+    "--optim.warmup_steps=2",
+    "--drop_path=0.1",
+    "--eval_every=6",
+    "--checkpoint_every=3",
+    "--device=cpu",
+]
+LINEAR = ["--head=linear", "--width=null", "--drop_path=0"]
+FIGURES = ("heldout_loss", "miou", "mean_accuracy", "pixel_accuracy")
+
+
+def losses(folder: Path) -> dict[int, float]:
+    return {r["step"]: r["loss"] for r in RunFolder(folder).records() if r["kind"] == "step"}
+
+
+def evals(folder: Path) -> list[tuple]:
+    records = (r for r in RunFolder(folder).records() if r["kind"] == "eval")
+    return [(r["step"], *(r[name] for name in FIGURES)) for r in records]
+
+
+def save(path: Path, values) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(values, np.uint8)).save(path)
+    return path
+
+
+def make_pair(root: Path, part: str, name: str, size: tuple[int, int], labels: int, kind: str) -> None:
+    """An image whose grey tells its labels, and the mask; with values of ADE20K or of folders."""
+    height, width = size
+    values = (np.arange(height)[:, None] // 8 + np.arange(width) // 8 + len(name)) % labels
+    save(root / {"ade20k": f"images/{part}/{name}.jpg", "folder": f"{part}/images/{name}.png"}[kind],
+         np.stack([values * 60 + 20] * 3, 2))  # fmt: skip
+    if kind == "folder":
+        values[0] = IGNORE
+    save(
+        root / {"ade20k": f"annotations/{part}/{name}.png", "folder": f"{part}/masks/{name}.png"}[kind],
+        values,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Images of several sizes, three labels, some ignored."""
+    root = tmp_path_factory.mktemp("data") / "folder"
+    for i in range(4):
+        make_pair(root, "train", f"{i}", (40, 48), 3, "folder")
+    for i, size in enumerate([(40, 56), (32, 32), (32, 32), (24, 30), (33, 70)]):
+        make_pair(root, "val", f"{i}", size, 3, "folder")
+    return root
+
+
+@pytest.fixture(scope="module")
+def finished(folder, tmp_path_factory) -> Path:
+    """A run with decorrelation."""
+    out = tmp_path_factory.mktemp("segmented") / "run"
+    decor = ["--decor.enable=true", "--decor.every=1"]
+    segment.main([*TINY, *SCRATCH, *decor, f"--data.source=folder:{folder}", f"--out={out}"])
+    return out
+
+
+# Figures
+
+
+def by_definition(masks: list[np.ndarray], predictions: list[np.ndarray], classes: int) -> dict:
+    """Figures in per cent, each from the pixels of all images."""
+    truth, found = (np.concatenate([x.ravel() for x in xs]) for xs in (masks, predictions))
+    found, truth = found[truth != IGNORE], truth[truth != IGNORE]
+    ious, accuracies = [], []
+    for label in range(classes):
+        both, either = (
+            ((truth == label) & (found == label)).sum(),
+            ((truth == label) | (found == label)).sum(),
+        )
+        ious.append(100 * both / either if either else np.nan)
+        accuracies.append(100 * both / (truth == label).sum() if (truth == label).any() else np.nan)
+    return {
+        "miou": np.nanmean(ious),
+        "mean_accuracy": np.nanmean(accuracies),
+        "pixel_accuracy": 100 * (truth == found).mean(),
+        "iou": ious,
+        "accuracy": accuracies,
+    }
+
+
+@pytest.mark.parametrize("case", ["random", "absent", "predicted alone", "ignored", "perfect"])
+def test_figures_are_those_of_their_definition(case):
+    rng = np.random.default_rng(0)
+    masks = [rng.integers(0, 4, size) for size in ((5, 7), (3, 4), (6, 6))]
+    predictions = [rng.integers(0, 4, mask.shape) for mask in masks]
+    if case == "absent":
+        masks, predictions = ([np.minimum(x, 2) for x in xs] for xs in (masks, predictions))
+    if case == "predicted alone":
+        masks = [np.minimum(mask, 2) for mask in masks]
+    if case == "ignored":
+        masks[0][:] = IGNORE
+        masks[1][1:] = IGNORE
+    if case == "perfect":
+        predictions = masks
+    expected = by_definition(masks, predictions, 4)
+    metric = segment.build_metric(4)
+    for mask, prediction in zip(masks, predictions, strict=True):
+        metric.update(torch.from_numpy(prediction), torch.from_numpy(mask))
+    found = segment.score(metric)
+    for name, value in expected.items():
+        actual = getattr(found, name)
+        actual = actual.numpy() if isinstance(actual, torch.Tensor) else actual
+        np.testing.assert_allclose(actual, value, rtol=1e-5, err_msg=name)
+    assert found.pixels.tolist() == [sum(int((mask == label).sum()) for mask in masks) for label in range(4)]
+
+
+def test_a_table_of_classes():
+    metric = segment.build_metric(3)
+    metric.update(torch.tensor([0, 0, 1]), torch.tensor([0, 1, 1]))
+    text = segment.class_table(("a", "b, c", "d"), segment.score(metric))
+    assert list(csv.reader(text.splitlines())) == [
+        ["class", "iou", "accuracy", "pixels"],
+        ["a", "50.00", "100.00", "1"],
+        ["b, c", "50.00", "50.00", "2"],
+        ["d", "", "", "0"],
+    ]
+
+
+def test_masks_without_any_class_are_no_evaluation():
+    metric = segment.build_metric(3)
+    metric.update(torch.tensor([0, 1]), torch.tensor([IGNORE, IGNORE]))
+    with pytest.raises(ValueError, match="no pixel of the held-out masks has a class"):
+        segment.score(metric)
+
+
+def test_versions_are_averaged_as_probabilities():
+    def model(crops: torch.Tensor) -> Segmentation:
+        return Segmentation(crops[:, :2] * 2, None)
+
+    images, larger = torch.randn(2, 3, 6, 8), torch.randn(2, 3, 9, 12)
+    one = multiscale_logits(model, [images], (6, 8), 6, 4)
+    torch.testing.assert_close(one, 2 * images[:, :2])
+    both = multiscale_logits(model, [images, images], (6, 8), 6, 4, flip=True)
+    torch.testing.assert_close(both.softmax(1), one.softmax(1))
+    mixed = multiscale_logits(model, [images, larger], (6, 8), 6, 4)
+    other = multiscale_logits(model, [larger], (6, 8), 6, 4)
+    torch.testing.assert_close(mixed.exp(), (one.softmax(1) + other.softmax(1)) / 2)
+
+
+def test_colours_differ_and_ignored_pixels_are_black():
+    table = plots.colour_table()
+    assert table[IGNORE].tolist() == [0, 0, 0]
+    assert table[:4].tolist() == [[128, 0, 0], [0, 128, 0], [128, 128, 0], [0, 0, 128]]  # as PASCAL VOC's
+    assert len({tuple(colour) for colour in table.tolist()}) == 256
+
+
+# The optimizer
+
+
+def test_the_rate_rises_and_falls_in_lines():
+    rates = [warmup_linear(step, 10, 4, 1.0, 0.1) for step in range(11)]
+    assert rates[:5] == pytest.approx([0, 0.25, 0.5, 0.75, 1])
+    assert rates[4:] == pytest.approx([1 - 0.15 * i for i in range(7)])
+
+
+def test_rates_decay_over_the_encoder_alone():
+    encoder = create_vit(Architecture("mae_vit_tiny", 32, SIZES | {"depth": 12}), dynamic_img_size=True)
+    model = SegmentationModel(encoder, 3, width=8)
+    config = segment.parse(["--out=x"])
+    assert config.peak_lr == pytest.approx(1e-4)
+    assert (config.head, config.steps, config.optim.warmup_steps) == ("upernet", 160_000, 1500)
+    optimizer, _ = segment.build_optimizers(config, model)
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = {names[id(p)]: group for group in optimizer.param_groups for p in group["params"]}
+    assert set(found) == set(names.values())
+    for name, group in found.items():
+        part, _, rest = name.partition(".")
+        layer = 13
+        if part == "encoder":
+            layer = int(rest.split(".")[1]) + 1 if rest.startswith("blocks") else 0
+        assert group["lr_scale"] == pytest.approx(0.65 ** (13 - layer)), name
+        assert group["initial_lr"] == pytest.approx(1e-4 * 0.65 ** (13 - layer)), name
+        free = rest in ("cls_token", "pos_embed") or model.get_parameter(name).ndim == 1
+        assert group["weight_decay"] == (0 if free else 0.05), name
+
+
+@pytest.mark.parametrize("preset", ["segment_mae_base", "segment_darl_base"])
+def test_presets_are_the_recipe(preset):
+    config = segment.parse([f"--config={CONFIGS / preset}.yaml", "--data.source=ade20k:x", "--out=x"])
+    config.check(Processes(0, 8, torch.device("cuda")))
+    total, rate = config.schedule(20_210)
+    assert (total, config.batch_size, config.img_size) == (160_000, 16, 512)
+    assert [rate(step) for step in (0, 750, 1500, 160_000)] == pytest.approx([0, 5e-5, 1e-4, 0])
+    assert (config.optim.layer_decay, config.optim.weight_decay, config.drop_path) == (0.65, 0.05, 0.1)
+    assert config.evaluation.windows((512, 512)) == (341, 341)
+    assert segment.EvaluationConfig().windows((512, 512)) == (341, 341)
+    assert config.data.short_side == 512
+
+
+# Runs
+
+
+def test_a_run_leaves_everything_it_promises(finished, folder):
+    run = RunFolder(finished)
+    assert list(losses(finished)) == list(range(1, 7))
+    assert [record[0] for record in evals(finished)] == [0, 6]
+    for name in ("curves.png", "accuracy.png", "confusion.png", "overlays.png", "correlation.png"):
+        low, high = Image.open(finished / name).convert("L").getextrema()
+        assert high - low > 100, f"{name} is blank"
+    summary = json.loads(run.summary.read_text())
+    assert [summary[name] for name in FIGURES] == list(evals(finished)[-1][1:])
+    assert summary["best"]["miou"] == max(record[2] for record in evals(finished))
+    # The file is the model that gave these figures, with its R gone: each image alone, by hand.
+    loaded = load_segmenter(finished / "segmenter.safetensors")
+    assert (loaded.classes, loaded.short_side) == (("class 0", "class 1", "class 2"), None)
+    predictor = predict.Predictor(
+        predict.find_segmenter(str(finished)), segment.EvaluationConfig(), torch.device("cpu")
+    )
+    masks, predictions = [], []
+    for image in sorted((folder / "val/images").iterdir()):
+        masks.append(np.asarray(Image.open(folder / "val/masks" / image.name)))
+        predictions.append(predictor(torch.from_numpy(np.array(Image.open(image))).permute(2, 0, 1)).numpy())
+    expected = by_definition(masks, predictions, 3)
+    for name in ("miou", "mean_accuracy", "pixel_accuracy"):
+        assert summary[name] == pytest.approx(expected[name], rel=1e-4), name
+    table = list(csv.DictReader((finished / "classes.csv").read_text().splitlines()))
+    for row, iou in zip(table, expected["iou"], strict=True):
+        assert row["iou"] == ("" if np.isnan(iou) else f"{iou:.2f}")
+
+
+def test_the_model_of_a_decorrelated_run_is_that_of_its_file(folder, tmp_path):
+    arguments = ["--decor.enable=true", "--decor.every=1", "--steps=2", "--optim.warmup_steps=0"]
+    config = segment.parse(
+        [*TINY, *SCRATCH, *arguments, f"--data.source=folder:{folder}", f"--out={tmp_path / 'run'}"]
+    )
+    loop, evaluator, batches = segment.prepare(config, ALONE)
+    loop.train(batches)
+    images = torch.randn(2, 3, 40, 33)
+    expected = loop.model.eval()(images).logits
+    segment.write_results(loop, evaluator, {})
+    loaded = load_segmenter(tmp_path / "run" / "segmenter.safetensors")
+    assert torch.equal(loaded.model.eval()(images).logits, expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--batch_size=2"], ["--batch_size=8"], ["--data.workers=1"]],
+    ids=lambda options: options[0],
+)
+def test_figures_do_not_depend_on_batches(finished, folder, tmp_path, options):
+    start = [f"--encoder={finished / 'segmenter.safetensors'}", f"--data.source=folder:{folder}", "--steps=0"]
+    segment.main([*TINY, *start, *options, f"--out={tmp_path / 'run'}"])
+    assert evals(tmp_path / "run")[0][1:] == pytest.approx(evals(finished)[-1][1:], rel=1e-4)
+
+
+def test_scales_and_flips(finished, folder, tmp_path):
+    start = [f"--encoder={finished / 'segmenter.safetensors'}", f"--data.source=folder:{folder}", "--steps=0"]
+    more = ["--evaluation.scales=[0.75,1,1.5]", "--evaluation.flip=true", "--evaluation.stride=16"]
+    segment.main([*TINY, *start, *more, f"--out={tmp_path / 'run'}"])
+    found = evals(tmp_path / "run")[0]
+    assert found[1:] != evals(finished)[-1][1:]
+    assert all(np.isfinite(found))
+
+
+def test_ade20k_from_its_official_layout(tmp_path):
+    root = tmp_path / "ADEChallengeData2016"
+    for i in range(3):
+        make_pair(root, "training", f"ADE_train_0000000{i}", (40, 60), 4, "ade20k")
+    make_pair(root, "validation", "ADE_val_00000001", (70, 48), 4, "ade20k")
+    out = tmp_path / "run"
+    options = ["--steps=2", "--optim.warmup_steps=0", "--data.short_side=32", f"--data.source=ade20k:{root}"]
+    segment.main([*TINY, *SCRATCH, *LINEAR, *options, f"--out={out}"])
+    loaded = load_segmenter(out / "segmenter.safetensors")
+    assert (len(loaded.classes), loaded.short_side) == (150, 32)
+    table = list(csv.DictReader((out / "classes.csv").read_text().splitlines()))
+    mask = np.asarray(Image.open(root / "annotations/validation/ADE_val_00000001.png"))
+    # Value 1 is the first class; 0 counts nowhere.
+    assert [int(row["pixels"]) for row in table[:4]] == [int((mask == value).sum()) for value in (1, 2, 3, 4)]
+    assert sum(int(row["pixels"]) for row in table) == (mask != 0).sum()
+
+
+def test_a_resumed_run_gives_the_figures_of_one_never_stopped(finished, folder, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    shutil.rmtree(out / "checkpoints" / "step-00000006")
+    decor = ["--decor.enable=true", "--decor.every=1"]
+    segment.main([*TINY, *SCRATCH, *decor, f"--data.source=folder:{folder}", f"--out={out}", "--resume=auto"])
+    assert losses(out) == losses(finished)
+    assert evals(out) == evals(finished)
+    made, again = (load_file(path / "segmenter.safetensors") for path in (finished, out))
+    assert all(torch.equal(made[name], again[name]) for name in made)
+
+
+KILLED = """\
+import os, signal, sys
+
+from train import loop, segment
+
+step = loop.Loop._train_step
+
+def killed(self, *arguments):
+    if self.step == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    step(self, *arguments)
+
+loop.Loop._train_step = killed
+segment.main(sys.argv[1:])
+"""
+
+
+def test_a_killed_run_goes_on(finished, folder, tmp_path):
+    script, out = tmp_path / "killed.py", tmp_path / "run"
+    script.write_text(KILLED)
+    decor = ["--decor.enable=true", "--decor.every=1"]
+    arguments = [*TINY, *SCRATCH, *decor, f"--data.source=folder:{folder}", f"--out={out}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, str(script), *arguments], env=environment, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not (out / "segmenter.safetensors").exists()
+    segment.main([*arguments, "--resume=auto"])
+    assert losses(out) == losses(finished)
+    assert evals(out) == evals(finished)
+
+
+def on_two_processes(*arguments: str) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    script = str(ROOT / "train" / "segment.py")
+    done = subprocess.run([*command, script, *arguments], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_two_processes_give_the_figures_of_one(folder, tmp_path):
+    start = [*TINY, *SCRATCH, *LINEAR, f"--data.source=folder:{folder}", "--steps=3", "--eval_every=3"]
+    segment.main([*start, f"--out={tmp_path / 'one'}"])
+    on_two_processes(*start, f"--out={tmp_path / 'two'}")
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert list(losses(two).values()) == pytest.approx(list(losses(one).values()), rel=2e-5)
+    assert [e[0] for e in evals(two)] == [0, 3]
+    for ours, theirs in zip(evals(one), evals(two), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_further_training_starts_from_a_segmenter(finished, tmp_path):
+    encoder = finished / "segmenter.safetensors"
+    options = ["--steps=1", "--optim.warmup_steps=1", "--img_size=64", "--eval_every=1"]
+    config = segment.parse([*TINY, *options, f"--encoder={encoder}", f"--out={tmp_path / 'run'}"])
+    # Ten classes for three: the last layers are new, the rest stays.
+    loop, _, _ = segment.prepare(config, ALONE)
+    old, new = load_file(encoder), loop.model.state_dict()
+    changed = {name for name in new if name not in old or not torch.equal(old[name], new[name])}
+    assert changed == {
+        "encoder.pos_embed",
+        *(f"{layer}.{part}" for layer in ("classifier", "auxiliary.2") for part in ("weight", "bias")),
+    }
+    assert loop.model.classifier.out_channels == 10
+
+
+# Bad input
+
+
+def broken(folder: Path, root: Path, how: str) -> Path:
+    """A copy of the folder with one bad file."""
+    shutil.copytree(folder, root)
+    mask = root / "train/masks/2.png"
+    values = np.array(Image.open(mask))
+    if how == "size":
+        save(mask, values[:-1])
+    elif how == "range":
+        save(mask, np.where(values == 2, 7, values))
+        (root / "classes.txt").write_text("a\nb\nc\n")
+    elif how == "rgb":
+        save(mask, np.stack([values] * 3, 2))
+        (root / "classes.txt").write_text("a\nb\nc\n")
+    elif how == "unreadable":
+        (root / "train/images/2.png").write_bytes(b"no image")
+        (root / "val/images/1.png").write_bytes(b"no image")
+    return root
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("size", r"masks/2.png: expected a mask of its image's size \(40, 48\), got \(39, 48\)"),
+        ("range", "masks/2.png: expected labels 0 to 2, or 255 for none, got 7"),
+        ("rgb", "masks/2.png: expected one channel of class numbers, got 3 channels"),
+    ],
+)
+def test_bad_masks_end_a_run_with_their_names(folder, tmp_path, capfd, how, message, workers):
+    root, out = broken(folder, tmp_path / "data", how), tmp_path / "run"
+    with pytest.raises(SystemExit) as stop:
+        segment.main(
+            [
+                *TINY,
+                *SCRATCH,
+                *LINEAR,
+                f"--data.workers={workers}",
+                f"--data.source=folder:{root}",
+                f"--out={out}",
+            ]
+        )
+    assert re.fullmatch(f"segment: .*{message}", str(stop.value.code)), stop.value.code
+    assert not (out / "segmenter.safetensors").exists()
+
+
+def test_unreadable_images_are_left_out_and_listed(folder, tmp_path, capsys):
+    root, out = broken(folder, tmp_path / "data", "unreadable"), tmp_path / "run"
+    segment.main([*TINY, *SCRATCH, *LINEAR, f"--data.source=folder:{root}", f"--out={out}"])
+    summary = json.loads((out / "summary.json").read_text())
+    assert set(summary["unreadable_files"]) == {"train/images/2.png", "val/images/1.png"}
+    table = list(csv.DictReader((out / "classes.csv").read_text().splitlines()))
+    masks = [np.asarray(Image.open(folder / f"val/masks/{i}.png")) for i in (0, 2, 3, 4)]
+    assert sum(int(row["pixels"]) for row in table) == sum(int((mask != IGNORE).sum()) for mask in masks)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--encoder=/does/not/exist.safetensors"], "no such encoder: /does/not/exist"),
+        ([], "encoder: expected a file or timm:NAME"),
+        (["--encoder={segmenter}", *LINEAR], "segmenter.safetensors has the head 'upernet' of width 8"),
+        (["--encoder={segmenter}", "--model=mae_vit_tiny"], "segmenter.safetensors says itself what it is"),
+        (
+            ["--encoder={segmenter}", "--steps=0"],
+            r"steps: 0 evaluates .* classes of the data \(10, .*segmenter.safetensors has 3",
+        ),
+        ([*SCRATCH, "--steps=0"], "steps: 0 evaluates .* but None has none"),
+        ([*SCRATCH, "--img_size=36"], "must be divisible by patch_size"),
+        ([*SCRATCH, "--batch_size=1"], "BatchNorms of UPerNet need at least 2 images"),
+        (
+            [*SCRATCH, "--evaluation.stride=40"],
+            r"evaluation.stride: expected at most the window's \(32, 32\)",
+        ),
+        ([*SCRATCH, "--width=0"], "width: expected at least 1"),
+        ([*SCRATCH, "--data.source=folder:{tmp}/empty"], "no such folder: .*/empty/images"),
+        ([*SCRATCH, "--data.source=folder:{tmp}/rgb"], "0.png: expected one channel .*, got 3 channels"),
+        ([*SCRATCH, "--data.source=folder:{tmp}/broken"], "none of 1 images can be read.*0.png"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(tmp_path, finished, capsys, arguments, message):
+    (tmp_path / "empty").mkdir()
+    for kind in ("rgb", "broken"):
+        for part in ("train", "val"):
+            make_pair(tmp_path / kind, part, "0", (8, 8), 2, "folder")
+        (tmp_path / kind / "classes.txt").write_text("a\nb\n")
+    save(tmp_path / "rgb/train/masks/0.png", np.zeros((8, 8, 3)))
+    (tmp_path / "broken/train/images/0.png").write_bytes(b"no image")
+    places = {"{tmp}": str(tmp_path), "{segmenter}": str(finished / "segmenter.safetensors")}
+    for mark, place in places.items():
+        arguments = [argument.replace(mark, place) for argument in arguments]
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit) as stop:
+        segment.main([*TINY, *arguments, f"--out={out}"])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("segment: ")
+    assert re.search(message, error), error
+    assert not out.exists()
+
+
+# Prediction
+
+
+def test_masks_and_overlays_of_a_folder(finished, folder, tmp_path, capsys):
+    images, out = tmp_path / "images", tmp_path / "out"
+    shutil.copytree(folder / "val/images", images / "sub")
+    (images / "bad.jpg").write_bytes(b"no image")
+    arguments = [f"--segmenter={finished}", f"--images={images}", f"--out={out}", "--device=cpu"]
+    with pytest.raises(SystemExit) as stop:
+        predict.main(arguments)
+    assert stop.value.code == 1
+    assert f"{images / 'bad.jpg'} was skipped: UnidentifiedImageError" in capsys.readouterr().err
+    names = sorted(str(path.relative_to(out)) for path in out.rglob("*.*"))
+    assert names == sorted(f"{kind}/sub/{i}.png" for kind in ("masks", "overlays") for i in range(5))
+    single = [f"--images={images / 'sub/4.png'}", f"--out={tmp_path / 'one'}", "--first=1", "--device=cpu"]
+    predict.main([f"--segmenter={finished / 'segmenter.safetensors'}", *single])
+    mask, shifted = (
+        np.asarray(Image.open(p)) for p in (out / "masks/sub/4.png", tmp_path / "one/masks/4.png")
+    )
+    assert mask.shape == (33, 70)
+    assert (shifted == mask + 1).all()
+    over = np.asarray(Image.open(out / "overlays/sub/4.png")).astype(float)
+    source = np.asarray(Image.open(images / "sub/4.png")).astype(float)
+    assert np.abs(over - (source + plots.colour_table().numpy()[mask]) / 2).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "images: expected a file or a folder; or --export"),
+        (["--images={tmp}"], "images, out: expected both or none"),
+        (["--images={tmp}/none", "--out={tmp}/out"], "images: no such file or folder: .*none"),
+        (["--images={tmp}/twice", "--out={tmp}/out"], "a.jpg and a.png would have the same masks"),
+        (["--images={tmp}/twice/a.png", "--out={tmp}/out", "--first=2"], "first: expected 0 or 1, got 2"),
+        (["--export={tmp}/model.onnx"], "export: expected the name of a .pt2 file"),
+        (
+            ["--segmenter={tmp}", "--export={tmp}/model.pt2"],
+            "no such segmentation model: .*segmenter.safetensors",
+        ),
+    ],
+)
+def test_predictions_that_cannot_be_made_say_why(finished, tmp_path, capsys, arguments, message):
+    for name in ("a.jpg", "a.png"):
+        save(tmp_path / "twice" / name, np.zeros((8, 8, 3)))
+    arguments = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
+    with pytest.raises(SystemExit) as stop:
+        predict.main([f"--segmenter={finished}", "--device=cpu", *arguments])
+    assert stop.value.code == 2
+    assert re.search(f"predict: .*{message}", capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_exported_graph_computes_what_the_model_does(finished, tmp_path):
+    target = tmp_path / "made" / "model.pt2"
+    predict.main([f"--segmenter={finished}", f"--export={target}", "--device=cpu"])
+    extra = {"about.json": ""}
+    graph = torch.export.load(target, extra_files=extra).module()
+    assert json.loads(extra["about.json"])["classes"] == ["class 0", "class 1", "class 2"]
+    model = load_segmenter(finished / "segmenter.safetensors").model.eval()
+    images = torch.randn(2, 3, 96, 64)
+    torch.testing.assert_close(graph(images), model(images).logits, atol=1e-4, rtol=1e-3)
+
+
+def test_a_graph_that_computes_something_else_is_not_written(finished, tmp_path, monkeypatch):
+    loaded = predict.find_segmenter(str(finished))
+    real = torch.export.export
+
+    def off(model, *arguments, **options):
+        with torch.no_grad():
+            model.model.classifier.bias += 1
+            graph = real(model, *arguments, **options)
+            model.model.classifier.bias -= 1
+        return graph
+
+    monkeypatch.setattr(torch.export, "export", off)
+    with pytest.raises(RuntimeError, match="the exported graph is off by"):
+        predict.export(loaded)
+
+
+def test_batch_norms_of_several_processes_share_their_statistics():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    assert segment.synchronise(model, ALONE) is model
+    assert not model[1]._forward_hooks
+    on_cpus = segment.synchronise(model, Processes(0, 2, torch.device("cpu")))
+    assert len(on_cpus[1]._forward_hooks) == 1
+    on_gpus = segment.synchronise(model, Processes(0, 2, torch.device("cuda")))
+    assert isinstance(on_gpus[1], nn.SyncBatchNorm)
