@@ -151,10 +151,29 @@ def read(path: Path, preset: str) -> Result:
     return result
 
 
-def differences(result: Result, data: Mapping[str, object]) -> list[str]:
-    """In which settings a run was made otherwise than the matrix says now.
+def changes(
+    then: Mapping[str, object], now: Mapping[str, object], default: Mapping[str, object]
+) -> list[str]:
+    """In which settings a run was made otherwise than it would be now.
 
     A setting that did not exist when the run was made was what it is by default.
+
+    Args:
+        then: of the run, by dotted name.
+        now: likewise.
+        default: likewise.
+    """
+    then = {name: default[name] for name in now.keys() & default.keys()} | dict(then)
+    missing = "not there"
+    return [
+        f"{name} was {then.get(name, missing)}, is {now.get(name, missing)}"
+        for name in sorted(now.keys() | then.keys())
+        if now.get(name, missing) != then.get(name, missing)
+    ]
+
+
+def differences(result: Result, data: Mapping[str, object]) -> list[str]:
+    """In which settings a run was made otherwise than the matrix says now, as `changes` tells them.
 
     Args:
         result: of the run.
@@ -162,14 +181,7 @@ def differences(result: Result, data: Mapping[str, object]) -> list[str]:
     """
     source = {"data.source": result.settings.get("data.source")}
     now = result.run.settings(source | dict(data))
-    default = flat(asdict(Config("")))
-    then = {name: default[name] for name in now.keys() & default.keys()} | result.settings
-    missing = "not there"
-    return [
-        f"{name} was {then.get(name, missing)}, is {now.get(name, missing)}"
-        for name in sorted(now.keys() | then.keys())
-        if now.get(name, missing) != then.get(name, missing)
-    ]
+    return changes(result.settings, now, flat(asdict(Config(""))))
 
 
 def best(sweep: Iterable[Result]) -> Result | None:

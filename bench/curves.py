@@ -53,6 +53,11 @@ def reach(curve: Sequence[float], target: float, stride: int = 1) -> int | None:
     return (first + 1) * stride if first < len(curve) else None
 
 
+def edge_of(rate: float, rates: Sequence[float]) -> str | None:
+    """On which side of the best rate none was tried: "lowest", "highest" or None; `rates` rise."""
+    return {rates[0]: "lowest", rates[-1]: "highest"}.get(rate) if len(rates) > 1 else None
+
+
 def _spread(values: Sequence[float]) -> float | None:
     return max(values) - min(values) if len(values) > 1 else None
 
@@ -98,10 +103,7 @@ class Arm:
     @property
     def edge(self) -> str | None:
         """On which side rates are missing beside the best one: "lowest", "highest" or None."""
-        rates = list(self.sweep)
-        if self.rate is None or len(rates) == 1:
-            return None
-        return {rates[0]: "lowest", rates[-1]: "highest"}.get(self.rate)
+        return None if self.rate is None else edge_of(self.rate, list(self.sweep))
 
     def steps_to(self, target: float | None) -> int | None:
         """The step from which its curve stays at or below a target; None if it does not, or without one."""
@@ -266,12 +268,7 @@ class Report:
 
     def machines(self) -> list[str]:
         """Machine, versions and commit of the runs, one line for those that are alike."""
-        dates: dict[str, list[str]] = {}
-        for arm in self.arms.values():
-            for result in arm.results:
-                line, _, date = record.machine_line(result.machine).rpartition("; ")
-                dates.setdefault(line, []).append(date)
-        lines = [f"{line}; {len(found)} runs, {min(found)} to {max(found)}" for line, found in dates.items()]
+        lines = record.machine_lines(r.machine for arm in self.arms.values() for r in arm.results)
         if self.timing["arms"]:
             lines.append(f"timing: {record.machine_line(self.timing)}")
         return lines

@@ -63,8 +63,8 @@ def run_all(
 
     Args:
         command: starts a process; the job's JSON is its last argument.
-        missing: the jobs that are left, most important first; asked again whenever one has ended, so that it
-            may name what became possible meanwhile.
+        missing: the jobs that are left, most important first; asked again and again, so that it may name what
+            became possible meanwhile. None is started twice.
         collect: takes over the file that a job left and tells of it in a few words.
         at_a_time: processes.
 
@@ -72,13 +72,15 @@ def run_all(
         The names of the jobs that failed: the process did, or `collect` raised OSError or ValueError.
     """
     running: dict[Job, subprocess.Popen] = {}
+    started: set[Job] = set()
     failed: list[Job] = []
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         while True:
             for job in missing():
-                if len(running) < at_a_time and job not in running and job not in failed:
+                if len(running) < at_a_time and job not in started:
                     progress(f"{job.name}: started")
+                    started.add(job)
                     running[job] = _start(command, job)
             if not running:
                 return [job.name for job in failed]

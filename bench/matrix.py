@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
+from train.config import RunConfig
 from train.plots import WINDOW
 from train.pretrain import Config
 from train.run_folder import NEUTRAL, flat
@@ -310,8 +311,8 @@ class Run:
         return json.loads(json.dumps(settings))
 
 
-def assign(config: Config, name: str, value: object) -> None:
-    """Set a setting by its dotted name.
+def assign(config: RunConfig, name: str, value: object) -> None:
+    """Set a setting of a training script by its dotted name.
 
     Raises:
         ValueError: there is none of that name.
@@ -321,5 +322,6 @@ def assign(config: Config, name: str, value: object) -> None:
     for part in path:
         target = getattr(target, part, None)
     if not dataclasses.is_dataclass(target) or last not in {f.name for f in dataclasses.fields(target)}:
-        raise ValueError(f"expected the name of a setting of train/pretrain.py, got {name!r}")
+        script = type(config).__module__.replace(".", "/")
+        raise ValueError(f"expected the name of a setting of {script}.py, got {name!r}")
     setattr(target, last, copy.deepcopy(value))

@@ -39,6 +39,15 @@ def machine_line(header: dict) -> str:
     return f"{processor}; {versions}; dbpkern {machine['dbpkern']}, commit {commit}; {header['date']}"
 
 
+def machine_lines(headers: Iterable[dict]) -> list[str]:
+    """Machine, versions, commit and dates of several runs, one line for those that are alike."""
+    dates: dict[str, list[str]] = {}
+    for header in headers:
+        line, _, date = machine_line(header).rpartition("; ")
+        dates.setdefault(line, []).append(date)
+    return [f"{line}; {len(found)} runs, {min(found)} to {max(found)}" for line, found in dates.items()]
+
+
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table, numbers to the right; the first two columns are names."""
     lines = [list(columns), *map(list, rows)]

@@ -12,11 +12,12 @@ The exit code is 1 if a run failed, and 2 if nothing could be started.
 
 import argparse
 import json
+import math
 import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
 
@@ -24,13 +25,14 @@ import torch
 from matplotlib.figure import Figure
 
 from bench import convergence, record
-from bench.convergence import Matrix
-from bench.curves import ENOUGH
+from bench.convergence import FINISHED, Matrix, changes
+from bench.curves import ENOUGH, edge_of
 from bench.jobs import Job, run_all
 from bench.matrix import SEEDS, assign
 from bench.matrix import Run as Pretraining
 from bench.options import count
 from train import finetune, pretrain, processes
+from train.loop import Diverged
 from train.plots import WINDOW
 from train.run import whole_weights
 from train.run_folder import NEUTRAL, RunFolder, flat, to_json, write_atomically
@@ -153,31 +155,67 @@ class Run:
         return config
 
 
+def tuning_settings(run: Run) -> dict[str, object]:
+    """What a run's numbers depend on beside the encoder, by dotted name and as JSON gives it back."""
+    settings = flat(asdict(run.config("", None)))
+    return json.loads(
+        json.dumps({k: v for k, v in settings.items() if k not in NEUTRAL or k == "eval_every"})
+    )
+
+
 @dataclass(frozen=True)
 class Result:
     """What is kept of a run.
 
     Args:
         run: which one.
-        settings: as `Comparison.settings` gave them when it was made.
-        pretraining: steps and final training loss of the encoder; None from scratch.
-        evals: step, held-out loss, top-1 and top-5 accuracy.
+        outcome: "finished", or how it diverged.
+        settings: of `tuning_settings`, when it was made.
+        pretraining: what lay beside the encoder: its steps, final training loss, settings and machine; None
+            from scratch.
+        evals: step, held-out loss (None if it is not finite), top-1 and top-5 accuracy.
+        held_out: how many images these are of.
         machine: header of `bench.record`.
     """
 
     run: Run
+    outcome: str
     settings: dict[str, object]
-    pretraining: dict[str, float] | None
+    pretraining: dict[str, object] | None
     evals: list[dict[str, float]]
+    held_out: int
     machine: dict[str, object]
 
     @property
     def quality(self) -> tuple[float, float]:
-        """Accuracy at the end, and the loss where that is equal; higher is better."""
-        return self.evals[-1]["top1"], -self.evals[-1]["heldout_loss"]
+        """Accuracy at the end, and the loss where that is equal; higher is better, diverged runs are last."""
+        if self.outcome != FINISHED:
+            return -math.inf, -math.inf
+        last = self.evals[-1]
+        return last["top1"], -math.inf if last["heldout_loss"] is None else -last["heldout_loss"]
 
 
-@dataclass
+def read(path: Path, preset: str) -> Result:
+    """Read the file of a run.
+
+    Raises:
+        ValueError: it is damaged, or not the file of a run of this preset; the message names it.
+    """
+    try:
+        content = json.loads(path.read_text())
+        result = Result(**content | {"run": Run(**content["run"])})
+        sound = (result.run.preset, f"{result.run.name}.json") == (preset, path.name)
+        sound = sound and result.run.start in PRESETS[preset].starts and len(result.quality) == 2
+        sound = sound and (result.pretraining is None or "settings" in result.pretraining)
+    except (ValueError, LookupError, TypeError, AttributeError):
+        sound = False
+    if not sound:
+        raise ValueError(
+            f"{path} is damaged: expected the JSON of a run of python -m bench transfer, under its name"
+        )
+    return result
+
+
 class Comparison:
     """The results of a preset on disk.
 
@@ -187,22 +225,29 @@ class Comparison:
 
     Attributes:
         results: by run, those that are sound and of today's settings.
-        unusable: why the others are not used.
+        unusable: why the others are not used, by file.
+
+    Raises:
+        ValueError: the convergence matrix does not know a best rate that a result here rests on.
     """
 
-    folder: Path
-    preset: str
-    results: dict[Run, Result] = field(default_factory=dict)
-    unusable: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.folder = self.folder / self.preset
+    def __init__(self, folder: Path, preset: str) -> None:
+        self.preset = preset
+        self.folder = folder / preset
+        self.results: dict[Run, Result] = {}
+        self.unusable: dict[Path, str] = {}
         self._rates: dict[tuple[str, str], float] = {}
         for path in sorted((self.folder / "runs").glob("*.json")):
             try:
-                self.take(path)
+                result = read(path, preset)
             except ValueError as error:
-                self.unusable.append(str(error))
+                self.unusable[path] = str(error)
+                continue
+            found = self.differences(result)
+            if found:
+                self.unusable[path] = f"{path} is of other settings: {'; '.join(found)}"
+            else:
+                self.results[result.run] = result
 
     @property
     def starts(self) -> Mapping[str, Start]:
@@ -229,17 +274,19 @@ class Comparison:
             self._rates[asked] = rate
         return Pretraining(*asked, self._rates[asked], seed)
 
-    def settings(self, run: Run) -> dict[str, object]:
-        """All that a run's numbers depend on, as JSON gives it back.
-
-        Raises:
-            ValueError: as `pretraining`.
-        """
-        settings = flat(asdict(run.config("", None)))
-        settings = {k: v for k, v in settings.items() if k not in NEUTRAL or k == "eval_every"}
+    def differences(self, result: Result) -> list[str]:
+        """In which settings of fine-tuning and of pre-training a run was made otherwise than now."""
+        run = result.run
+        found = changes(result.settings, tuning_settings(run), flat(asdict(finetune.Config(""))))
         pretraining = self.pretraining(run.start, run.seed)
-        settings["pretraining"] = None if pretraining is None else pretraining.settings(IMAGES)
-        return json.loads(json.dumps(settings))
+        if (pretraining is None) != (result.pretraining is None):
+            return [*found, f"pretraining was {result.pretraining}, is {pretraining}"]
+        if pretraining is not None:
+            then, now = result.pretraining["settings"], pretraining.settings(IMAGES)
+            found += [
+                f"pretraining: {text}" for text in changes(then, now, flat(asdict(pretrain.Config(""))))
+            ]
+        return found
 
     def path(self, run: Run) -> Path:
         """The file of a run."""
@@ -250,37 +297,13 @@ class Comparison:
         return self.folder / "encoders" / f"{start}_seed{seed}.safetensors"
 
     def has_encoder(self, start: str, seed: int) -> bool:
-        """Whether the weights are there, by today's settings."""
+        """Whether the weights are there, whole and by today's settings."""
         path = self.encoder(start, seed)
         try:
-            about = json.loads(path.with_suffix(".json").read_text())
-        except (OSError, ValueError):
+            settings = json.loads(path.with_suffix(".json").read_text())["settings"]
+        except (OSError, ValueError, LookupError, TypeError):
             return False
-        return path.exists() and about["settings"] == self.pretraining(start, seed).settings(IMAGES)
-
-    def take(self, path: Path) -> Result:
-        """Read the file of a run.
-
-        Raises:
-            ValueError: it is damaged, or of another run or other settings; the message names it.
-        """
-        try:
-            content = json.loads(path.read_text())
-            result = Result(**content | {"run": Run(**content["run"])})
-            sound = (result.run.preset, f"{result.run.name}.json") == (self.preset, path.name)
-            sound = sound and result.run.start in self.starts and len(result.quality) == 2
-        except (ValueError, LookupError, TypeError):
-            sound = False
-        if not sound:
-            raise ValueError(
-                f"{path} is damaged: expected the JSON of a run of python -m bench transfer, under its name"
-            )
-        now = self.settings(result.run)
-        names = [k for k in now | result.settings if now.get(k) != result.settings.get(k)]
-        if names:
-            raise ValueError(f"{path} is of other settings: {', '.join(sorted(names))}")
-        self.results[result.run] = result
-        return result
+        return path.exists() and settings == self.pretraining(start, seed).settings(IMAGES)
 
     def best_rate(self, start: str) -> float | None:
         """The best of the rates with the first seed; None before all are there."""
@@ -302,29 +325,40 @@ class Comparison:
     def jobs(self, starts: Sequence[str], seeds: Sequence[int]) -> Iterator[Job]:
         """What is to be done next for the missing runs: their encoders, where these are missing, too."""
         for run in self.missing(starts, seeds):
-            pretraining = self.pretraining(run.start, run.seed)
             encoder = self.encoder(run.start, run.seed)
-            if pretraining is not None and not self.has_encoder(run.start, run.seed):
-                spec = {"pretraining": asdict(pretraining)}
-                yield Job(f"encoder {run.start}, seed {run.seed}", encoder, spec)
+            pretraining = self.pretraining(run.start, run.seed)
+            if pretraining is None:
+                yield Job(run.name, self.path(run), {"run": asdict(run), "encoder": None})
+            elif self.has_encoder(run.start, run.seed):
+                yield Job(run.name, self.path(run), {"run": asdict(run), "encoder": str(encoder.resolve())})
             else:
-                known = None if pretraining is None else str(encoder.resolve())
-                spec = {"run": asdict(run), "encoder": known, "settings": self.settings(run)}
-                yield Job(run.name, self.path(run), spec)
+                spec = {"pretraining": asdict(pretraining), "start": run.start}
+                yield Job(f"encoder {run.start}, seed {run.seed}", encoder, spec)
 
     def collect(self, job: Job) -> str:
-        """Take over what a job left."""
-        if "run" not in job.spec:
+        """Take over what a job left.
+
+        Raises:
+            ValueError: it is damaged, or of other settings: somebody has edited them meanwhile.
+        """
+        if "pretraining" in job.spec:
+            if not self.has_encoder(job.spec["start"], job.spec["pretraining"]["seed"]):
+                raise ValueError(f"{job.path} is damaged or of other settings")
             return f"training loss {json.loads(job.path.with_suffix('.json').read_text())['final_loss']:.4f}"
-        result = self.take(job.path)
-        return f"top 1 {result.quality[0]:.2f} %"
+        result = read(job.path, self.preset)
+        found = self.differences(result)
+        if found:
+            raise ValueError(f"{job.path} is of other settings: {'; '.join(found)}")
+        self.results[result.run] = result
+        return f"top 1 {result.quality[0]:.2f} %" if result.outcome == FINISHED else result.outcome
 
 
 def pretrain_encoder(run: Pretraining, path: Path) -> None:
     """Make a run of the convergence matrix in this process, and write its encoder to `path`.
 
-    Its steps, its final training loss and its settings lie beside it as JSON.
+    What is known of it lies beside it as JSON, which is there only if the weights are.
     """
+    about_path = path.with_suffix(".json")
     with tempfile.TemporaryDirectory() as out:
         config = run.config(out, IMAGES)
         config.eval_every = config.steps
@@ -334,35 +368,43 @@ def pretrain_encoder(run: Pretraining, path: Path) -> None:
         loop.train(batches)
         losses = convergence.losses(RunFolder(out).records())[-WINDOW:]
         stock = pretrain.fused_model(config, loop.ranks, whole_weights(loop.model))
-        about = {"steps": loop.step, "final_loss": mean(losses), "settings": run.settings(IMAGES)}
-        write_atomically(path.with_suffix(".json"), to_json(about) + "\n")
+        about = {
+            "steps": loop.step,
+            "final_loss": mean(losses),
+            "settings": run.settings(IMAGES),
+            "machine": record.header(["transfer"], procs.device, config.precision),
+        }
+        about_path.unlink(missing_ok=True)
         write_atomically(path, evaluator.task.exports(stock)["encoder.safetensors"])
+        write_atomically(about_path, to_json(about) + "\n")
 
 
-def tune(run: Run, encoder: str | None, settings: dict[str, object]) -> Result:
+def tune(run: Run, encoder: str | None) -> Result:
     """Make one run of fine-tuning in this process.
 
     Args:
         run: which one.
         encoder: file of the encoder; None from scratch.
-        settings: to be kept with the result.
     """
+    pretraining = None if encoder is None else json.loads(Path(encoder).with_suffix(".json").read_text())
     with tempfile.TemporaryDirectory() as out:
         config = run.config(out, encoder)
         procs = processes.start(config.device)
-        loop, _, batches = finetune.prepare(config, procs)
-        loop.train(batches)
+        loop, evaluator, batches = finetune.prepare(config, procs)
+        outcome = FINISHED
+        try:
+            loop.train(batches)
+        except Diverged as error:
+            outcome = str(error)
         found = [r for r in RunFolder(out).records() if r["kind"] == "eval"]
     names = ("step", "heldout_loss", "top1", "top5")
-    about = None
-    if encoder is not None:
-        about = json.loads(Path(encoder).with_suffix(".json").read_text())
-        del about["settings"]  # which `settings` has
     return Result(
         run=run,
-        settings=settings,
-        pretraining=about,
+        outcome=outcome,
+        settings=tuning_settings(run),
+        pretraining=pretraining,
         evals=[{name: r[name] for name in names} for r in found],
+        held_out=len(evaluator.held_out),
         machine=record.header(["transfer", "--preset", run.preset], procs.device, config.precision),
     )
 
@@ -374,64 +416,64 @@ def work(spec: Mapping) -> None:
     if "pretraining" in spec:
         pretrain_encoder(Pretraining(**spec["pretraining"]), path)
     else:
-        result = tune(Run(**spec["run"]), spec["encoder"], spec["settings"])
-        write_atomically(path, to_json(asdict(result)) + "\n")
+        write_atomically(path, to_json(asdict(tune(Run(**spec["run"]), spec["encoder"]))) + "\n")
 
 
 def rows(comparison: Comparison) -> list[dict[str, object]]:
-    """What the report says of every start that has runs, at its best rate."""
+    """What the report says of every start, at its best rate; of one without finished runs its title alone."""
     found = []
+    rates = PRESETS[comparison.preset].rates
     for name, start in comparison.starts.items():
         rate = comparison.best_rate(name)
-        runs = [r for r in comparison.results.values() if r.run.start == name and r.run.rate == rate]
-        if not runs:
-            continue
-        runs.sort(key=lambda result: result.run.seed)
-        steps = [e["step"] for e in runs[0].evals]
-        losses = [r.pretraining["final_loss"] for r in runs if r.pretraining]
-        found.append(
-            {
-                "start": name,
-                "title": start.title,
+        runs = [r for r in comparison.results.values() if (r.run.start, r.run.rate) == (name, rate)]
+        runs = sorted((r for r in runs if r.outcome == FINISHED), key=lambda result: result.run.seed)
+        row: dict[str, object] = {"start": name, "title": start.title}
+        if runs:
+            encoders = [r.pretraining for r in runs if r.pretraining]
+            steps = [e["step"] for e in runs[0].evals]
+            sweep = {r: comparison.results[Run(comparison.preset, name, r, SEEDS[0])] for r in rates}
+            row |= {
                 "rate": rate,
+                "edge": edge_of(rate, rates),
                 "seeds": [r.run.seed for r in runs],
-                "pretraining_loss": mean(losses) if losses else None,
+                "images": encoders[0]["steps"] * encoders[0]["settings"]["batch_size"] if encoders else None,
+                "pretraining_loss": mean(e["final_loss"] for e in encoders) if encoders else None,
                 "top1": [r.evals[-1]["top1"] for r in runs],
-                "heldout_loss": mean(r.evals[-1]["heldout_loss"] for r in runs),
+                "heldout_loss": [r.evals[-1]["heldout_loss"] for r in runs],
                 "curve": {step: mean(r.evals[i]["top1"] for r in runs) for i, step in enumerate(steps)},
-                "sweep": {
-                    rate: comparison.results[run].quality[0]
-                    for rate in PRESETS[comparison.preset].rates
-                    if (run := Run(comparison.preset, name, rate, SEEDS[0])) in comparison.results
-                },
+                "sweep": {r: s.quality[0] if s.outcome == FINISHED else None for r, s in sweep.items()},
             }
-        )
+        found.append(row)
     return found
 
 
 def table(found: Sequence[Mapping]) -> str:
-    """The rows as Markdown."""
+    """Rows with figures as Markdown."""
     lines = []
     for row in found:
         few = f" (fewer than {ENOUGH})" if len(row["seeds"]) < ENOUGH else ""
-        loss = "-" if row["pretraining_loss"] is None else f"{row['pretraining_loss']:.4f}"
-        early = list(row["curve"].values())[1]
+        edge = "" if row["edge"] is None else f", {row['edge']} tried"
+        lost = [loss for loss in row["heldout_loss"] if loss is not None]
         lines.append(
             [
                 row["title"],
-                f"{row['rate']:g}",
+                f"{row['rate']:g}{edge}",
                 f"{len(row['seeds'])}{few}",
-                loss,
-                f"{early:.1f}",
+                "-" if row["images"] is None else f"{row['images']:,}",
+                "-" if row["images"] is None else f"{row['pretraining_loss']:.4f}",
+                f"{list(row['curve'].values())[1]:.1f}",
                 f"{mean(row['top1']):.2f} ({min(row['top1']):.2f} to {max(row['top1']):.2f})",
-                f"{row['heldout_loss']:.4f}",
-                ", ".join(f"{rate:g}: {value:.1f}" for rate, value in row["sweep"].items()),
+                f"{mean(lost):.4f}" if lost else "-",
+                ", ".join(
+                    f"{rate:g}: {'diverged' if value is None else format(value, '.1f')}"
+                    for rate, value in row["sweep"].items()
+                ),
             ]
         )
     early = list(found[0]["curve"])[1]
     return record.table(
         [
-            "start", "rate", "seeds", "pre-training loss", f"top 1 after {early} steps, %",
+            "start", "rate", "seeds", "images of pre-training", "its loss", f"top 1 after {early} steps, %",
             "top 1 at the end, %", "held-out loss", "top 1 by rate, first seed",
         ],
         lines,
@@ -443,7 +485,7 @@ def plot(found: Sequence[Mapping], path: Path) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axis = figure.subplots()
     for i, row in enumerate(found):
-        style = "--" if row["pretraining_loss"] is None else "-"
+        style = "--" if row["images"] is None else "-"
         axis.plot(
             list(row["curve"]), list(row["curve"].values()), f"o{style}", color=f"C{i}", label=row["title"]
         )
@@ -460,32 +502,31 @@ def report(comparison: Comparison) -> str:
     Raises:
         ValueError: no start has all of its rates yet.
     """
-    found = rows(comparison)
+    every = rows(comparison)
+    found = [row for row in every if "rate" in row]
     if not found:
         raise ValueError(f"{comparison.folder} holds no start whose rates are all there; nothing to report")
-    machines = {}
-    for result in comparison.results.values():
-        machines.setdefault(record.machine_line(result.machine).rpartition(", commit")[0])
+    results = comparison.results.values()
+    headers = [r.machine for r in results] + [r.pretraining["machine"] for r in results if r.pretraining]
     about = PRESETS[comparison.preset].settings
-    text = "\n".join(
-        [
-            f"# Transfer: {comparison.preset}",
-            "",
-            f"{about['steps']} steps of {about['batch_size']} images of {about['img_size']} pixels, by one "
-            "protocol. Each start has its own best rate, by the accuracy of the first seed on the held-out "
-            "images that the table is about: all starts have that advantage. Mean over seeds, with the "
-            "lowest and the highest.",
-            "",
-            table(found),
-            "",
-            "![Accuracy](accuracy.png)",
-            "",
-            "Machine: " + "; ".join(machines),
-            "",
-        ]
-    )
+    parts = [
+        f"# Transfer: {comparison.preset}",
+        f"{about['steps']} steps of {about['batch_size']} images of {about['img_size']} pixels, "
+        f"{max(r.held_out for r in results)} held-out images. The protocol is the same for all starts, and "
+        f"made for pre-trained ones: a layer has {about['optim.layer_decay']} times the rate of the next. "
+        "Each has its own best rate, by the accuracy of the first seed on the held-out images that the table "
+        "is about: all have that advantage. Mean over seeds, with the lowest and the highest; a best rate at "
+        "the edge of those tried is marked. Losses of pre-training compare between runs of one task alone.",
+        table(found),
+        "![Accuracy](accuracy.png)",
+    ]
+    missing = [row["title"] for row in every if "rate" not in row]
+    if missing:
+        parts.append(f"Without figures yet: {', '.join(missing)}.")
+    parts += ["Machines:", "\n".join(f"- {line}" for line in record.machine_lines(headers))]
+    text = "\n\n".join(parts) + "\n"
     plot(found, comparison.folder / "accuracy.png")
-    write_atomically(comparison.folder / "report.json", to_json({"starts": found}, indent=1) + "\n")
+    write_atomically(comparison.folder / "report.json", to_json({"starts": every}, indent=1) + "\n")
     write_atomically(comparison.folder / "report.md", text)
     return text
 
@@ -519,8 +560,9 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
         unknown = [name for name in starts if name not in comparison.starts]
         if unknown:
             raise ValueError(f"--starts: expected some of {', '.join(comparison.starts)}, got {unknown[0]}")
-        if comparison.unusable:
-            wrong = [*comparison.unusable, "move or delete these files, and their runs are made again"]
+        wrong = [t for path, t in comparison.unusable.items() if path.stem.partition("_lr")[0] in starts]
+        if wrong:
+            wrong.append("move or delete these files, and their runs are made again")
             raise ValueError("\n".join(wrong))
         if not args.report:
             for start in starts:
