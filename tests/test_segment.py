@@ -372,6 +372,16 @@ def test_two_processes_give_the_figures_of_one(folder, tmp_path):
         assert ours == pytest.approx(theirs, rel=1e-4)
 
 
+def test_two_processes_train_upernet_and_evaluate_as_one(folder, tmp_path):
+    start = [*TINY, f"--data.source=folder:{folder}"]
+    on_two_processes(*start, *SCRATCH, "--steps=2", f"--out={tmp_path / 'two'}")
+    assert list(losses(tmp_path / "two")) == [1, 2]
+    # Each has normalised by its own images, but its file gives the figures that both found.
+    encoder = tmp_path / "two" / "segmenter.safetensors"
+    segment.main([*start, f"--encoder={encoder}", "--steps=0", f"--out={tmp_path / 'one'}"])
+    assert evals(tmp_path / "one")[0][1:] == pytest.approx(evals(tmp_path / "two")[-1][1:], rel=1e-4)
+
+
 def test_further_training_starts_from_a_segmenter(finished, tmp_path):
     encoder = finished / "segmenter.safetensors"
     options = ["--steps=1", "--optim.warmup_steps=1", "--img_size=64", "--eval_every=1"]

@@ -107,6 +107,7 @@ def parameter_groups(config: TransferConfig, model: nn.Module) -> list[dict]:
 def average_statistics(norm: _BatchNorm, *_) -> None:
     """Forward hook: give all processes the same running statistics, the means of theirs."""
     if norm.training:
-        for statistic in (norm.running_mean, norm.running_var):
+        # The backward has been given them, but makes no use of them: autograd need not see the change.
+        for statistic in (norm.running_mean.data, norm.running_var.data):
             dist.all_reduce(statistic)
             statistic /= dist.get_world_size()
