@@ -6,13 +6,18 @@ import sys
 from dataclasses import asdict, replace
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 from test_bench_convergence import HEADER, TINY
 
 from bench import convergence, matrix, transfer
 from bench.__main__ import main
+from bench.jobs import Job, run_all
 from bench.matrix import Run as Pretraining
 from bench.transfer import Comparison, Preset, Result, Run, Start
+from train import finetune, pretrain, processes
+from train.run import whole_weights
 
 SIZES = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
 MADE = Preset(
@@ -59,16 +64,25 @@ def small(monkeypatch, tmp_path):
     path.write_text(json.dumps(asdict(result)))
 
 
-def write_result(folder, start, rate, seed, top1, loss=1.0, **changes):
-    """The file of a made-up run, which is as good as that from its first step on."""
+def write_result(folder, start, rate, seed, top1, loss=1.0, outcome="finished", tuned=None, pretrained=None):
+    """The file of a made-up run; `tuned` and `pretrained` change its settings."""
     run = Run("made", start, rate, seed)
     evals = [{"step": s, "heldout_loss": loss, "top1": top1 + s, "top5": 100.0} for s in (0, 2, 4)]
-    pretraining = {"steps": 8, "final_loss": 0.5 + seed} if start == "mae" else None
-    settings = Comparison(folder, "made").settings(run) | changes
+    pretraining = None
+    if start == "mae":
+        settings = Comparison(folder / "nothing", "made").pretraining(start, seed).settings(transfer.IMAGES)
+        settings |= pretrained or {}
+        pretraining = {"steps": 8, "final_loss": 0.5 + seed, "settings": settings, "machine": HEADER}
+    settings = transfer.tuning_settings(run) | (tuned or {})
     path = folder / "made" / "runs" / f"{run.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(Result(run, settings, pretraining, evals, HEADER))))
+    path.write_text(json.dumps(asdict(Result(run, outcome, settings, pretraining, evals, 360, HEADER))))
     return path
+
+
+def use_worker(monkeypatch, folder, script=WORKER):
+    (folder / "worker.py").write_text(script)
+    monkeypatch.setattr(transfer, "WORKER", (sys.executable, str(folder / "worker.py")))
 
 
 def transfer_made(folder, *arguments):
@@ -76,8 +90,7 @@ def transfer_made(folder, *arguments):
 
 
 def test_a_tiny_comparison_is_made_once_and_reported(tmp_path, monkeypatch, capsys):
-    (tmp_path / "worker.py").write_text(WORKER)
-    monkeypatch.setattr(transfer, "WORKER", (sys.executable, str(tmp_path / "worker.py")))
+    use_worker(monkeypatch, tmp_path)
     assert transfer_made(tmp_path, "--seeds", "0", "--jobs", "2") == 0
     told = capsys.readouterr().err
     assert told.count("encoder mae, seed 0: started") == 1
@@ -86,12 +99,69 @@ def test_a_tiny_comparison_is_made_once_and_reported(tmp_path, monkeypatch, caps
     result = json.loads((tmp_path / "made" / "runs" / runs[0]).read_text())
     assert [e["step"] for e in result["evals"]] == [0, 2, 4]
     assert result["pretraining"]["steps"] == TINY.steps
-    assert result["settings"]["pretraining"]["model"] == "mae_vit_tiny"
+    assert result["pretraining"]["settings"]["optim.blr"] == 3e-3 * 256 / 32  # by the convergence matrix
+    # The encoder is that of the same run by the script.
+    config = Pretraining("tiny", "adamw", 3e-3, 0).config(str(tmp_path / "run"), transfer.IMAGES)
+    loop, evaluator, batches = pretrain.prepare(config, processes.start("cpu"))
+    loop.train(batches)
+    pretrain.write_results(loop, evaluator, whole_weights(loop.model))
+    expected = load_file(tmp_path / "run" / "encoder.safetensors")
+    made = load_file(Comparison(tmp_path, "made").encoder("mae", 0))
+    assert made.keys() == expected.keys()
+    assert all(torch.equal(made[name], expected[name]) for name in expected)
     assert "| From scratch" in (tmp_path / "made" / "report.md").read_text()
     with Image.open(tmp_path / "made" / "accuracy.png") as picture:
         assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
     assert transfer_made(tmp_path, "--seeds", "0") == 0
     assert "started" not in capsys.readouterr().err
+
+
+def test_a_failing_encoder_stops_its_start_alone_and_is_tried_once(tmp_path, monkeypatch, capsys):
+    script = """
+import json, sys
+spec = json.loads(sys.argv[1])
+sys.exit(3 if "pretraining" in spec else 0)
+"""
+    use_worker(monkeypatch, tmp_path, script)
+    for rate in MADE.rates:
+        write_result(tmp_path, "scratch", rate, 0, top1=50.0)
+    assert transfer_made(tmp_path, "--seeds", "0") == 1
+    told = capsys.readouterr().err
+    assert told.count("encoder mae, seed 0: started") == 1
+    assert "encoder mae, seed 0: FAILED" in told
+    assert "Without figures yet: MAE." in (tmp_path / "made" / "report.md").read_text()
+
+
+def test_a_worker_that_leaves_another_run_is_a_failure_and_not_repeated(tmp_path, monkeypatch, capsys):
+    path = write_result(tmp_path, "scratch", 1e-3, 0, top1=50.0, tuned={"steps": 5})
+    other = path.read_text()
+    path.unlink()
+    script = f"""
+import json, pathlib, sys
+pathlib.Path(json.loads(sys.argv[1])["path"]).write_text({other!r})
+"""
+    use_worker(monkeypatch, tmp_path, script)
+    assert transfer_made(tmp_path, "--seeds", "0", "--starts", "scratch") == 1
+    told = capsys.readouterr().err
+    assert told.count("scratch_lr0.001_seed0: started") == 1
+    assert "scratch_lr0.001_seed0.json is of other settings: steps was 5, is 4" in told
+    assert "scratch_lr0.003_seed0.json is damaged" in told
+
+
+def test_no_job_is_started_twice_even_if_it_stays_wanted(tmp_path, capsys):
+    job = Job("endless", tmp_path / "x.json", {})
+    assert run_all([sys.executable, "-c", "pass"], lambda: [job], lambda job: "done", 2) == []
+    assert capsys.readouterr().err.count("endless: started") == 1
+
+
+def test_a_rate_that_diverged_is_last_and_blocks_nothing(tmp_path, capsys):
+    write_result(tmp_path, "scratch", 3e-3, 0, top1=90.0, outcome="the loss is not finite")
+    for seed in (0, 1, 2):
+        write_result(tmp_path, "scratch", 1e-3, seed, top1=50.0)
+    assert transfer_made(tmp_path, "--report") == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| From scratch"))
+    assert "0.001, lowest tried" in line
+    assert "0.001: 54.0, 0.003: diverged" in line
 
 
 def test_the_best_rate_is_by_accuracy_and_then_by_loss(tmp_path):
@@ -113,17 +183,33 @@ def test_encoders_come_before_the_runs_that_need_them_and_are_not_made_for_finis
     assert list(Comparison(tmp_path, "made").jobs(["mae"], [0])) == []
 
 
-def test_an_encoder_of_other_settings_is_made_again(tmp_path):
+def test_an_encoder_counts_only_whole_and_by_todays_settings(tmp_path):
     comparison = Comparison(tmp_path, "made")
     path = comparison.encoder("mae", 0)
     path.parent.mkdir(parents=True)
     path.write_bytes(b"weights")
+    assert not comparison.has_encoder("mae", 0)  # which a killed worker leaves: the JSON comes last
     about = {"settings": comparison.pretraining("mae", 0).settings(transfer.IMAGES)}
     path.with_suffix(".json").write_text(json.dumps(about))
     assert comparison.has_encoder("mae", 0)
     about["settings"]["steps"] += 1
     path.with_suffix(".json").write_text(json.dumps(about))
     assert not comparison.has_encoder("mae", 0)
+    path.with_suffix(".json").write_text("[]")
+    assert not comparison.has_encoder("mae", 0)
+
+
+def test_weights_are_never_beside_what_is_known_of_others(tmp_path, monkeypatch):
+    path = tmp_path / "encoder.safetensors"
+    path.with_suffix(".json").write_text("{}")
+
+    def killed(path, content):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(transfer, "write_atomically", killed)
+    with pytest.raises(KeyboardInterrupt):
+        transfer.pretrain_encoder(Pretraining("tiny", "adamw", 3e-3, 0), path)
+    assert not path.with_suffix(".json").exists()
 
 
 def test_the_report_has_the_figures_computed_by_hand(tmp_path, capsys):
@@ -136,10 +222,11 @@ def test_the_report_has_the_figures_computed_by_hand(tmp_path, capsys):
     assert capsys.readouterr().out.strip() == text.strip()
     line = next(line for line in text.splitlines() if line.startswith("| MAE "))
     cells = [cell.strip() for cell in line.split("|")[1:-1]]
-    assert cells[:3] == ["MAE", "0.003", "3"]
-    assert cells[3] == "1.5000"  # the mean of .5, 1.5 and 2.5
-    assert cells[4:6] == ["73.0", "75.00 (74.00 to 76.00)"]
-    assert cells[7] == "0.001: 14.0, 0.003: 74.0"
+    assert cells[:3] == ["MAE", "0.003, highest tried", "3"]
+    assert cells[3:5] == ["256", "1.5000"]  # 8 steps of 32 images; the mean of .5, 1.5 and 2.5
+    assert cells[5:7] == ["73.0", "75.00 (74.00 to 76.00)"]
+    assert cells[8] == "0.001: 14.0, 0.003: 74.0"
+    assert "360 held-out images" in text
     known = json.loads((tmp_path / "made" / "report.json").read_text())["starts"]
     assert [row["curve"] for row in known] == [
         {"0": 51.0, "2": 53.0, "4": 55.0},
@@ -147,15 +234,29 @@ def test_the_report_has_the_figures_computed_by_hand(tmp_path, capsys):
     ]
 
 
+def damage(path):
+    path.write_text("{")
+
+
+def rename(path):
+    path.rename(path.with_name("mae_lr1_seed0.json"))
+
+
+def change_tuning(path):
+    write_result(path.parents[2], "mae", 1e-3, 0, 9.0, tuned={"steps": 5})
+
+
+def change_pretraining(path):
+    write_result(path.parents[2], "mae", 1e-3, 0, 9.0, pretrained={"seed": 7})
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda path: path.write_text("{"), "is damaged: expected the JSON of a run"),
-        (lambda path: path.rename(path.with_name("mae_lr1_seed0.json")), "is damaged"),
-        (
-            lambda path: write_result(path.parents[2], "mae", 1e-3, 0, 9.0, steps=5),
-            "of other settings: steps",
-        ),
+        (damage, "is damaged: expected the JSON of a run"),
+        (rename, "mae_lr1_seed0.json is damaged"),
+        (change_tuning, "is of other settings: steps was 5, is 4"),
+        (change_pretraining, "is of other settings: pretraining: seed was 7, is 0"),
     ],
 )
 def test_files_that_do_not_fit_are_named_and_nothing_is_started(tmp_path, capsys, spoil, message):
@@ -165,6 +266,17 @@ def test_files_that_do_not_fit_are_named_and_nothing_is_started(tmp_path, capsys
     assert message in told
     assert "move or delete these files" in told
     assert "started" not in told
+    assert transfer_made(tmp_path, "--report", "--starts", "scratch") == 2  # which these files are not of
+    assert "nothing to report" in capsys.readouterr().err
+
+
+def test_a_setting_that_came_later_counts_as_its_default(tmp_path):
+    path = write_result(tmp_path, "mae", 1e-3, 0, top1=50.0)
+    content = json.loads(path.read_text())
+    assert content["settings"].pop("optim.min_lr") == finetune.Config("").optim.min_lr
+    assert content["pretraining"]["settings"].pop("optim.clip_grad") is None
+    path.write_text(json.dumps(content))
+    assert Comparison(tmp_path, "made").unusable == {}
 
 
 @pytest.mark.parametrize(
@@ -180,7 +292,10 @@ def test_bad_input_is_named(tmp_path, capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
-def test_a_rate_that_nobody_knows_yet_is_asked_for(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("arguments", [(), ("--report",)])
+def test_a_rate_that_nobody_knows_yet_is_asked_for(tmp_path, capsys, monkeypatch, arguments):
+    if arguments:
+        write_result(tmp_path, "mae", 1e-3, 0, top1=50.0)
     monkeypatch.setattr(convergence, "FOLDER", tmp_path / "nothing")
-    assert transfer_made(tmp_path, "--starts", "mae") == 2
+    assert transfer_made(tmp_path, "--starts", "mae", *arguments) == 2
     assert "first run python -m bench convergence --preset tiny --arms adamw" in capsys.readouterr().err
