@@ -125,7 +125,7 @@ def _fuse(published: Arm) -> None:
 
 
 def check(case: Case, sites: Iterable[str], device: torch.device, precision: str) -> dict[str, dict]:
-    """Compare all arms in fp64 and in the precision that is measured, at a small size of the case.
+    """Compare arms with what they are held to, in fp64 and in the precision that is measured, at a small size.
 
     Returns:
         By precision, the largest difference of each quantity over the sites.
@@ -140,7 +140,7 @@ def check(case: Case, sites: Iterable[str], device: torch.device, precision: str
             for quantity, difference in differences.items():
                 if not difference <= TOLERANCES[kind]:  # also for NaN
                     raise CheckFailed(
-                        f"{case.name}, {chosen}, {kind}: ours and the published rule differ by "
+                        f"{case.name}, {chosen}, {kind}: arms that should agree differ by "
                         f"{difference:.2g} in {quantity}, expected at most {TOLERANCES[kind]:g}"
                     )
                 worst = found.setdefault(kind, {})

@@ -87,7 +87,7 @@ _DIGITS = {
     "augment.erase": 0.0,
     "augment.mixup": 0.0,
     "augment.cutmix": 0.0,
-    "img_size": 32,
+    "img_size": 64,
     "drop_path": 0.0,
     "steps": 225,  # 5 epochs
     "batch_size": 32,

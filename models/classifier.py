@@ -152,8 +152,13 @@ class RasterRotations(nn.Module):
         self.grid_size = tuple(grid_size)
         self.pos_embed = self._make(self.grid_size).to(self.pos_embed.device)
 
-    def get_embed(self, shape: Sequence[int]) -> Tensor:
-        """Sines and cosines [L, 2 * head_dim] for a grid of rows and columns; those of one grid are kept."""
+    def get_embed(self, shape: Sequence[int] | None = None) -> Tensor:
+        """Sines and cosines [L, 2 * head_dim] for a grid of rows and columns; those of one grid are kept.
+
+        timm before 1.0.31 names no shape where it is that grid's.
+        """
+        if shape is None:
+            return self.pos_embed
         # A comparison would bind an exported graph to this one size.
         if not torch.compiler.is_exporting() and tuple(shape) == self.grid_size:
             return self.pos_embed

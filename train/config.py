@@ -185,8 +185,8 @@ class RunConfig:
         if self.seed >= 2**63:
             raise ValueError(f"seed: expected less than 2**63, got {self.seed}")
         clip = self.optim.clip_grad
-        if clip is not None and not clip > 0:
-            raise ValueError(f"optim.clip_grad: expected a number above 0 or null, got {clip}")
+        if clip is not None and not 0 < clip < math.inf:
+            raise ValueError(f"optim.clip_grad: expected a finite number above 0 or null, got {clip}")
         for name, value in vars(self.optim).items():
             if isinstance(value, int | float) and not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"optim.{name}: expected a finite number >= 0, got {value}")

@@ -14,7 +14,7 @@ import io
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -689,10 +689,13 @@ def build_loader(
         dataset: Where the samples come from.
         sampler: Gives a list of the dataset's keys for each batch: a StepSampler for a TrainingSet,
             lists of indices for a HeldOutSet.
-        workers: Loader processes, each with one torch thread (torch's own choice); 0 for none.
+        workers: Loader processes, each with one torch thread (torch's own choice); 0 for none. There are no
+            more than batches, where the sampler knows how many these are.
         pin_memory: Whether batches are copied to page-locked memory, for faster transfers to a GPU.
         collate: Makes a batch of a list of samples.
     """
+    if isinstance(sampler, Sized):
+        workers = min(workers, len(sampler))
     return DataLoader(
         dataset,
         batch_sampler=sampler,

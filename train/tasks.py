@@ -309,7 +309,9 @@ class AutoregressiveTask(Task):
 
     def forward(self, model: nn.Module, images: Tensor, batch: Mapping) -> tuple[Tensor, Tensor]:
         """The loss of a batch and what its picture is made of."""
-        return model(images, batch["noise"], batch.get("drawn"), self.codes(images))
+        # A batch that lacks it is a mistake: the model would draw, but other noise in every process.
+        drawn = batch["drawn"] if self.config.darl.objective == "diffusion" else None
+        return model(images, batch["noise"], drawn, self.codes(images))
 
     @property
     def predicts_patches(self) -> bool:
