@@ -125,7 +125,7 @@ def _fuse(published: Arm) -> None:
 
 
 def check(case: Case, sites: Iterable[str], device: torch.device, precision: str) -> dict[str, dict]:
-    """Compare arms with what they are held to, in fp64 and in the precision that is measured, at a small size.
+    """Compare arms with what they are held to, in fp64 and in the measured precision, at a small size.
 
     Returns:
         By precision, the largest difference of each quantity over the sites.
