@@ -29,6 +29,7 @@ from train.run_folder import to_json, write_atomically
 
 BASE = "adamw"  # sets the target
 ENOUGH = 3  # seeds
+CROWD = 8  # arms whose names still fit among their curves
 # tab20 has ten hues, dark and light: first the dark ones.
 COLOURS = {name: f"C{i}" if i < 10 else colormaps["tab20"](2 * i - 19) for i, name in enumerate(ARMS)}
 SHOWN = {REFERENCE: "black", "dbp": "silver"}  # beside every family of ablations
@@ -518,7 +519,11 @@ def _draw_curves(figure: Figure, report: Report, names: Sequence[str], colours: 
     margin = 0.03 * (max(late) - min(late)) or 0.01
     axes[0].set_ylim(min(late) - margin, max(late) + margin)
     axes[0].set_ylabel(f"training loss, mean of {WINDOW} steps")
-    axes[0].legend(fontsize=8)
+    if len(names) <= CROWD:
+        axes[0].legend(fontsize=8)
+    else:
+        figure.set_figwidth(figure.get_figwidth() + 3)
+        figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside right upper")
 
 
 def _plot_loss(report: Report, names: Sequence[str]) -> Callable[[Figure], None]:
@@ -526,7 +531,8 @@ def _plot_loss(report: Report, names: Sequence[str]) -> Callable[[Figure], None]
 
 
 def _plot_family(report: Report, names: Sequence[str]) -> Callable[[Figure], None]:
-    colours = {name: SHOWN.get(name, f"C{i}") for i, name in enumerate(names)}
+    many = colormaps["tab20"].colors
+    colours = {name: SHOWN.get(name, many[i % len(many)]) for i, name in enumerate(names)}
     return lambda figure: _draw_curves(figure, report, names, colours)
 
 
