@@ -507,7 +507,8 @@ def report(comparison: Comparison) -> str:
     if not found:
         raise ValueError(f"{comparison.folder} holds no start whose rates are all there; nothing to report")
     results = comparison.results.values()
-    headers = [r.machine for r in results] + [r.pretraining["machine"] for r in results if r.pretraining]
+    encoders = {(r.run.start, r.run.seed): r.pretraining["machine"] for r in results if r.pretraining}
+    headers = [*(r.machine for r in results), *encoders.values()]
     about = PRESETS[comparison.preset].settings
     parts = [
         f"# Transfer: {comparison.preset}",
