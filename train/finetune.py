@@ -32,7 +32,6 @@ from models.classifier import (
 )
 from models.vit import pair
 from train import plots, transfer
-from train.data import StepSampler, build_loader
 from train.labelled import AugmentConfig, LabelledConfig, LabelledSet, Mixer, build_labelled, collate
 from train.loop import Loop, moved
 from train.processes import Processes
@@ -145,11 +144,7 @@ class Evaluator:
         """Loss, top-1 and top-5 accuracy in per cent; the decorrelation loss per layer on part of the set."""
         self.model.eval()
         device, count = self.processes.device, len(self.classes)
-        share = self.config.batch_size // (self.config.accumulation * self.processes.world_size)
-        mine = [(0, index) for index in self.processes.share(range(len(self.held_out)))]
-        chunks = [mine[i : i + share] for i in range(0, len(mine), share)]
-        # Its workers end with the evaluation, as between evaluations they would only hold memory.
-        loader = build_loader(self.held_out, chunks, self.config.data.workers, device.type == "cuda", collate)
+        loader = transfer.held_out_batches(self.config, self.held_out, self.processes, collate)
         sums = torch.zeros(2 + count**2, dtype=torch.float64, device=device)  # loss, top 5, confusion
         losses: dict[str, float] = {}
         unreadable: dict[str, str] = {}
@@ -264,19 +259,10 @@ def prepare(config: Config, procs: Processes) -> tuple[Loop, Evaluator, Iterator
 
     total, rate = config.schedule(len(training))
     run, found = open_run(config, procs, training.files)
-    sampler = StepSampler(
-        len(training),
-        config.batch_size,
-        config.seed,
-        total,
-        0 if found is None else found[1]["step"],
-        config.accumulation,
-        procs.rank,
-        procs.world_size,
-    )
-    config.check_sample(model.num_prefix_tokens + model.patch_embed.num_patches, procs.world_size)
+    step = 0 if found is None else found[1]["step"]
     mixer = Mixer(config.augment, len(classes))
-    batches = build_loader(training, sampler, config.data.workers, procs.device.type == "cuda", mixer)
+    batches = transfer.training_batches(config, training, total, step, procs, mixer)
+    config.check_sample(model.num_prefix_tokens + model.patch_embed.num_patches, procs.world_size)
     evaluator = Evaluator(config, model, architecture, classes, held_out, procs)
     entropy = SoftTargetCrossEntropy()
     loop = Loop(

@@ -38,7 +38,7 @@ from models.segmentation import (
 )
 from models.vit import check_sizes, pair
 from train import plots, transfer
-from train.data import DataError, StepSampler, build_loader
+from train.data import DataError
 from train.loop import Loop, moved
 from train.processes import Processes
 from train.run import build_decor, open_run, parse_config, plot_correlations, run_script, summary_of
@@ -344,11 +344,7 @@ class Evaluator:
         self.model.eval()
         device, evaluation = self.processes.device, self.config.evaluation
         share = max(1, self.config.batch_size // (self.config.accumulation * self.processes.world_size))
-        mine = [(0, index) for index in self.processes.share(range(len(self.held_out)))]
-        chunks = [mine[i : i + share] for i in range(0, len(mine), share)]
-        # Its workers end with the evaluation, as between evaluations they would only hold memory.
-        workers = self.config.data.workers
-        loader = build_loader(self.held_out, chunks, workers, device.type == "cuda", collate_whole)
+        loader = transfer.held_out_batches(self.config, self.held_out, self.processes, collate_whole)
         metric = build_metric(len(self.classes)).to(device)
         loss = torch.zeros((), dtype=torch.float64, device=device)
         losses: dict[str, float] = {}
@@ -471,20 +467,11 @@ def prepare(config: Config, procs: Processes) -> tuple[Loop, Evaluator, Iterator
 
     total, rate = config.schedule(len(training))
     run, found = open_run(config, procs, training.files)
-    sampler = StepSampler(
-        len(training),
-        config.batch_size,
-        config.seed,
-        total,
-        0 if found is None else found[1]["step"],
-        config.accumulation,
-        procs.rank,
-        procs.world_size,
-    )
+    step = 0 if found is None else found[1]["step"]
+    batches = transfer.training_batches(config, training, total, step, procs, collate)
     config.check_sample(
         model.encoder.num_prefix_tokens + model.encoder.patch_embed.num_patches, procs.world_size
     )
-    batches = build_loader(training, sampler, config.data.workers, procs.device.type == "cuda", collate)
     evaluator = Evaluator(config, model, start.architecture, classes, held_out, preprocess, procs)
     loop = Loop(
         config=config,
