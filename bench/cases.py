@@ -1,6 +1,7 @@
 """What is timed: models that train, with inputs, at any size."""
 
 import argparse
+import importlib.util
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -14,6 +15,7 @@ from models.darl import DARL
 from models.mae import MaskedAutoencoder
 
 PATCH = 16
+SEGMENTED = 150  # classes of ADE20K
 
 
 class Classifier(VisionTransformer):
@@ -56,13 +58,40 @@ class Autoregression(DARL):
         return super().forward(images, drawn=drawn or None)
 
 
+class Segmenter(nn.Module):
+    """A ViT encoder with a segmentation head, and its loss."""
+
+    def __init__(self, head: str, **sizes: int):
+        super().__init__()
+        # It needs segmentation-models-pytorch, which the other cases do without.
+        from models.segmentation import SegmentationModel, segmentation_loss
+
+        encoder = VisionTransformer(**sizes, num_classes=0, dynamic_img_size=True)
+        # Without dropout: all sides of a comparison compute the same.
+        self.segmentation = SegmentationModel(encoder, SEGMENTED, head, dropout=0.0)
+        self.loss = segmentation_loss
+
+    def forward(self, images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss and logits."""
+        outputs = self.segmentation(images)
+        return self.loss(outputs, masks), outputs.logits
+
+
 CASES = {
     "vit": "ViT classifier, images of 112 pixels (50 tokens)",
     "mae50": "MAE, 224 pixels, encoder on the visible quarter (50 tokens), decoder on 197",
     "mae197": "MAE, 224 pixels, encoder and decoder on 197 tokens",
     "darl": "DARL, mean squared error, images of 112 pixels (49 tokens)",
     "darl-diffusion": "DARL, diffusion with a decoder of one block, images of 112 pixels (49 tokens)",
+    "segment": "segmentation with UPerNet as wide as the encoder, images of 128 pixels (65 tokens)",
+    "segment-linear": "segmentation with a linear head, images of 128 pixels (65 tokens)",
 }
+
+
+def default_cases() -> list[str]:
+    """All cases whose packages are installed."""
+    found = importlib.util.find_spec("segmentation_models_pytorch") is not None
+    return [name for name in CASES if found or not name.startswith("segment")]
 
 
 @dataclass(frozen=True)
@@ -78,7 +107,14 @@ class Case:
     @property
     def image(self) -> int:
         """Height and width of the images."""
+        if self.segments:
+            return 128
         return 224 if self.masked else 112
+
+    @property
+    def segments(self) -> bool:
+        """Whether it is a segmentation model."""
+        return self.name[:7] == "segment"
 
     @property
     def masked(self) -> bool:
@@ -109,6 +145,8 @@ class Case:
         }
         if self.name == "vit":
             return Classifier(**sizes)
+        if self.segments:
+            return Segmenter("upernet" if self.name == "segment" else "linear", **sizes)
         if not self.masked:
             return Autoregression(**sizes, objective="diffusion" if self.name == "darl-diffusion" else "mse")
         decoder_width = min(512, self.width)  # narrower than MAE's 512 for small models alone
@@ -120,11 +158,13 @@ class Case:
         return (Autoencoder if self.name == "mae50" else DenseAutoencoder)(**sizes, **decoder)
 
     def inputs(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """One batch of noise: images, and labels, the noise that decides the masks, or that of diffusion."""
+        """One batch of noise: images; labels, of images or pixels; the noise of masks or of diffusion."""
         generator = torch.Generator().manual_seed(1)
         images = torch.randn(self.batch, 3, self.image, self.image, generator=generator, dtype=dtype)
         if self.name == "vit":
             others = (torch.randint(1000, (self.batch,), generator=generator),)
+        elif self.segments:
+            others = (torch.randint(SEGMENTED, (self.batch, self.image, self.image), generator=generator),)
         elif self.masked:
             others = (torch.rand(self.batch, self.patches, generator=generator),)
         elif self.name == "darl":
@@ -187,9 +227,9 @@ def add_arguments(parser: argparse.ArgumentParser, tokens: dict[str, int]) -> No
         "--case",
         nargs="+",
         choices=CASES,
-        default=list(CASES),
+        default=default_cases(),
         help="; ".join(f"{name}: {text}" for name, text in CASES.items())
-        + " (default: each of them in turn)",
+        + " (default: each of them in turn, segmentation where segmentation-models-pytorch is installed)",
     )
     parser.add_argument(
         "--sites",
@@ -208,7 +248,8 @@ def add_arguments(parser: argparse.ArgumentParser, tokens: dict[str, int]) -> No
     parser.add_argument(
         "--batch",
         type=count,
-        help=f"images (default: as many as make {tokens['cpu']} tokens, on a GPU {tokens['cuda']})",
+        help=f"images (default: as many as make {tokens['cpu']} tokens, on a GPU {tokens['cuda']}; of "
+        "segment an eighth)",
     )
     parser.set_defaults(tokens=tokens)
     parser.add_argument("--threads", type=count, help="CPU threads (default: as PyTorch chooses)")
@@ -228,5 +269,7 @@ def from_arguments(args: argparse.Namespace) -> list[Case]:
             decoder_depth=args.decoder_depth,
         )
         tokens = args.tokens[args.device.type]
+        if name == "segment":  # whose decoder is many times the encoder
+            tokens //= 8
         cases.append(case if args.batch else replace(case, batch=max(1, tokens // case.tokens)))
     return cases

@@ -233,6 +233,35 @@ class Matrix:
         found = best(self.results[run] for run in runs)
         return None if found is None else found.run.rate
 
+    def timing(self, data: Mapping[str, object]) -> dict[str, object] | None:
+        """What timing.json holds, the arms whose settings have changed apart in "changed"; None without it.
+
+        Args:
+            data: as for `Run.config`.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        path = self.folder / "timing.json"
+        if not path.is_file():
+            return None
+        try:
+            timing = json.loads(path.read_text())
+            changed = []
+            for name, item in timing["arms"].items():
+                for key in ("seconds", "ratio"):
+                    float(item[key]["low"]), float(item[key]["median"]), float(item[key]["high"])
+                known = name in every_arm()
+                if not known or Run(self.preset, name, 1e-3, 0).settings(data) != item["settings"]:
+                    changed.append(name)
+            record.machine_line(timing)
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise ValueError(
+                f"{path} is damaged: expected the JSON of python -m bench convergence --time"
+            ) from None
+        arms = {name: item for name, item in timing["arms"].items() if name not in changed}
+        return timing | {"arms": arms, "changed": changed}
+
     def wanted(self, arms: Sequence[str], seeds: Sequence[int], rate: float | None) -> dict[Run, None]:
         """The runs that are known to be part of the matrix, in the order in which they are worth it."""
         found: list[Run] = []

@@ -10,7 +10,6 @@ then 1, and 2 if there is nothing to report.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from matplotlib.figure import Figure
 
 from bench import record
 from bench.convergence import Matrix, Result, best
-from bench.matrix import ABLATIONS, ARMS, PRESETS, REFERENCE, Run, every_arm
+from bench.matrix import ABLATIONS, ARMS, PRESETS, REFERENCE, every_arm
 from train.compare import average, mean
 from train.energy import KINDS
 from train.plots import WINDOW
@@ -200,37 +199,17 @@ class Report:
         }
         self.base = self.arms.get(BASE)
         self.target = None if self.base is None or self.base.curve is None else self.base.curve[-1]
-        self.timing, self.no_timing = self._read_timing()
+        timing = matrix.timing({"data.source": self.source})
+        if timing is None:
+            command = f"python -m bench convergence --preset {matrix.preset} --time 20"
+            self.no_timing = f"There is no timing.json; `{command}` writes it, on a machine that is quiet."
+        elif timing["changed"]:
+            self.no_timing = f"timing.json is of other settings for {', '.join(timing['changed'])}."
+        else:
+            self.no_timing = None
+        self.timing = timing or {"arms": {}}
         self.energy = Energy.of([r for arm in self.arms.values() for r in arm.finished])
         self.rows = {name: self._row(arm) for name, arm in self.arms.items()}
-
-    def _read_timing(self) -> tuple[dict, str | None]:
-        """timing.json without the arms whose settings have changed, and what there is to say of them."""
-        path = self.matrix.folder / "timing.json"
-        if not path.is_file():
-            command = f"python -m bench convergence --preset {self.matrix.preset} --time 20"
-            return {
-                "arms": {}
-            }, f"There is no timing.json; `{command}` writes it, on a machine that is quiet."
-        try:
-            timing = json.loads(path.read_text())
-            data = {"data.source": self.source}
-            for item in timing["arms"].values():
-                for key in ("seconds", "ratio"):
-                    float(item[key]["low"]), float(item[key]["median"]), float(item[key]["high"])
-            changed = []
-            for name, item in timing["arms"].items():
-                known = name in every_arm()
-                if not known or Run(self.matrix.preset, name, 1e-3, 0).settings(data) != item["settings"]:
-                    changed.append(name)
-            record.machine_line(timing)
-        except (ValueError, LookupError, TypeError, AttributeError):
-            raise ValueError(
-                f"{path} is damaged: expected the JSON of python -m bench convergence --time"
-            ) from None
-        timing["arms"] = {k: v for k, v in timing["arms"].items() if k not in changed}
-        lost = f"timing.json is of other settings for {', '.join(changed)}." if changed else None
-        return timing, lost
 
     def _row(self, arm: Arm) -> dict[str, object]:
         steps = arm.steps_to(self.target)

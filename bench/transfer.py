@@ -2,10 +2,13 @@
 
 The encoders are those of `python -m bench convergence`: runs of the same settings, at each arm's best rate
 there, made again here for their weights, which lie in FOLDER/PRESET/encoders and are not for git. Every start
-is fine-tuned by train/finetune.py's own loop, with the same seeds and steps: at each of the preset's rates
-with the first seed, then at its best one with the others. Each run is a process with one thread that leaves
-one JSON in FOLDER/PRESET/runs; runs that have theirs are skipped. The report, report.md with its plot, is
-written at the end, and by --report alone.
+is fine-tuned by the loop of train/finetune.py or train/segment.py, with the same seeds and steps: at each of
+the preset's rates with the first seed, then at its best one with the others. Each run is a process with one
+thread that leaves one JSON in FOLDER/PRESET/runs; runs that have theirs are skipped. The report, report.md
+with its plot, is written at the end, and by --report alone.
+
+"Equal seconds" is pre-training for as many steps as take the time of AdamW's: by the ratio of the steps'
+times in the convergence matrix's timing.json.
 
 The exit code is 1 if a run failed, and 2 if nothing could be started.
 """
@@ -24,143 +27,21 @@ from statistics import mean
 import torch
 from matplotlib.figure import Figure
 
-from bench import convergence, record
+from bench import convergence, matrix, record
 from bench.convergence import FINISHED, Matrix, changes
 from bench.curves import ENOUGH, edge_of
 from bench.jobs import Job, run_all
-from bench.matrix import SEEDS, assign
-from bench.matrix import Run as Pretraining
+from bench.matrix import SEEDS
 from bench.options import count
-from train import finetune, pretrain, processes
+from bench.starts import PRESETS, Preset, Pretraining, Run, Start, Task
+from train import pretrain, processes
 from train.loop import Diverged
 from train.plots import WINDOW
 from train.run import whole_weights
-from train.run_folder import NEUTRAL, RunFolder, flat, to_json, write_atomically
+from train.run_folder import RunFolder, flat, to_json, write_atomically
 
 FOLDER = Path(__file__).parent / "reports" / "transfer"
 WORKER = (sys.executable, "-m", "bench", "transfer", "--worker")  # what makes a run or an encoder
-IMAGES = {"data.source": "photos"}  # of the pre-training
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where fine-tuning starts.
-
-    Args:
-        title: in tables.
-        settings: of `train.finetune.Config`, by dotted name: the read-out, and from scratch the network.
-        pretraining: preset and arm of the convergence matrix; None for scratch.
-    """
-
-    title: str
-    settings: Mapping[str, object]
-    pretraining: tuple[str, str] | None = None
-
-
-@dataclass(frozen=True)
-class Preset:
-    """What all runs of a comparison share.
-
-    Args:
-        settings: of `train.finetune.Config`, by dotted name.
-        starts: by name.
-        rates: peak learning rates to try.
-        evaluations: how often a run is evaluated, at equal intervals.
-    """
-
-    settings: Mapping[str, object]
-    starts: Mapping[str, Start]
-    rates: tuple[float, ...]
-    evaluations: int = 5
-
-
-_SIZES = {"patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4}  # of the convergence presets
-_MAE = {"readout": "mean"}
-_DARL = {"readout": "last"}
-_DIGITS = {
-    "data.source": "digits",
-    "data.crop_scale": (0.7, 1.0),
-    "data.crop_pct": 1.0,
-    # A mirrored 2 is no digit, and a box of noise hides what 8 x 8 pixels tell.
-    "augment.policy": None,
-    "augment.flip": 0.0,
-    "augment.erase": 0.0,
-    "augment.mixup": 0.0,
-    "augment.cutmix": 0.0,
-    "img_size": 64,
-    "drop_path": 0.0,
-    "steps": 225,  # 5 epochs
-    "batch_size": 32,
-    "optim.warmup_steps": 45,
-    "optim.layer_decay": 0.75,
-    "device": "cpu",
-    "precision": "fp32",
-}
-PRESETS = {
-    "digits": Preset(
-        _DIGITS,
-        {
-            "mae-scratch": Start(
-                "MAE's encoder, from scratch", _MAE | {"model": "mae_vit_tiny", "model_args": _SIZES}
-            ),
-            "mae": Start("MAE", _MAE, ("photos", "adamw")),
-            "mae-dbp": Start("MAE with DBP", _MAE, ("photos", "dbp")),
-            "darl-scratch": Start(
-                "DARL's encoder, from scratch", _DARL | {"model": "darl_vit_tiny", "model_args": _SIZES}
-            ),
-            "darl": Start("DARL", _DARL, ("darl", "adamw")),
-            "darl-dbp": Start("DARL with DBP", _DARL, ("darl", "dbp")),
-        },
-        (1e-3, 3e-3, 6e-3),
-    )
-}
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run of fine-tuning."""
-
-    preset: str
-    start: str
-    rate: float
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """Of its JSON file."""
-        return f"{self.start}_lr{self.rate:g}_seed{self.seed}"
-
-    def config(self, out: str, encoder: str | None) -> finetune.Config:
-        """What `train/finetune.py` is started with.
-
-        Args:
-            out: folder of the run.
-            encoder: file of the encoder; None from scratch.
-
-        Raises:
-            ValueError: one of the settings has no such name.
-        """
-        preset = PRESETS[self.preset]
-        config = finetune.Config(out)
-        steps = preset.settings["steps"]
-        common = {
-            "encoder": encoder,
-            "optim.lr": self.rate,
-            "seed": self.seed,
-            "eval_every": max(1, steps // preset.evaluations),
-            "checkpoint_every": steps,
-        }
-        for name, value in (preset.settings | common | preset.starts[self.start].settings).items():
-            assign(config, name, value)
-        return config
-
-
-def tuning_settings(run: Run) -> dict[str, object]:
-    """What a run's numbers depend on beside the encoder, by dotted name and as JSON gives it back."""
-    settings = flat(asdict(run.config("", None)))
-    return json.loads(
-        json.dumps({k: v for k, v in settings.items() if k not in NEUTRAL or k == "eval_every"})
-    )
 
 
 @dataclass(frozen=True)
@@ -170,10 +51,10 @@ class Result:
     Args:
         run: which one.
         outcome: "finished", or how it diverged.
-        settings: of `tuning_settings`, when it was made.
+        settings: as `Run.settings` gave them when it was made.
         pretraining: what lay beside the encoder: its steps, final training loss, settings and machine; None
             from scratch.
-        evals: step, held-out loss (None if it is not finite), top-1 and top-5 accuracy.
+        evals: step, held-out loss (None if it is not finite) and the figures of the preset's task.
         held_out: how many images these are of.
         machine: header of `bench.record`.
     """
@@ -188,11 +69,15 @@ class Result:
 
     @property
     def quality(self) -> tuple[float, float]:
-        """Accuracy at the end, and the loss where that is equal; higher is better, diverged runs are last."""
+        """The deciding figure at the end, and the loss where that is equal; higher is better.
+
+        Diverged runs are last.
+        """
         if self.outcome != FINISHED:
             return -math.inf, -math.inf
         last = self.evals[-1]
-        return last["top1"], -math.inf if last["heldout_loss"] is None else -last["heldout_loss"]
+        loss = math.inf if last["heldout_loss"] is None else last["heldout_loss"]
+        return last[PRESETS[self.run.preset].task.figures[0]], -loss
 
 
 def read(path: Path, preset: str) -> Result:
@@ -222,21 +107,28 @@ class Comparison:
     Args:
         folder: of the results of all presets.
         preset: name of one.
+        data: settings of fine-tuning, such as where the images are.
+        images: likewise of pre-training.
 
     Attributes:
         results: by run, those that are sound and of today's settings.
         unusable: why the others are not used, by file.
 
     Raises:
-        ValueError: the convergence matrix does not know a best rate that a result here rests on.
+        ValueError: the convergence matrix does not know a best rate, or a time, that a result here rests on.
     """
 
-    def __init__(self, folder: Path, preset: str) -> None:
-        self.preset = preset
+    def __init__(
+        self, folder: Path, preset: str, data: Mapping[str, object], images: Mapping[str, object]
+    ) -> None:
+        self.name = preset
+        self.preset: Preset = PRESETS[preset]
         self.folder = folder / preset
+        self.data = dict(data)
+        self.images = dict(images)
         self.results: dict[Run, Result] = {}
         self.unusable: dict[Path, str] = {}
-        self._rates: dict[tuple[str, str], float] = {}
+        self._matrices: dict[str, Matrix] = {}
         for path in sorted((self.folder / "runs").glob("*.json")):
             try:
                 result = read(path, preset)
@@ -252,37 +144,52 @@ class Comparison:
     @property
     def starts(self) -> Mapping[str, Start]:
         """Of the preset."""
-        return PRESETS[self.preset].starts
+        return self.preset.starts
+
+    def _matrix(self, preset: str) -> Matrix:
+        if preset not in self._matrices:
+            self._matrices[preset] = Matrix(convergence.FOLDER, preset, self.images)
+        return self._matrices[preset]
 
     def pretraining(self, start: str, seed: int) -> Pretraining | None:
         """The run that an encoder comes from; None from scratch.
 
         Raises:
-            ValueError: the convergence matrix does not know its arm's best rate yet.
+            ValueError: the convergence matrix does not know its arm's best rate yet, or its time.
         """
         asked = self.starts[start].pretraining
         if asked is None:
             return None
-        if asked not in self._rates:
-            preset, arm = asked
-            rate = Matrix(convergence.FOLDER, preset, IMAGES).best_rate(arm, SEEDS[0])
-            if rate is None:
-                raise ValueError(
-                    f"{start}: the best rate of {arm} is not known; first run python -m bench convergence "
-                    f"--preset {preset} --arms {arm}"
-                )
-            self._rates[asked] = rate
-        return Pretraining(*asked, self._rates[asked], seed)
+        preset, arm = asked
+        rate = self._matrix(preset).best_rate(arm, SEEDS[0])
+        if rate is None:
+            raise ValueError(
+                f"{start}: the best rate of {arm} is not known; first run python -m bench convergence "
+                f"--preset {preset} --arms {arm}"
+            )
+        steps = self._steps_in_equal_seconds(start) if self.starts[start].equal_seconds else None
+        return Pretraining(preset, arm, rate, seed, steps)
+
+    def _steps_in_equal_seconds(self, start: str) -> int:
+        preset, arm = self.starts[start].pretraining
+        timing = self._matrix(preset).timing(self.images)
+        if timing is None or arm not in timing["arms"]:
+            raise ValueError(
+                f"{start}: the time of a step of {arm} is not known; first run python -m bench convergence "
+                f"--preset {preset} --arms {arm} --time 20"
+            )
+        return round(matrix.PRESETS[preset].steps / timing["arms"][arm]["ratio"]["median"])
 
     def differences(self, result: Result) -> list[str]:
         """In which settings of fine-tuning and of pre-training a run was made otherwise than now."""
         run = result.run
-        found = changes(result.settings, tuning_settings(run), flat(asdict(finetune.Config(""))))
+        default = flat(asdict(self.preset.task.script.Config("")))
+        found = changes(result.settings, run.settings(self.data), default)
         pretraining = self.pretraining(run.start, run.seed)
         if (pretraining is None) != (result.pretraining is None):
             return [*found, f"pretraining was {result.pretraining}, is {pretraining}"]
         if pretraining is not None:
-            then, now = result.pretraining["settings"], pretraining.settings(IMAGES)
+            then, now = result.pretraining["settings"], pretraining.settings(self.images)
             found += [
                 f"pretraining: {text}" for text in changes(then, now, flat(asdict(pretrain.Config(""))))
             ]
@@ -303,11 +210,14 @@ class Comparison:
             settings = json.loads(path.with_suffix(".json").read_text())["settings"]
         except (OSError, ValueError, LookupError, TypeError):
             return False
-        return path.exists() and settings == self.pretraining(start, seed).settings(IMAGES)
+        return path.exists() and settings == self.pretraining(start, seed).settings(self.images)
+
+    def _sweep(self, start: str) -> list[Run]:
+        return [Run(self.name, start, rate, SEEDS[0]) for rate in self.preset.rates]
 
     def best_rate(self, start: str) -> float | None:
         """The best of the rates with the first seed; None before all are there."""
-        runs = [Run(self.preset, start, rate, SEEDS[0]) for rate in PRESETS[self.preset].rates]
+        runs = self._sweep(start)
         if not all(run in self.results for run in runs):
             return None
         return max(runs, key=lambda run: self.results[run].quality).rate
@@ -317,9 +227,9 @@ class Comparison:
         for start in starts:
             best = self.best_rate(start)
             if best is None:
-                runs = [Run(self.preset, start, rate, SEEDS[0]) for rate in PRESETS[self.preset].rates]
+                runs = self._sweep(start)
             else:
-                runs = [Run(self.preset, start, best, seed) for seed in seeds]
+                runs = [Run(self.name, start, best, seed) for seed in seeds]
             yield from (run for run in runs if not self.path(run).exists())
 
     def jobs(self, starts: Sequence[str], seeds: Sequence[int]) -> Iterator[Job]:
@@ -328,11 +238,13 @@ class Comparison:
             encoder = self.encoder(run.start, run.seed)
             pretraining = self.pretraining(run.start, run.seed)
             if pretraining is None:
-                yield Job(run.name, self.path(run), {"run": asdict(run), "encoder": None})
+                spec = {"run": asdict(run), "encoder": None, "data": self.data}
+                yield Job(run.name, self.path(run), spec)
             elif self.has_encoder(run.start, run.seed):
-                yield Job(run.name, self.path(run), {"run": asdict(run), "encoder": str(encoder.resolve())})
+                spec = {"run": asdict(run), "encoder": str(encoder.resolve()), "data": self.data}
+                yield Job(run.name, self.path(run), spec)
             else:
-                spec = {"pretraining": asdict(pretraining), "start": run.start}
+                spec = {"pretraining": asdict(pretraining), "start": run.start, "images": self.images}
                 yield Job(f"encoder {run.start}, seed {run.seed}", encoder, spec)
 
     def collect(self, job: Job) -> str:
@@ -345,22 +257,24 @@ class Comparison:
             if not self.has_encoder(job.spec["start"], job.spec["pretraining"]["seed"]):
                 raise ValueError(f"{job.path} is damaged or of other settings")
             return f"training loss {json.loads(job.path.with_suffix('.json').read_text())['final_loss']:.4f}"
-        result = read(job.path, self.preset)
+        result = read(job.path, self.name)
         found = self.differences(result)
         if found:
             raise ValueError(f"{job.path} is of other settings: {'; '.join(found)}")
         self.results[result.run] = result
-        return f"top 1 {result.quality[0]:.2f} %" if result.outcome == FINISHED else result.outcome
+        if result.outcome != FINISHED:
+            return result.outcome
+        return f"{self.preset.task.title} {result.quality[0]:.2f} %"
 
 
-def pretrain_encoder(run: Pretraining, path: Path) -> None:
-    """Make a run of the convergence matrix in this process, and write its encoder to `path`.
+def pretrain_encoder(run: Pretraining, path: Path, images: Mapping[str, object]) -> None:
+    """Make a run of pre-training on `images` in this process, and write its encoder to `path`.
 
     What is known of it lies beside it as JSON, which is there only if the weights are.
     """
     about_path = path.with_suffix(".json")
     with tempfile.TemporaryDirectory() as out:
-        config = run.config(out, IMAGES)
+        config = run.config(out, images)
         config.eval_every = config.steps
         procs = processes.start(config.device)
         loop, evaluator, batches = pretrain.prepare(config, procs, convergence.builder(run))
@@ -371,7 +285,7 @@ def pretrain_encoder(run: Pretraining, path: Path) -> None:
         about = {
             "steps": loop.step,
             "final_loss": mean(losses),
-            "settings": run.settings(IMAGES),
+            "settings": run.settings(images),
             "machine": record.header(["transfer"], procs.device, config.precision),
         }
         about_path.unlink(missing_ok=True)
@@ -379,29 +293,31 @@ def pretrain_encoder(run: Pretraining, path: Path) -> None:
         write_atomically(about_path, to_json(about) + "\n")
 
 
-def tune(run: Run, encoder: str | None) -> Result:
+def tune(run: Run, encoder: str | None, data: Mapping[str, object]) -> Result:
     """Make one run of fine-tuning in this process.
 
     Args:
         run: which one.
         encoder: file of the encoder; None from scratch.
+        data: as for `Run.config`.
     """
+    task = PRESETS[run.preset].task
     pretraining = None if encoder is None else json.loads(Path(encoder).with_suffix(".json").read_text())
     with tempfile.TemporaryDirectory() as out:
-        config = run.config(out, encoder)
+        config = run.config(out, encoder, data)
         procs = processes.start(config.device)
-        loop, evaluator, batches = finetune.prepare(config, procs)
+        loop, evaluator, batches = task.script.prepare(config, procs)
         outcome = FINISHED
         try:
             loop.train(batches)
         except Diverged as error:
             outcome = str(error)
         found = [r for r in RunFolder(out).records() if r["kind"] == "eval"]
-    names = ("step", "heldout_loss", "top1", "top5")
+    names = ("step", "heldout_loss", *task.figures)
     return Result(
         run=run,
         outcome=outcome,
-        settings=tuning_settings(run),
+        settings=run.settings(data),
         pretraining=pretraining,
         evals=[{name: r[name] for name in names} for r in found],
         held_out=len(evaluator.held_out),
@@ -414,15 +330,17 @@ def work(spec: Mapping) -> None:
     torch.set_num_threads(1)
     path = Path(spec["path"])
     if "pretraining" in spec:
-        pretrain_encoder(Pretraining(**spec["pretraining"]), path)
+        pretrain_encoder(Pretraining(**spec["pretraining"]), path, spec["images"])
     else:
-        write_atomically(path, to_json(asdict(tune(Run(**spec["run"]), spec["encoder"]))) + "\n")
+        result = tune(Run(**spec["run"]), spec["encoder"], spec["data"])
+        write_atomically(path, to_json(asdict(result)) + "\n")
 
 
 def rows(comparison: Comparison) -> list[dict[str, object]]:
     """What the report says of every start, at its best rate; of one without finished runs its title alone."""
     found = []
-    rates = PRESETS[comparison.preset].rates
+    preset = comparison.preset
+    figure = preset.task.figures[0]
     for name, start in comparison.starts.items():
         rate = comparison.best_rate(name)
         runs = [r for r in comparison.results.values() if (r.run.start, r.run.rate) == (name, rate)]
@@ -431,26 +349,27 @@ def rows(comparison: Comparison) -> list[dict[str, object]]:
         if runs:
             encoders = [r.pretraining for r in runs if r.pretraining]
             steps = [e["step"] for e in runs[0].evals]
-            sweep = {r: comparison.results[Run(comparison.preset, name, r, SEEDS[0])] for r in rates}
+            sweep = {r: comparison.results[Run(comparison.name, name, r, SEEDS[0])] for r in preset.rates}
             row |= {
                 "rate": rate,
-                "edge": edge_of(rate, rates),
+                "edge": edge_of(rate, preset.rates),
                 "seeds": [r.run.seed for r in runs],
                 "images": encoders[0]["steps"] * encoders[0]["settings"]["batch_size"] if encoders else None,
                 "pretraining_loss": mean(e["final_loss"] for e in encoders) if encoders else None,
-                "top1": [r.evals[-1]["top1"] for r in runs],
+                figure: [r.evals[-1][figure] for r in runs],
                 "heldout_loss": [r.evals[-1]["heldout_loss"] for r in runs],
-                "curve": {step: mean(r.evals[i]["top1"] for r in runs) for i, step in enumerate(steps)},
+                "curve": {step: mean(r.evals[i][figure] for r in runs) for i, step in enumerate(steps)},
                 "sweep": {r: s.quality[0] if s.outcome == FINISHED else None for r, s in sweep.items()},
             }
         found.append(row)
     return found
 
 
-def table(found: Sequence[Mapping]) -> str:
+def table(found: Sequence[Mapping], task: Task) -> str:
     """Rows with figures as Markdown."""
     lines = []
     for row in found:
+        last = row[task.figures[0]]
         few = f" (fewer than {ENOUGH})" if len(row["seeds"]) < ENOUGH else ""
         edge = "" if row["edge"] is None else f", {row['edge']} tried"
         lost = [loss for loss in row["heldout_loss"] if loss is not None]
@@ -462,7 +381,7 @@ def table(found: Sequence[Mapping]) -> str:
                 "-" if row["images"] is None else f"{row['images']:,}",
                 "-" if row["images"] is None else f"{row['pretraining_loss']:.4f}",
                 f"{list(row['curve'].values())[1]:.1f}",
-                f"{mean(row['top1']):.2f} ({min(row['top1']):.2f} to {max(row['top1']):.2f})",
+                f"{mean(last):.2f} ({min(last):.2f} to {max(last):.2f})",
                 f"{mean(lost):.4f}" if lost else "-",
                 ", ".join(
                     f"{rate:g}: {'diverged' if value is None else format(value, '.1f')}"
@@ -473,15 +392,16 @@ def table(found: Sequence[Mapping]) -> str:
     early = list(found[0]["curve"])[1]
     return record.table(
         [
-            "start", "rate", "seeds", "images of pre-training", "its loss", f"top 1 after {early} steps, %",
-            "top 1 at the end, %", "held-out loss", "top 1 by rate, first seed",
+            "start", "rate", "seeds", "images of pre-training", "its loss",
+            f"{task.title} after {early} steps, %", f"{task.title} at the end, %", "held-out loss",
+            f"{task.title} by rate, first seed",
         ],
         lines,
     )  # fmt: skip
 
 
-def plot(found: Sequence[Mapping], path: Path) -> None:
-    """Accuracy over the steps of fine-tuning, means over seeds."""
+def plot(found: Sequence[Mapping], task: Task, path: Path) -> None:
+    """The deciding figure over the steps of fine-tuning, means over seeds."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axis = figure.subplots()
     for i, row in enumerate(found):
@@ -490,14 +410,14 @@ def plot(found: Sequence[Mapping], path: Path) -> None:
             list(row["curve"]), list(row["curve"].values()), f"o{style}", color=f"C{i}", label=row["title"]
         )
     axis.set_xlabel("step of fine-tuning")
-    axis.set_ylabel("top 1 accuracy, held out, %")
+    axis.set_ylabel(f"{task.title}, held out, %")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     figure.savefig(path, dpi=120)
 
 
 def report(comparison: Comparison) -> str:
-    """Write report.md, report.json and accuracy.png; returns the text.
+    """Write report.md, report.json and curves.png; returns the text.
 
     Raises:
         ValueError: no start has all of its rates yet.
@@ -509,24 +429,25 @@ def report(comparison: Comparison) -> str:
     results = comparison.results.values()
     encoders = {(r.run.start, r.run.seed): r.pretraining["machine"] for r in results if r.pretraining}
     headers = [*(r.machine for r in results), *encoders.values()]
-    about = PRESETS[comparison.preset].settings
+    about, task = comparison.preset.settings, comparison.preset.task
     parts = [
-        f"# Transfer: {comparison.preset}",
+        f"# Transfer: {comparison.name}",
         f"{about['steps']} steps of {about['batch_size']} images of {about['img_size']} pixels, "
         f"{max(r.held_out for r in results)} held-out images. The protocol is the same for all starts, and "
         f"made for pre-trained ones: a layer has {about['optim.layer_decay']} times the rate of the next. "
-        "Each has its own best rate, by the accuracy of the first seed on the held-out images that the table "
-        "is about: all have that advantage. Mean over seeds, with the lowest and the highest; a best rate at "
-        "the edge of those tried is marked. Losses of pre-training compare between runs of one task alone.",
-        table(found),
-        "![Accuracy](accuracy.png)",
+        f"Each has its own best rate, by the {task.title} of the first seed on the held-out images that the "
+        "table is about: all have that advantage. Mean over seeds, with the lowest and the highest; a best "
+        "rate at the edge of those tried is marked. Losses of pre-training compare between runs of one task "
+        "alone.",
+        table(found, task),
+        "![Over the steps](curves.png)",
     ]
     missing = [row["title"] for row in every if "rate" not in row]
     if missing:
         parts.append(f"Without figures yet: {', '.join(missing)}.")
     parts += ["Machines:", "\n".join(f"- {line}" for line in record.machine_lines(headers))]
     text = "\n\n".join(parts) + "\n"
-    plot(found, comparison.folder / "accuracy.png")
+    plot(found, task, comparison.folder / "curves.png")
     write_atomically(comparison.folder / "report.json", to_json({"starts": every}, indent=1) + "\n")
     write_atomically(comparison.folder / "report.md", text)
     return text
@@ -537,14 +458,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", choices=PRESETS, default="digits", help="(default: %(default)s)")
     parser.add_argument("--starts", nargs="+", metavar="START", help="(default: all of the preset)")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="(default: %(default)s)")
-    parser.add_argument(
-        "--jobs", type=count, default=os.cpu_count() or 1, help="runs at a time (default: cores)"
-    )
+    parser.add_argument("--jobs", type=count, help="runs at a time (default: cores; 1 on a GPU)")
+    parser.add_argument("--source", help="images to fine-tune on, as --data.source of the preset's script")
+    parser.add_argument("--images", help="to pre-train on, as --source of convergence (default: photos)")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="of the results (default: %(default)s)")
     parser.add_argument(
         "--report", action="store_true", help="write the report of what is there and nothing else"
     )
     parser.add_argument("--worker", help=argparse.SUPPRESS)  # the one thing that this process is to make
+
+
+def check_start(preset: Preset, args: argparse.Namespace) -> None:
+    """Raise ValueError for what would make all runs fail."""
+    if min(args.seeds) < 0:
+        raise ValueError(f"--seeds: expected numbers of at least 0, got {min(args.seeds)}")
+    if preset.needs_source and args.source is None:
+        raise ValueError(f"{args.preset} needs --source, the images to fine-tune on")
+    if preset.needs_images and args.images is None:
+        raise ValueError(f"{args.preset} needs --images, those to pre-train on")
+    if preset.on_gpu and not args.report and not torch.cuda.is_available():
+        raise ValueError(f"{args.preset} needs a GPU, and PyTorch finds none")
 
 
 def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
@@ -554,9 +487,14 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
         return 0
     failed: list[str] = []
     try:
-        if min(args.seeds) < 0:
-            raise ValueError(f"--seeds: expected numbers of at least 0, got {min(args.seeds)}")
-        comparison = Comparison(args.folder, args.preset)
+        preset = PRESETS[args.preset]
+        check_start(preset, args)
+        comparison = Comparison(
+            args.folder,
+            args.preset,
+            {} if args.source is None else {"data.source": args.source},
+            {"data.source": args.images or "photos"},
+        )
         starts = list(comparison.starts) if args.starts is None else args.starts
         unknown = [name for name in starts if name not in comparison.starts]
         if unknown:
@@ -568,9 +506,8 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
         if not args.report:
             for start in starts:
                 comparison.pretraining(start, SEEDS[0])  # raises now
-            failed = run_all(
-                WORKER, lambda: comparison.jobs(starts, args.seeds), comparison.collect, args.jobs
-            )
+            jobs = args.jobs or (1 if preset.on_gpu else os.cpu_count() or 1)
+            failed = run_all(WORKER, lambda: comparison.jobs(starts, args.seeds), comparison.collect, jobs)
         print(report(comparison))
     except ValueError as error:
         record.progress(f"transfer: {error}")

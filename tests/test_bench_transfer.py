@@ -11,23 +11,36 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_bench_convergence import HEADER, TINY
 
-from bench import convergence, matrix, transfer
+from bench import convergence, matrix, starts, transfer
 from bench.__main__ import main
 from bench.jobs import Job, run_all
-from bench.matrix import Run as Pretraining
-from bench.transfer import Comparison, Preset, Result, Run, Start
+from bench.starts import CLASSIFICATION, SEGMENTATION, Preset, Pretraining, Run, Start
+from bench.transfer import Comparison, Result
 from train import finetune, pretrain, processes
 from train.run import whole_weights
 
 SIZES = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
+PHOTOS = {"data.source": "photos"}
 MADE = Preset(
-    transfer.PRESETS["digits"].settings
+    CLASSIFICATION,
+    starts.PRESETS["digits"].settings
     | {"img_size": 16, "steps": 4, "batch_size": 8, "optim.warmup_steps": 1},
     {
         "scratch": Start("From scratch", {"model": "mae_vit_tiny", "model_args": SIZES}),
         "mae": Start("MAE", {"readout": "mean"}, ("tiny", "adamw")),
     },
     (1e-3, 3e-3),
+    evaluations=2,
+)
+SCENES = Preset(
+    SEGMENTATION,
+    starts.PRESETS["scenes"].settings
+    | {"head": "linear", "width": None, "img_size": 16, "steps": 4, "batch_size": 8, "optim.warmup_steps": 1},
+    {
+        "scratch": MADE.starts["scratch"],
+        "dbp-seconds": Start("DBP", {}, ("tiny", "dbp"), equal_seconds=True),
+    },
+    (1e-3,),
     evaluations=2,
 )
 WORKER = f"""\
@@ -46,7 +59,9 @@ def shrink(setitem):
     """Add tiny presets of pre-training and of fine-tuning."""
     setitem(matrix.PRESETS, "tiny", TINY)
     setitem(matrix.ARMS, "adamw", replace(matrix.ARMS["adamw"], rates=(3e-3,)))
-    setitem(transfer.PRESETS, "made", MADE)
+    setitem(matrix.ARMS, "dbp", replace(matrix.ARMS["dbp"], rates=(5e-3,)))
+    setitem(starts.PRESETS, "made", MADE)
+    setitem(starts.PRESETS, "made-scenes", SCENES)
 
 
 @pytest.fixture(autouse=True)
@@ -54,14 +69,24 @@ def small(monkeypatch, tmp_path):
     """The tiny presets, and a convergence matrix that knows the best rate of pre-training."""
     shrink(monkeypatch.setitem)
     monkeypatch.setattr(convergence, "FOLDER", tmp_path / "convergence")
-    run = Pretraining("tiny", "adamw", 3e-3, 0)
-    result = convergence.Result(
-        run, convergence.FINISHED, run.settings(transfer.IMAGES), [1.0] * 8, 1.0,
-        [{"step": 0, "heldout_loss": 1.0}], {}, 0, 1, HEADER,
-    )  # fmt: skip
-    path = tmp_path / "convergence" / "tiny" / "runs" / f"{run.name}.json"
-    path.parent.mkdir(parents=True)
-    path.write_text(json.dumps(asdict(result)))
+    folder = tmp_path / "convergence" / "tiny"
+    (folder / "runs").mkdir(parents=True)
+    runs = {"adamw": matrix.Run("tiny", "adamw", 3e-3, 0), "dbp": matrix.Run("tiny", "dbp", 5e-3, 0)}
+    timing = HEADER | {"arms": {}}
+    for (arm, run), ratio in zip(runs.items(), (1.0, 1.3), strict=True):
+        result = convergence.Result(
+            run, convergence.FINISHED, run.settings(PHOTOS), [1.0] * 8, 1.0,
+            [{"step": 0, "heldout_loss": 1.0}], {}, 0, 1, HEADER,
+        )  # fmt: skip
+        (folder / "runs" / f"{run.name}.json").write_text(json.dumps(asdict(result)))
+        times = dict.fromkeys(("low", "median", "high"), ratio)
+        settings = replace(run, rate=1e-3).settings(PHOTOS)
+        timing["arms"][arm] = {"seconds": times, "ratio": times, "settings": settings}
+    (folder / "timing.json").write_text(json.dumps(timing))
+
+
+def made_comparison(folder, preset="made"):
+    return Comparison(folder, preset, {}, PHOTOS)
 
 
 def write_result(folder, start, rate, seed, top1, loss=1.0, outcome="finished", tuned=None, pretrained=None):
@@ -70,10 +95,10 @@ def write_result(folder, start, rate, seed, top1, loss=1.0, outcome="finished", 
     evals = [{"step": s, "heldout_loss": loss, "top1": top1 + s, "top5": 100.0} for s in (0, 2, 4)]
     pretraining = None
     if start == "mae":
-        settings = Comparison(folder / "nothing", "made").pretraining(start, seed).settings(transfer.IMAGES)
+        settings = made_comparison(folder / "nothing").pretraining(start, seed).settings(PHOTOS)
         settings |= pretrained or {}
         pretraining = {"steps": 8, "final_loss": 0.5 + seed, "settings": settings, "machine": HEADER}
-    settings = transfer.tuning_settings(run) | (tuned or {})
+    settings = run.settings({}) | (tuned or {})
     path = folder / "made" / "runs" / f"{run.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(asdict(Result(run, outcome, settings, pretraining, evals, 360, HEADER))))
@@ -101,19 +126,62 @@ def test_a_tiny_comparison_is_made_once_and_reported(tmp_path, monkeypatch, caps
     assert result["pretraining"]["steps"] == TINY.steps
     assert result["pretraining"]["settings"]["optim.blr"] == 3e-3 * 256 / 32  # by the convergence matrix
     # The encoder is that of the same run by the script.
-    config = Pretraining("tiny", "adamw", 3e-3, 0).config(str(tmp_path / "run"), transfer.IMAGES)
+    config = Pretraining("tiny", "adamw", 3e-3, 0).config(str(tmp_path / "run"), PHOTOS)
     loop, evaluator, batches = pretrain.prepare(config, processes.start("cpu"))
     loop.train(batches)
     pretrain.write_results(loop, evaluator, whole_weights(loop.model))
     expected = load_file(tmp_path / "run" / "encoder.safetensors")
-    made = load_file(Comparison(tmp_path, "made").encoder("mae", 0))
+    made = load_file(made_comparison(tmp_path).encoder("mae", 0))
     assert made.keys() == expected.keys()
     assert all(torch.equal(made[name], expected[name]) for name in expected)
     assert "| From scratch" in (tmp_path / "made" / "report.md").read_text()
-    with Image.open(tmp_path / "made" / "accuracy.png") as picture:
+    with Image.open(tmp_path / "made" / "curves.png") as picture:
         assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
     assert transfer_made(tmp_path, "--seeds", "0") == 0
     assert "started" not in capsys.readouterr().err
+
+
+def test_segmentation_is_compared_by_its_own_script_and_figure(tmp_path, monkeypatch, capsys):
+    use_worker(monkeypatch, tmp_path)
+    assert main(["transfer", "--preset", "made-scenes", "--folder", str(tmp_path), "--seeds", "0"]) == 0
+    folder = tmp_path / "made-scenes"
+    results = {path.name.partition("_")[0]: json.loads(path.read_text()) for path in folder.glob("runs/*")}
+    assert results.keys() == SCENES.starts.keys()
+    for result in results.values():
+        assert set(result["evals"][0]) == {"step", "heldout_loss", "miou", "mean_accuracy", "pixel_accuracy"}
+        assert result["held_out"] == 200
+        assert result["settings"]["head"] == "linear"
+    pretraining = results["dbp-seconds"]["pretraining"]
+    assert pretraining["steps"] == 6  # AdamW has 8, and one of these takes 1.3 times as long
+    assert pretraining["settings"]["decor.enable"]
+    shown = f"{results['dbp-seconds']['evals'][-1]['miou']:.2f}"
+    assert f"dbp-seconds_lr0.001_seed0: mean IoU {shown} %" in capsys.readouterr().err
+    text = (folder / "report.md").read_text()
+    assert "mean IoU at the end, %" in text
+    line = next(line for line in text.splitlines() if line.startswith("| DBP "))
+    cells = [cell.strip() for cell in line.split("|")[1:-1]]
+    assert (cells[3], cells[6]) == ("192", f"{shown} ({shown} to {shown})")  # 6 steps of 32 images
+
+
+@pytest.mark.parametrize("spoil", [lambda path, arms: path.unlink(), lambda path, arms: arms.pop("dbp")])
+def test_equal_seconds_need_the_time_of_a_step(tmp_path, capsys, spoil):
+    path = convergence.FOLDER / "tiny" / "timing.json"
+    timing = json.loads(path.read_text())
+    spoil(path, timing["arms"])
+    if path.exists():
+        path.write_text(json.dumps(timing))
+    assert main(["transfer", "--preset", "made-scenes", "--folder", str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert "first run python -m bench convergence --preset tiny --arms dbp --time 20" in told
+    assert "started" not in told
+
+
+@pytest.mark.parametrize("preset", starts.PRESETS)
+def test_every_preset_gives_configurations_that_differ_in_their_start_alone(preset):
+    found = [Run(preset, start, 1e-3, 0).settings({}) for start in starts.PRESETS[preset].starts]
+    for settings in found[1:]:
+        changed = {name for name in settings if settings[name] != found[0][name]}
+        assert changed <= {"model", "readout"} | {name for name in settings if name[:10] == "model_args"}
 
 
 def test_a_failing_encoder_stops_its_start_alone_and_is_tried_once(tmp_path, monkeypatch, capsys):
@@ -166,30 +234,30 @@ def test_a_rate_that_diverged_is_last_and_blocks_nothing(tmp_path, capsys):
 
 def test_the_best_rate_is_by_accuracy_and_then_by_loss(tmp_path):
     write_result(tmp_path, "scratch", 1e-3, 0, top1=50.0, loss=1.0)
-    assert Comparison(tmp_path, "made").best_rate("scratch") is None
+    assert made_comparison(tmp_path).best_rate("scratch") is None
     write_result(tmp_path, "scratch", 3e-3, 0, top1=50.0, loss=0.9)
-    comparison = Comparison(tmp_path, "made")
+    comparison = made_comparison(tmp_path)
     assert comparison.best_rate("scratch") == 3e-3
     missing = list(comparison.missing(["scratch"], [0, 1]))
     assert missing == [Run("made", "scratch", 3e-3, 1)]
 
 
 def test_encoders_come_before_the_runs_that_need_them_and_are_not_made_for_finished_ones(tmp_path):
-    comparison = Comparison(tmp_path, "made")
+    comparison = made_comparison(tmp_path)
     names = [job.name for job in comparison.jobs(["scratch", "mae"], [0])]
     assert names == ["scratch_lr0.001_seed0", "scratch_lr0.003_seed0"] + 2 * ["encoder mae, seed 0"]
     for rate in MADE.rates:
         write_result(tmp_path, "mae", rate, 0, top1=50.0)
-    assert list(Comparison(tmp_path, "made").jobs(["mae"], [0])) == []
+    assert list(made_comparison(tmp_path).jobs(["mae"], [0])) == []
 
 
 def test_an_encoder_counts_only_whole_and_by_todays_settings(tmp_path):
-    comparison = Comparison(tmp_path, "made")
+    comparison = made_comparison(tmp_path)
     path = comparison.encoder("mae", 0)
     path.parent.mkdir(parents=True)
     path.write_bytes(b"weights")
     assert not comparison.has_encoder("mae", 0)  # which a killed worker leaves: the JSON comes last
-    about = {"settings": comparison.pretraining("mae", 0).settings(transfer.IMAGES)}
+    about = {"settings": comparison.pretraining("mae", 0).settings(PHOTOS)}
     path.with_suffix(".json").write_text(json.dumps(about))
     assert comparison.has_encoder("mae", 0)
     about["settings"]["steps"] += 1
@@ -208,7 +276,7 @@ def test_weights_are_never_beside_what_is_known_of_others(tmp_path, monkeypatch)
 
     monkeypatch.setattr(transfer, "write_atomically", killed)
     with pytest.raises(KeyboardInterrupt):
-        transfer.pretrain_encoder(Pretraining("tiny", "adamw", 3e-3, 0), path)
+        transfer.pretrain_encoder(Pretraining("tiny", "adamw", 3e-3, 0), path, PHOTOS)
     assert not path.with_suffix(".json").exists()
 
 
@@ -276,7 +344,7 @@ def test_a_setting_that_came_later_counts_as_its_default(tmp_path):
     assert content["settings"].pop("optim.min_lr") == finetune.Config("").optim.min_lr
     assert content["pretraining"]["settings"].pop("optim.clip_grad") is None
     path.write_text(json.dumps(content))
-    assert Comparison(tmp_path, "made").unusable == {}
+    assert made_comparison(tmp_path).unusable == {}
 
 
 @pytest.mark.parametrize(
@@ -285,6 +353,8 @@ def test_a_setting_that_came_later_counts_as_its_default(tmp_path):
         (["--starts", "nothing"], "--starts: expected some of scratch, mae, got nothing"),
         (["--seeds", "-1"], "--seeds: expected numbers of at least 0, got -1"),
         (["--report"], "nothing to report"),
+        (["--preset", "ade20k"], "ade20k needs --source, the images to fine-tune on"),
+        (["--preset", "ade20k", "--source", "ade20k:/none"], "ade20k needs --images, those to pre-train on"),
     ],
 )
 def test_bad_input_is_named(tmp_path, capsys, arguments, message):

@@ -1,0 +1,238 @@
+"""The runs of `python -m bench transfer`, as data: tasks, starts, learning rates, seeds."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from types import ModuleType
+
+from bench import matrix
+from bench.matrix import assign
+from train import finetune, pretrain, segment
+from train.run_folder import NEUTRAL, flat
+from train.transfer import TransferConfig
+
+
+@dataclass(frozen=True)
+class Task:
+    """What encoders are fine-tuned for.
+
+    Args:
+        script: of `train`.
+        figures: of its evaluations, in %, higher is better; the first one decides.
+        title: of the first one.
+    """
+
+    script: ModuleType
+    figures: tuple[str, ...]
+    title: str
+
+
+CLASSIFICATION = Task(finetune, ("top1", "top5"), "top 1")
+SEGMENTATION = Task(segment, ("miou", "mean_accuracy", "pixel_accuracy"), "mean IoU")
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where fine-tuning starts.
+
+    Args:
+        title: in tables.
+        settings: of the script's configuration, by dotted name: the read-out, and from scratch the network.
+        pretraining: preset and arm of the convergence matrix; None for scratch.
+        equal_seconds: whether pre-training has the steps that take as long as all of AdamW's, instead of as
+            many.
+    """
+
+    title: str
+    settings: Mapping[str, object]
+    pretraining: tuple[str, str] | None = None
+    equal_seconds: bool = False
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What all runs of a comparison share.
+
+    Args:
+        task: what encoders are fine-tuned for.
+        settings: of the script's configuration, by dotted name.
+        starts: by name.
+        rates: peak learning rates to try.
+        evaluations: how often a run is evaluated, at equal intervals.
+        needs_source: whether the images to fine-tune on must be named.
+    """
+
+    task: Task
+    settings: Mapping[str, object]
+    starts: Mapping[str, Start]
+    rates: tuple[float, ...]
+    evaluations: int = 5
+    needs_source: bool = False
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the runs need a GPU."""
+        return self.settings["device"] == "cuda"
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether the images to pre-train on must be named."""
+        found = {start.pretraining[0] for start in self.starts.values() if start.pretraining}
+        return any(matrix.PRESETS[name].needs_source for name in found)
+
+
+_SIZES = {"patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4}  # of the convergence presets
+_TINY_MAE = {"model": "mae_vit_tiny", "model_args": _SIZES}
+_MAE = {"readout": "mean"}
+_DARL = {"readout": "last"}
+_DIGITS = {
+    "data.source": "digits",
+    "data.crop_scale": (0.7, 1.0),
+    "data.crop_pct": 1.0,
+    # A mirrored 2 is no digit, and a box of noise hides what 8 x 8 pixels tell.
+    "augment.policy": None,
+    "augment.flip": 0.0,
+    "augment.erase": 0.0,
+    "augment.mixup": 0.0,
+    "augment.cutmix": 0.0,
+    "img_size": 64,
+    "drop_path": 0.0,
+    "steps": 225,  # 5 epochs
+    "batch_size": 32,
+    "optim.warmup_steps": 45,
+    "optim.layer_decay": 0.75,
+    "device": "cpu",
+    "precision": "fp32",
+}
+_SCENES = {
+    "data.source": "scenes",
+    "head": "upernet",
+    "width": 64,
+    "img_size": 64,
+    "drop_path": 0.0,
+    "steps": 500,
+    "batch_size": 16,
+    "optim.warmup_steps": 50,
+    "optim.layer_decay": 0.75,
+    "device": "cpu",
+    "precision": "fp32",
+}
+_ADE20K = {  # a tenth of the images, as in the DBP paper, for as many passes as MAE's recipe
+    "data.fraction": 0.1,
+    "data.short_side": 512,
+    "data.workers": 14,
+    "head": "upernet",
+    "img_size": 512,
+    "drop_path": 0.1,
+    "steps": 16_000,
+    "batch_size": 16,
+    "optim.warmup_steps": 1_500,
+    "optim.layer_decay": 0.65,
+    "device": "cuda",
+    "precision": "bf16",
+}
+
+
+def _mae_starts(preset: str, scratch: Mapping[str, object]) -> dict[str, Start]:
+    """An MAE's encoder from scratch, by AdamW, and with DBP in as many steps and in as many seconds."""
+    return {
+        "mae-scratch": Start("MAE's encoder, from scratch", scratch),
+        "mae": Start("MAE", {}, (preset, "adamw")),
+        "mae-dbp": Start("MAE with DBP, equal steps", {}, (preset, "dbp")),
+        "mae-dbp-seconds": Start("MAE with DBP, equal seconds", {}, (preset, "dbp"), True),
+    }
+
+
+PRESETS = {
+    "digits": Preset(
+        CLASSIFICATION,
+        _DIGITS,
+        {
+            "mae-scratch": Start("MAE's encoder, from scratch", _MAE | _TINY_MAE),
+            "mae": Start("MAE", _MAE, ("photos", "adamw")),
+            "mae-dbp": Start("MAE with DBP", _MAE, ("photos", "dbp")),
+            "darl-scratch": Start(
+                "DARL's encoder, from scratch", _DARL | {"model": "darl_vit_tiny", "model_args": _SIZES}
+            ),
+            "darl": Start("DARL", _DARL, ("darl", "adamw")),
+            "darl-dbp": Start("DARL with DBP", _DARL, ("darl", "dbp")),
+        },
+        (1e-3, 3e-3, 6e-3),
+    ),
+    "scenes": Preset(SEGMENTATION, _SCENES, _mae_starts("photos", _TINY_MAE), (1e-3, 3e-3, 6e-3)),
+    "ade20k": Preset(
+        SEGMENTATION,
+        _ADE20K,
+        _mae_starts("vit-b", {"model": "mae_vit_base"}),
+        (5e-5, 1e-4, 2e-4),
+        needs_source=True,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Pretraining(matrix.Run):
+    """A run of the convergence matrix, or one that differs from it in its length alone.
+
+    Args:
+        steps: None for those of the matrix.
+    """
+
+    steps: int | None = None
+
+    def config(self, out: str, data: Mapping[str, object]) -> pretrain.Config:
+        """As of a run of the matrix."""
+        config = super().config(out, data)
+        if self.steps is not None:
+            config.steps = self.steps
+        return config
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of fine-tuning."""
+
+    preset: str
+    start: str
+    rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its JSON file."""
+        return f"{self.start}_lr{self.rate:g}_seed{self.seed}"
+
+    def config(self, out: str, encoder: str | None, data: Mapping[str, object]) -> TransferConfig:
+        """What the script is started with.
+
+        Args:
+            out: folder of the run.
+            encoder: file of the encoder; None from scratch.
+            data: further settings, such as where the images are.
+
+        Raises:
+            ValueError: one of the settings has no such name.
+        """
+        preset = PRESETS[self.preset]
+        config = preset.task.script.Config(out)
+        steps = preset.settings["steps"]
+        common = {
+            "encoder": encoder,
+            "optim.lr": self.rate,
+            "seed": self.seed,
+            "eval_every": max(1, steps // preset.evaluations),
+            "checkpoint_every": steps,
+        }
+        for name, value in (preset.settings | common | data | preset.starts[self.start].settings).items():
+            assign(config, name, value)
+        return config
+
+    def settings(self, data: Mapping[str, object]) -> dict[str, object]:
+        """What its numbers depend on beside the encoder, by dotted name and as JSON gives it back.
+
+        Args:
+            data: as for `config`.
+        """
+        settings = flat(asdict(self.config("", None, data)))
+        settings = {k: v for k, v in settings.items() if k not in NEUTRAL or k == "eval_every"}
+        return json.loads(json.dumps(settings))
