@@ -106,13 +106,12 @@ _DIGITS = {
 }
 _SCENES = {
     "data.source": "scenes",
-    "head": "upernet",
-    "width": 64,
+    "data.scale": (1.0, 1.0),  # textures are scaled already
     "img_size": 64,
     "drop_path": 0.0,
-    "steps": 500,
+    "steps": 400,
     "batch_size": 16,
-    "optim.warmup_steps": 50,
+    "optim.warmup_steps": 40,
     "optim.layer_decay": 0.75,
     "device": "cpu",
     "precision": "fp32",
@@ -159,7 +158,20 @@ PRESETS = {
         },
         (1e-3, 3e-3, 6e-3),
     ),
-    "scenes": Preset(SEGMENTATION, _SCENES, _mae_starts("photos", _TINY_MAE), (1e-3, 3e-3, 6e-3)),
+    "scenes": Preset(
+        SEGMENTATION,
+        _SCENES | {"head": "linear"},
+        _mae_starts("photos", _TINY_MAE),
+        (3e-3, 6e-3, 1.2e-2),
+        evaluations=4,
+    ),
+    "scenes-upernet": Preset(
+        SEGMENTATION,
+        _SCENES | {"head": "upernet", "width": 64},
+        _mae_starts("photos", _TINY_MAE),
+        (3e-3, 6e-3, 1.2e-2),
+        evaluations=4,
+    ),
     "ade20k": Preset(
         SEGMENTATION,
         _ADE20K,

@@ -35,7 +35,7 @@ MADE = Preset(
 SCENES = Preset(
     SEGMENTATION,
     starts.PRESETS["scenes"].settings
-    | {"head": "linear", "width": None, "img_size": 16, "steps": 4, "batch_size": 8, "optim.warmup_steps": 1},
+    | {"img_size": 16, "steps": 4, "batch_size": 8, "optim.warmup_steps": 1},
     {
         "scratch": MADE.starts["scratch"],
         "dbp-seconds": Start("DBP", {}, ("tiny", "dbp"), equal_seconds=True),

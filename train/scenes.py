@@ -45,15 +45,15 @@ TEXTURES = {
 CLUTTER = Texture("motorcycle_left.png", 0, 0, 500, 741, 2)  # of the regions without a class
 TRAINING_WIDTH = 0.7  # part of each box, from the left, for training scenes; the rest is for held-out ones
 
-GROUND = 3  # regions that cover a scene
-SHAPES = (2, 4)  # fewest and most ellipses and polygons in front of them
+GROUND = 2  # regions that cover a scene
+SHAPES = (1, 3)  # fewest and most ellipses and polygons in front of them
 CLUTTERED = 0.5  # chance that the foremost shape has no class
 # Ranges of uniform draws. Lengths are in halves of the scene's shorter side, intensities in [0, 1].
 RADIUS = (0.2, 0.5)
 STRETCH = (0.6, 1.6)
 TEXTURE_SCALE = (0.7, 1.4)  # pixels of a texture per pixel of the scene
 COLOUR = (0.3, 0.7)  # mean of a region, by channel
-CONTRAST = (0.1, 0.22)  # standard deviation of a region
+CONTRAST = (0.15, 0.3)  # standard deviation of a region
 SLOPE = (-0.1, 0.1)  # of the intensity across a region
 LIGHT = (-0.2, 0.2)  # of the factor of the scene's light
 NOISE = (0.0, 0.04)  # standard deviation
