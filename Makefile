@@ -25,8 +25,9 @@ demo: install
 	$(BIN)/python -m train.compare $(DEMO)/plain $(DEMO)/dbp --out $(DEMO)/comparison.png
 	@echo "pictures: $(DEMO)/plain/*.png $(DEMO)/dbp/*.png"
 
+# By files, whose tests share what is slow to set up.
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .
