@@ -162,14 +162,14 @@ PRESETS = {
         SEGMENTATION,
         _SCENES | {"head": "linear"},
         _mae_starts("photos", _TINY_MAE),
-        (3e-3, 6e-3, 1.2e-2),
+        (1e-3, 3e-3, 6e-3, 1.2e-2),
         evaluations=4,
     ),
     "scenes-upernet": Preset(
         SEGMENTATION,
         _SCENES | {"head": "upernet", "width": 64},
         _mae_starts("photos", _TINY_MAE),
-        (3e-3, 6e-3, 1.2e-2),
+        (1e-3, 3e-3, 6e-3, 1.2e-2),
         evaluations=4,
     ),
     "ade20k": Preset(
