@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from types import ModuleType
+from typing import Literal
 
 from bench import matrix
 from bench.matrix import assign
@@ -39,14 +40,14 @@ class Start:
         title: in tables.
         settings: of the script's configuration, by dotted name: the read-out, and from scratch the network.
         pretraining: preset and arm of the convergence matrix; None for scratch.
-        equal_seconds: whether pre-training has the steps that take as long as all of AdamW's, instead of as
-            many.
+        length: of pre-training: "steps" for as many as AdamW's, "seconds" for those that take as long as all
+            of AdamW's, "none" for the weights that pre-training starts from.
     """
 
     title: str
     settings: Mapping[str, object]
     pretraining: tuple[str, str] | None = None
-    equal_seconds: bool = False
+    length: Literal["steps", "seconds", "none"] = "steps"
 
 
 @dataclass(frozen=True)
@@ -133,12 +134,13 @@ _ADE20K = {  # a tenth of the images, as in the DBP paper, for as many passes as
 
 
 def _mae_starts(preset: str, scratch: Mapping[str, object]) -> dict[str, Start]:
-    """An MAE's encoder from scratch, by AdamW, and with DBP in as many steps and in as many seconds."""
+    """An MAE's encoder untrained, by AdamW, and with DBP in as many steps and in as many seconds."""
     return {
-        "mae-scratch": Start("MAE's encoder, from scratch", scratch),
+        "mae-scratch": Start("MAE's encoder, random as timm has it", scratch),
+        "mae-untrained": Start("MAE's encoder, random as pre-training starts", {}, (preset, "adamw"), "none"),
         "mae": Start("MAE", {}, (preset, "adamw")),
         "mae-dbp": Start("MAE with DBP, equal steps", {}, (preset, "dbp")),
-        "mae-dbp-seconds": Start("MAE with DBP, equal seconds", {}, (preset, "dbp"), True),
+        "mae-dbp-seconds": Start("MAE with DBP, equal seconds", {}, (preset, "dbp"), "seconds"),
     }
 
 
@@ -147,11 +149,18 @@ PRESETS = {
         CLASSIFICATION,
         _DIGITS,
         {
-            "mae-scratch": Start("MAE's encoder, from scratch", _MAE | _TINY_MAE),
+            "mae-scratch": Start("MAE's encoder, random as timm has it", _MAE | _TINY_MAE),
+            "mae-untrained": Start(
+                "MAE's encoder, random as pre-training starts", _MAE, ("photos", "adamw"), "none"
+            ),
             "mae": Start("MAE", _MAE, ("photos", "adamw")),
             "mae-dbp": Start("MAE with DBP", _MAE, ("photos", "dbp")),
             "darl-scratch": Start(
-                "DARL's encoder, from scratch", _DARL | {"model": "darl_vit_tiny", "model_args": _SIZES}
+                "DARL's encoder, random as timm has it",
+                _DARL | {"model": "darl_vit_tiny", "model_args": _SIZES},
+            ),
+            "darl-untrained": Start(
+                "DARL's encoder, random as pre-training starts", _DARL, ("darl", "adamw"), "none"
             ),
             "darl": Start("DARL", _DARL, ("darl", "adamw")),
             "darl-dbp": Start("DARL with DBP", _DARL, ("darl", "dbp")),
@@ -187,7 +196,7 @@ class Pretraining(matrix.Run):
     """A run of the convergence matrix, or one that differs from it in its length alone.
 
     Args:
-        steps: None for those of the matrix.
+        steps: None for those of the matrix; 0 for no training at all.
     """
 
     steps: int | None = None

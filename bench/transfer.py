@@ -20,14 +20,14 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
 
 import torch
 from matplotlib.figure import Figure
 
-from bench import convergence, matrix, record
+from bench import convergence, record
 from bench.convergence import FINISHED, Matrix, changes
 from bench.curves import ENOUGH, edge_of
 from bench.jobs import Job, run_all
@@ -128,7 +128,7 @@ class Comparison:
         self.images = dict(images)
         self.results: dict[Run, Result] = {}
         self.unusable: dict[Path, str] = {}
-        self._matrices: dict[str, Matrix] = {}
+        self._pretraining: dict[str, Pretraining] = {}  # with the first seed, by start
         for path in sorted((self.folder / "runs").glob("*.json")):
             try:
                 result = read(path, preset)
@@ -146,39 +146,39 @@ class Comparison:
         """Of the preset."""
         return self.preset.starts
 
-    def _matrix(self, preset: str) -> Matrix:
-        if preset not in self._matrices:
-            self._matrices[preset] = Matrix(convergence.FOLDER, preset, self.images)
-        return self._matrices[preset]
-
     def pretraining(self, start: str, seed: int) -> Pretraining | None:
         """The run that an encoder comes from; None from scratch.
 
         Raises:
             ValueError: the convergence matrix does not know its arm's best rate yet, or its time.
         """
-        asked = self.starts[start].pretraining
-        if asked is None:
+        if self.starts[start].pretraining is None:
             return None
-        preset, arm = asked
-        rate = self._matrix(preset).best_rate(arm, SEEDS[0])
+        if start not in self._pretraining:  # asked for often, and the same for as long as this process lives
+            self._pretraining[start] = self._find_pretraining(start)
+        return replace(self._pretraining[start], seed=seed)
+
+    def _find_pretraining(self, start: str) -> Pretraining:
+        (preset, arm), length = self.starts[start].pretraining, self.starts[start].length
+        matrix = Matrix(convergence.FOLDER, preset, self.images)
+        rate = matrix.best_rate(arm, SEEDS[0])
         if rate is None:
             raise ValueError(
                 f"{start}: the best rate of {arm} is not known; first run python -m bench convergence "
                 f"--preset {preset} --arms {arm}"
             )
-        steps = self._steps_in_equal_seconds(start) if self.starts[start].equal_seconds else None
-        return Pretraining(preset, arm, rate, seed, steps)
-
-    def _steps_in_equal_seconds(self, start: str) -> int:
-        preset, arm = self.starts[start].pretraining
-        timing = self._matrix(preset).timing(self.images)
-        if timing is None or arm not in timing["arms"]:
-            raise ValueError(
-                f"{start}: the time of a step of {arm} is not known; first run python -m bench convergence "
-                f"--preset {preset} --arms {arm} --time 20"
-            )
-        return round(matrix.PRESETS[preset].steps / timing["arms"][arm]["ratio"]["median"])
+        if length == "seconds":
+            timing = matrix.timing(self.images)
+            if timing is None or arm not in timing["arms"]:
+                raise ValueError(
+                    f"{start}: the time of a step of {arm} is not known; first run python -m bench convergence "
+                    f"--preset {preset} --time 20"
+                )
+            ratio = timing["arms"][arm]["ratio"]["median"]
+            steps = round(convergence.PRESETS[preset].steps / ratio)
+        else:
+            steps = {"steps": None, "none": 0}[length]
+        return Pretraining(preset, arm, rate, SEEDS[0], steps)
 
     def differences(self, result: Result) -> list[str]:
         """In which settings of fine-tuning and of pre-training a run was made otherwise than now."""
@@ -256,7 +256,8 @@ class Comparison:
         if "pretraining" in job.spec:
             if not self.has_encoder(job.spec["start"], job.spec["pretraining"]["seed"]):
                 raise ValueError(f"{job.path} is damaged or of other settings")
-            return f"training loss {json.loads(job.path.with_suffix('.json').read_text())['final_loss']:.4f}"
+            loss = json.loads(job.path.with_suffix(".json").read_text())["final_loss"]
+            return "not trained" if loss is None else f"training loss {loss:.4f}"
         result = read(job.path, self.name)
         found = self.differences(result)
         if found:
@@ -275,16 +276,19 @@ def pretrain_encoder(run: Pretraining, path: Path, images: Mapping[str, object])
     about_path = path.with_suffix(".json")
     with tempfile.TemporaryDirectory() as out:
         config = run.config(out, images)
-        config.eval_every = config.steps
+        trains = config.steps > 0
+        config.steps = config.eval_every = max(1, config.steps)  # there is no shorter run to prepare
         procs = processes.start(config.device)
         loop, evaluator, batches = pretrain.prepare(config, procs, convergence.builder(run))
         evaluator.observes = False
-        loop.train(batches)
-        losses = convergence.losses(RunFolder(out).records())[-WINDOW:]
+        losses = []
+        if trains:
+            loop.train(batches)
+            losses = convergence.losses(RunFolder(out).records())[-WINDOW:]
         stock = pretrain.fused_model(config, loop.ranks, whole_weights(loop.model))
         about = {
             "steps": loop.step,
-            "final_loss": mean(losses),
+            "final_loss": mean(losses) if losses else None,
             "settings": run.settings(images),
             "machine": record.header(["transfer"], procs.device, config.precision),
         }
@@ -348,6 +352,7 @@ def rows(comparison: Comparison) -> list[dict[str, object]]:
         row: dict[str, object] = {"start": name, "title": start.title}
         if runs:
             encoders = [r.pretraining for r in runs if r.pretraining]
+            lost = [e["final_loss"] for e in encoders if e["final_loss"] is not None]
             steps = [e["step"] for e in runs[0].evals]
             sweep = {r: comparison.results[Run(comparison.name, name, r, SEEDS[0])] for r in preset.rates}
             row |= {
@@ -355,7 +360,7 @@ def rows(comparison: Comparison) -> list[dict[str, object]]:
                 "edge": edge_of(rate, preset.rates),
                 "seeds": [r.run.seed for r in runs],
                 "images": encoders[0]["steps"] * encoders[0]["settings"]["batch_size"] if encoders else None,
-                "pretraining_loss": mean(e["final_loss"] for e in encoders) if encoders else None,
+                "pretraining_loss": mean(lost) if lost else None,
                 figure: [r.evals[-1][figure] for r in runs],
                 "heldout_loss": [r.evals[-1]["heldout_loss"] for r in runs],
                 "curve": {step: mean(r.evals[i][figure] for r in runs) for i, step in enumerate(steps)},
@@ -379,7 +384,7 @@ def table(found: Sequence[Mapping], task: Task) -> str:
                 f"{row['rate']:g}{edge}",
                 f"{len(row['seeds'])}{few}",
                 "-" if row["images"] is None else f"{row['images']:,}",
-                "-" if row["images"] is None else f"{row['pretraining_loss']:.4f}",
+                "-" if row["pretraining_loss"] is None else f"{row['pretraining_loss']:.4f}",
                 f"{list(row['curve'].values())[1]:.1f}",
                 f"{mean(last):.2f} ({min(last):.2f} to {max(last):.2f})",
                 f"{mean(lost):.4f}" if lost else "-",
@@ -405,7 +410,7 @@ def plot(found: Sequence[Mapping], task: Task, path: Path) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axis = figure.subplots()
     for i, row in enumerate(found):
-        style = "--" if row["images"] is None else "-"
+        style = "-" if row["images"] else "--"
         axis.plot(
             list(row["curve"]), list(row["curve"].values()), f"o{style}", color=f"C{i}", label=row["title"]
         )

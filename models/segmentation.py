@@ -484,13 +484,12 @@ def is_segmenter(path: str | os.PathLike) -> bool:
         return False
 
 
-def load_segmenter(path: str | os.PathLike, drop_path: float = 0.0, dropout: float = 0.1) -> LoadedSegmenter:
+def load_segmenter(path: str | os.PathLike, drop_path: float = 0.0) -> LoadedSegmenter:
     """Load a model with `segmenter_metadata` from a file.
 
     Args:
         path: segmenter.safetensors.
         drop_path: As in `create_vit`.
-        dropout: As in `SegmentationModel`.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -519,7 +518,6 @@ def load_segmenter(path: str | os.PathLike, drop_path: float = 0.0, dropout: flo
             img_size=img_size,
             blocks=blocks,
             width=width,
-            dropout=dropout,
         )
     except (ValueError, SyntaxError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error

@@ -38,7 +38,7 @@ SCENES = Preset(
     | {"img_size": 16, "steps": 4, "batch_size": 8, "optim.warmup_steps": 1},
     {
         "scratch": MADE.starts["scratch"],
-        "dbp-seconds": Start("DBP", {}, ("tiny", "dbp"), equal_seconds=True),
+        "dbp-seconds": Start("DBP", {}, ("tiny", "dbp"), "seconds"),
     },
     (1e-3,),
     evaluations=2,
@@ -172,7 +172,7 @@ def test_equal_seconds_need_the_time_of_a_step(tmp_path, capsys, spoil):
         path.write_text(json.dumps(timing))
     assert main(["transfer", "--preset", "made-scenes", "--folder", str(tmp_path)]) == 2
     told = capsys.readouterr().err
-    assert "first run python -m bench convergence --preset tiny --arms dbp --time 20" in told
+    assert "first run python -m bench convergence --preset tiny --time 20" in told
     assert "started" not in told
 
 

@@ -1050,7 +1050,7 @@ def test_a_run_on_shards_resumes_exactly(sharded, tmp_path, capsys):
     write_shard(sharded / "set-004.tar", [("0.png", encoded(RED))])
     with pytest.raises(SystemExit):
         pretrain.main([*TINY, *source, "--resume=auto", f"--out={tmp_path / 'rest'}"])
-    assert "the training images are no longer those of" in capsys.readouterr().err
+    assert "data: they are no longer those of" in capsys.readouterr().err
     (sharded / "set-004.tar").unlink()
     # The list that a run leaves gives the same run.
     listed = [*source, f"--data.files={tmp_path / 'whole' / 'files.txt'}"]

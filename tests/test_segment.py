@@ -17,10 +17,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
+from torchmetrics.classification import MulticlassJaccardIndex
 
 from models.classifier import Architecture, create_vit
 from models.segmentation import Segmentation, SegmentationModel, load_segmenter, multiscale_logits
 from train import plots, predict, segment
+from train.data import choose_subset
 from train.processes import Processes
 from train.run_folder import RunFolder
 from train.schedule import warmup_linear
@@ -135,10 +137,15 @@ def test_figures_are_those_of_their_definition(case):
     if case == "perfect":
         predictions = masks
     expected = by_definition(masks, predictions, 4)
-    metric = segment.build_metric(4)
+    counts = torch.zeros(4, 4, dtype=torch.int64)
+    theirs = MulticlassJaccardIndex(4, ignore_index=IGNORE)
     for mask, prediction in zip(masks, predictions, strict=True):
-        metric.update(torch.from_numpy(prediction), torch.from_numpy(mask))
-    found = segment.score(metric)
+        pair = torch.from_numpy(prediction), torch.from_numpy(mask)
+        counts += segment.count_pixels(*pair, 4)
+        theirs.update(*pair)
+    assert torch.equal(counts, theirs.confmat)
+    found = segment.score(counts)
+    assert found.miou == pytest.approx(100 * theirs.compute().item(), rel=1e-5)
     for name, value in expected.items():
         actual = getattr(found, name)
         actual = actual.numpy() if isinstance(actual, torch.Tensor) else actual
@@ -147,22 +154,14 @@ def test_figures_are_those_of_their_definition(case):
 
 
 def test_a_table_of_classes():
-    metric = segment.build_metric(3)
-    metric.update(torch.tensor([0, 0, 1]), torch.tensor([0, 1, 1]))
-    text = segment.class_table(("a", "b, c", "d"), segment.score(metric))
+    counts = segment.count_pixels(torch.tensor([0, 0, 1]), torch.tensor([0, 1, 1]), 3)
+    text = segment.class_table(("a", "b, c", "d"), segment.score(counts))
     assert list(csv.reader(text.splitlines())) == [
         ["class", "iou", "accuracy", "pixels"],
         ["a", "50.00", "100.00", "1"],
         ["b, c", "50.00", "50.00", "2"],
         ["d", "", "", "0"],
     ]
-
-
-def test_masks_without_any_class_are_no_evaluation():
-    metric = segment.build_metric(3)
-    metric.update(torch.tensor([0, 1]), torch.tensor([IGNORE, IGNORE]))
-    with pytest.raises(ValueError, match="no pixel of the held-out masks has a class"):
-        segment.score(metric)
 
 
 def test_versions_are_averaged_as_probabilities():
@@ -232,6 +231,16 @@ def test_presets_are_the_recipe(preset):
 # Runs
 
 
+def predicted(run: Path, folder: Path, evaluation: segment.EvaluationConfig) -> tuple[list, dict]:
+    """Labels of the held-out images, each alone by `train.predict`, and their figures by definition."""
+    predictor = predict.Predictor(predict.find_segmenter(str(run)), evaluation, torch.device("cpu"))
+    masks, predictions = [], []
+    for image in sorted((folder / "val/images").iterdir()):
+        masks.append(np.asarray(Image.open(folder / "val/masks" / image.name)))
+        predictions.append(predictor(torch.from_numpy(np.array(Image.open(image))).permute(2, 0, 1)).numpy())
+    return predictions, by_definition(masks, predictions, 3)
+
+
 def test_a_run_leaves_everything_it_promises(finished, folder):
     run = RunFolder(finished)
     assert list(losses(finished)) == list(range(1, 7))
@@ -245,14 +254,7 @@ def test_a_run_leaves_everything_it_promises(finished, folder):
     # The file is the model that gave these figures, with its R gone: each image alone, by hand.
     loaded = load_segmenter(finished / "segmenter.safetensors")
     assert (loaded.classes, loaded.short_side) == (("class 0", "class 1", "class 2"), None)
-    predictor = predict.Predictor(
-        predict.find_segmenter(str(finished)), segment.EvaluationConfig(), torch.device("cpu")
-    )
-    masks, predictions = [], []
-    for image in sorted((folder / "val/images").iterdir()):
-        masks.append(np.asarray(Image.open(folder / "val/masks" / image.name)))
-        predictions.append(predictor(torch.from_numpy(np.array(Image.open(image))).permute(2, 0, 1)).numpy())
-    expected = by_definition(masks, predictions, 3)
+    _, expected = predicted(finished, folder, segment.EvaluationConfig())
     for name in ("miou", "mean_accuracy", "pixel_accuracy"):
         assert summary[name] == pytest.approx(expected[name], rel=1e-4), name
     table = list(csv.DictReader((finished / "classes.csv").read_text().splitlines()))
@@ -285,13 +287,20 @@ def test_figures_do_not_depend_on_batches(finished, folder, tmp_path, options):
     assert evals(tmp_path / "run")[0][1:] == pytest.approx(evals(finished)[-1][1:], rel=1e-4)
 
 
-def test_scales_and_flips(finished, folder, tmp_path):
+@pytest.mark.parametrize("name", ["scales", "flip", "stride"])
+def test_held_out_images_are_looked_at_as_asked(finished, folder, tmp_path, name):
+    value = {"scales": (0.75, 1.5), "flip": True, "stride": 16}[name]
     start = [f"--encoder={finished / 'segmenter.safetensors'}", f"--data.source=folder:{folder}", "--steps=0"]
-    more = ["--evaluation.scales=[0.75,1,1.5]", "--evaluation.flip=true", "--evaluation.stride=16"]
-    segment.main([*TINY, *start, *more, f"--out={tmp_path / 'run'}"])
+    option = f"--evaluation.{name}={json.dumps(value)}"
+    segment.main([*TINY, *start, option, f"--out={tmp_path / 'run'}"])
     found = evals(tmp_path / "run")[0]
-    assert found[1:] != evals(finished)[-1][1:]
-    assert all(np.isfinite(found))
+    _, expected = predicted(finished, folder, segment.EvaluationConfig(**{name: value}))
+    assert dict(zip(FIGURES[1:], found[2:], strict=True)) == pytest.approx(
+        {figure: expected[figure] for figure in FIGURES[1:]}, rel=1e-4
+    )
+    usual, _ = predicted(finished, folder, segment.EvaluationConfig())
+    other, _ = predicted(finished, folder, segment.EvaluationConfig(**{name: value}))
+    assert any((a != b).any() for a, b in zip(usual, other, strict=True))  # the option does something
 
 
 def test_ade20k_from_its_official_layout(tmp_path):
@@ -311,12 +320,13 @@ def test_ade20k_from_its_official_layout(tmp_path):
     assert sum(int(row["pixels"]) for row in table) == (mask != 0).sum()
 
 
-def test_a_resumed_run_gives_the_figures_of_one_never_stopped(finished, folder, tmp_path):
+def test_a_resumed_run_gives_the_figures_of_one_never_stopped(finished, folder, tmp_path, capsys):
     out = tmp_path / "run"
     shutil.copytree(finished, out)
     shutil.rmtree(out / "checkpoints" / "step-00000006")
     decor = ["--decor.enable=true", "--decor.every=1"]
     segment.main([*TINY, *SCRATCH, *decor, f"--data.source=folder:{folder}", f"--out={out}", "--resume=auto"])
+    assert "step-00000003, step 3" in capsys.readouterr().out
     assert losses(out) == losses(finished)
     assert evals(out) == evals(finished)
     made, again = (load_file(path / "segmenter.safetensors") for path in (finished, out))
@@ -340,7 +350,7 @@ segment.main(sys.argv[1:])
 """
 
 
-def test_a_killed_run_goes_on(finished, folder, tmp_path):
+def test_a_killed_run_goes_on(finished, folder, tmp_path, capsys):
     script, out = tmp_path / "killed.py", tmp_path / "run"
     script.write_text(KILLED)
     decor = ["--decor.enable=true", "--decor.every=1"]
@@ -350,8 +360,35 @@ def test_a_killed_run_goes_on(finished, folder, tmp_path):
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not (out / "segmenter.safetensors").exists()
     segment.main([*arguments, "--resume=auto"])
+    assert "step-00000003, step 3" in capsys.readouterr().out
     assert losses(out) == losses(finished)
     assert evals(out) == evals(finished)
+    made, again = (load_file(path / "segmenter.safetensors") for path in (finished, out))
+    assert all(torch.equal(made[name], again[name]) for name in made)
+
+
+@pytest.mark.parametrize("names", ["a\nb\nc\nd", "a\nc\nb"])
+def test_a_run_is_not_resumed_on_other_classes(folder, tmp_path, capsys, names):
+    root, out = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(folder, root)
+    (root / "classes.txt").write_text("a\nb\nc")
+    start = [*TINY, *SCRATCH, *LINEAR, f"--data.source=folder:{root}", f"--out={out}"]
+    segment.main([*start, "--data.fraction=0.5"])
+    assert (out / "files.txt").read_text().splitlines() == [
+        *(f"train/images/{name}" for name in kept(root)),
+        *(f"held out: val/images/{i}.png" for i in range(5)),
+        *(f"class {i}: {name}" for i, name in enumerate("abc")),
+    ]
+    (root / "classes.txt").write_text(names)
+    with pytest.raises(SystemExit) as stop:
+        segment.main([*start, "--data.fraction=0.5", "--resume=auto"])
+    assert stop.value.code == 2
+    assert f"data: they are no longer those of {out / 'files.txt'}" in capsys.readouterr().err
+
+
+def kept(root: Path) -> list[str]:
+    """The half of the training images that is used."""
+    return choose_subset(sorted(path.name for path in (root / "train/images").iterdir()), 0.5, 0)
 
 
 def on_two_processes(*arguments: str) -> None:
@@ -383,12 +420,61 @@ def test_two_processes_train_upernet_and_evaluate_as_one(folder, tmp_path):
     assert evals(tmp_path / "one")[0][1:] == pytest.approx(evals(tmp_path / "two")[-1][1:], rel=1e-4)
 
 
-def test_further_training_starts_from_a_segmenter(finished, tmp_path):
+def test_the_configuration_of_a_run_serves_to_evaluate_it(finished, folder, tmp_path):
+    start = [f"--config={finished / 'config.yaml'}", f"--encoder={finished / 'segmenter.safetensors'}"]
+    segment.main([*start, "--steps=0", "--batch_size=1", f"--out={tmp_path / 'run'}"])
+    assert evals(tmp_path / "run")[0][1:] == pytest.approx(evals(finished)[-1][1:], rel=1e-4)
+
+
+def test_deterministic_algorithms_give_the_same_figures(finished, folder, tmp_path):
+    torch.use_deterministic_algorithms(True)
+    try:
+        test_the_configuration_of_a_run_serves_to_evaluate_it(finished, folder, tmp_path)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    config = segment.parse([*TINY, *SCRATCH, "--deterministic=true", "--out=x"])
+    config.check(ALONE)
+    with pytest.raises(ValueError, match="deterministic: on GPUs PyTorch has no reproducible"):
+        config.check(Processes(0, 1, torch.device("cuda")))
+
+
+def test_a_process_without_readable_images_stops_nobody(finished, folder, tmp_path):
+    root, out = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(folder, root)
+    broken = [f"val/images/{i}.png" for i in (0, 1, 2, 4)]  # all of the main process, one of the other
+    for name in broken:
+        (root / name).write_bytes(b"no image")
+    start = [f"--encoder={finished / 'segmenter.safetensors'}", f"--data.source=folder:{root}", "--steps=0"]
+    on_two_processes(*TINY, *start, f"--out={out}")
+    assert set(json.loads((out / "summary.json").read_text())["unreadable_files"]) == set(broken)
+    table = list(csv.DictReader((out / "classes.csv").read_text().splitlines()))
+    mask = np.asarray(Image.open(folder / "val/masks/3.png"))
+    assert sum(int(row["pixels"]) for row in table) == (mask != IGNORE).sum()
+    assert not (out / "overlays.png").exists()  # the main process has none to show
+
+
+def test_held_out_masks_without_any_class_end_a_run(finished, folder, tmp_path):
+    root, out = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(folder, root)
+    (root / "classes.txt").write_text("class 0\nclass 1\nclass 2")
+    for mask in (root / "val/masks").iterdir():
+        save(mask, np.full_like(np.asarray(Image.open(mask)), IGNORE))
+    start = [f"--encoder={finished / 'segmenter.safetensors'}", f"--data.source=folder:{root}", "--steps=0"]
+    with pytest.raises(SystemExit) as stop:
+        segment.main([*TINY, *start, f"--out={out}"])
+    assert (
+        stop.value.code
+        == f"segment: data.source: no pixel of the held-out masks of folder:{root} has a class"
+    )
+
+
+def test_further_training_starts_from_a_segmenter(finished, tmp_path, capsys):
     encoder = finished / "segmenter.safetensors"
     options = ["--steps=1", "--optim.warmup_steps=1", "--img_size=64", "--eval_every=1"]
     config = segment.parse([*TINY, *options, f"--encoder={encoder}", f"--out={tmp_path / 'run'}"])
     # Ten classes for three: the last layers are new, the rest stays.
     loop, _, _ = segment.prepare(config, ALONE)
+    assert "the data have 10 classes from 'brick' to 'vessels'" in capsys.readouterr().out
     old, new = load_file(encoder), loop.model.state_dict()
     changed = {name for name in new if name not in old or not torch.equal(old[name], new[name])}
     assert changed == {
@@ -462,7 +548,8 @@ def test_unreadable_images_are_left_out_and_listed(folder, tmp_path, capsys):
         (["--encoder=/does/not/exist.safetensors"], "no such encoder: /does/not/exist"),
         ([], "encoder: expected a file or timm:NAME"),
         (["--encoder={segmenter}", *LINEAR], "segmenter.safetensors has the head 'upernet' of width 8"),
-        (["--encoder={segmenter}", "--model=mae_vit_tiny"], "segmenter.safetensors says itself what it is"),
+        (["--encoder={segmenter}", "--model=mae_vit_base"], "says itself that it is mae_vit_tiny"),
+        (["--encoder={segmenter}", "--model_args={depth: 3}"], "says itself .* 'depth': 2.*null or the same"),
         (
             ["--encoder={segmenter}", "--steps=0"],
             r"steps: 0 evaluates .* classes of the data \(10, .*segmenter.safetensors has 3",
@@ -476,6 +563,7 @@ def test_unreadable_images_are_left_out_and_listed(folder, tmp_path, capsys):
         ),
         ([*SCRATCH, "--width=0"], "width: expected at least 1"),
         ([*SCRATCH, "--data.source=folder:{tmp}/empty"], "no such folder: .*/empty/images"),
+        ([*SCRATCH, "--data.source=folder:{tmp}/one"], "labels from 0 to 1 at least, .*0.png, are all 0"),
         ([*SCRATCH, "--data.source=folder:{tmp}/rgb"], "0.png: expected one channel .*, got 3 channels"),
         ([*SCRATCH, "--data.source=folder:{tmp}/broken"], "none of 1 images can be read.*0.png"),
     ],
@@ -487,6 +575,8 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path, finished, cap
             make_pair(tmp_path / kind, part, "0", (8, 8), 2, "folder")
         (tmp_path / kind / "classes.txt").write_text("a\nb\n")
     save(tmp_path / "rgb/train/masks/0.png", np.zeros((8, 8, 3)))
+    for part in ("train", "val"):
+        make_pair(tmp_path / "one", part, "0", (8, 8), 1, "folder")
     (tmp_path / "broken/train/images/0.png").write_bytes(b"no image")
     places = {"{tmp}": str(tmp_path), "{segmenter}": str(finished / "segmenter.safetensors")}
     for mark, place in places.items():
@@ -535,6 +625,10 @@ def test_masks_and_overlays_of_a_folder(finished, folder, tmp_path, capsys):
         (["--images={tmp}/none", "--out={tmp}/out"], "images: no such file or folder: .*none"),
         (["--images={tmp}/twice", "--out={tmp}/out"], "a.jpg and a.png would have the same masks"),
         (["--images={tmp}/twice/a.png", "--out={tmp}/out", "--first=2"], "first: expected 0 or 1, got 2"),
+        (
+            ["--images={tmp}", "--out={tmp}/out", "--evaluation.scales=[0]"],
+            "evaluation.scales: expected factors",
+        ),
         (["--export={tmp}/model.onnx"], "export: expected the name of a .pt2 file"),
         (
             ["--segmenter={tmp}", "--export={tmp}/model.pt2"],

@@ -151,9 +151,9 @@ def test_names_of_classes_fix_their_number(tmp_path):
     names.write_text("sky\nsea\n")
     with pytest.raises(ValueError, match=r"masks/\d.png: expected labels 0 to 1, or 255 for none, got 2"):
         build(f"folder:{tmp_path}")
-    for text in ("", "sky\nsea\nsky", "\n".join(map(str, range(256)))):
+    for text in ("", "sky", "sky\nsea\nsky", "\n".join(map(str, range(256)))):
         names.write_text(text)
-        with pytest.raises(ValueError, match=r"classes.txt: expected 1 to 255 different names"):
+        with pytest.raises(ValueError, match=r"classes.txt: expected 2 to 255 different names"):
             build(f"folder:{tmp_path}")
 
 
@@ -226,6 +226,31 @@ def test_images_of_one_name_are_refused(tmp_path):
         build(f"folder:{tmp_path}")
 
 
+def test_classes_of_the_held_out_part_count_too(tmp_path):
+    save_folder(tmp_path)
+    held_out = build(f"folder:{tmp_path}")[1].files
+    save(tmp_path / held_out[0].replace("images", "masks"), np.full((9, 7), 6, np.uint8))
+    assert len(build(f"folder:{tmp_path}")[2]) == 7
+
+
+def test_masks_with_channels_are_named_where_classes_are_counted(tmp_path):
+    save_folder(tmp_path)
+    save(tmp_path / "masks/3.png", np.zeros((9, 7, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"masks/3.png: expected one channel of class numbers, got 3"):
+        build(f"folder:{tmp_path}")
+
+
+def test_a_further_image_moves_at_most_one_other(tmp_path):
+    save_folder(tmp_path, 20)
+    before = set(build(f"folder:{tmp_path}")[1].files)
+    assert len(before) == 4
+    for i in range(20, 25):
+        save_pair(tmp_path / f"images/{i}.png", tmp_path / f"masks/{i}.png", [[0, 1, 2]])
+        after = set(build(f"folder:{tmp_path}")[1].files)
+        assert len(before - after) <= 1
+        before = after
+
+
 def test_one_image_cannot_be_split(tmp_path):
     save_folder(tmp_path, 1)
     with pytest.raises(ValueError, match=f"at least 2 images in {tmp_path}/images, got 1"):
@@ -235,7 +260,10 @@ def test_one_image_cannot_be_split(tmp_path):
 def test_classes_that_cannot_be_told_are_refused(tmp_path):
     for i in range(5):
         save_pair(tmp_path / f"images/{i}.png", tmp_path / f"masks/{i}.png", [[255]])
-    with pytest.raises(ValueError, match=r"no pixel of 4 masks has a class, among them .*masks/\d.png"):
+    with pytest.raises(ValueError, match=r"those of 5 masks, such as .*masks/\d.png, are all without"):
+        build(f"folder:{tmp_path}")
+    save(tmp_path / "masks/3.png", np.array([[0]], np.uint8))  # a mask of 0 and 255, as of one class alone
+    with pytest.raises(ValueError, match=r"labels from 0 to 1 at least, and 255 .*, are all 0"):
         build(f"folder:{tmp_path}")
     for i in range(5):
         save(tmp_path / f"masks/{i}.png", np.array([[300]], np.uint16))
@@ -344,17 +372,12 @@ def test_held_out_samples_keep_the_size_of_their_masks(tmp_path):
     for short_side, shapes in ((None, [(9, 7), (30, 61), (1, 5)]), (14, [(18, 14), (14, 28), (14, 70)])):
         _, held_out, _ = build(source, short_side=short_side)
         for i, shape in enumerate(shapes):
-            batch = collate([held_out[0, i]])
-            assert batch["image"].shape == (1, 3, *shape)
-            torch.testing.assert_close(
-                batch["image"],
-                ((128 / 255 - torch.tensor(MEAN)) / torch.tensor(STD))
-                .view(3, 1, 1)
-                .expand_as(batch["image"]),
-            )
-            size = batch["mask"][0].shape
-            assert torch.equal(batch["mask"][0], torch.arange(size.numel()).view(size) % 3)
-            assert_same(held_out[0, i], held_out[7, i])
+            (image,), mask, _ = held_out[0, i]
+            assert image.shape == (3, *shape)
+            expected = (128 / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
+            torch.testing.assert_close(image, expected.view(3, 1, 1).expand_as(image))
+            assert torch.equal(mask, (torch.arange(mask.numel()) % 3).view_as(mask).to(torch.uint8))
+            assert torch.equal(held_out[7, i].image[0], image)
 
 
 # Augmentation

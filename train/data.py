@@ -330,18 +330,23 @@ def split_files(names: list[str], load: Callable[[str, Chooser], Crop]) -> tuple
     Raises:
         ValueError: If no file can be read, or if none would be left to train on.
     """
-    by_hash = sorted(names, key=lambda name: hashlib.blake2b(os.fsencode(name), digest_size=8).digest())
+    ranked = by_hash(names)
     count = min(max(1, len(names) // 50), MAX_HELD_OUT_FILES)
     # In a small folder, one broken file may be all that is held out: go on to the first good one.
-    _, unreadable = Images(by_hash, load).read(0)
+    _, unreadable = Images(ranked, load).read(0)
     count = max(count, len(unreadable) + 1)
     if count == len(names):
         raise ValueError(
             f"at least 2 readable images are needed, one of them held out: "
             f"{len(names)} found, {len(unreadable)} of them unreadable"
         )
-    held_out = by_hash[:count]
+    held_out = ranked[:count]
     return sorted(set(names) - set(held_out)), held_out
+
+
+def by_hash(names: Iterable[str]) -> list[str]:
+    """Names in a random order in which each has its place whatever others there are."""
+    return sorted(names, key=lambda name: hashlib.blake2b(os.fsencode(name), digest_size=8).digest())
 
 
 def choose_subset(names: list[str], fraction: float, subset_seed: int) -> list[str]:

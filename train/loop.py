@@ -119,7 +119,7 @@ class Loop:
         config: What the run was started with; kept in checkpoints.
         processes: This process among the others.
         run: Folder of the run.
-        files: Names of the training images.
+        files: What the run's data are, for files.txt: names of the training images, and what else tells.
         model: The model whose state is saved.
         optimizer: Of the weights.
         decor: Of the decorrelation matrices, None for plain backpropagation.
@@ -381,7 +381,8 @@ class Loop:
 
     def _evaluate(self) -> None:
         record = self.evaluate()
-        self.unreadable |= record.pop("unreadable", {})
+        for found in self.processes.gather(record.pop("unreadable", {})):
+            self.unreadable |= found
         self.pictures = record.pop("pictures", {})
         for name, image in self.pictures.items():
             if self._board is not None:

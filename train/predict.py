@@ -231,9 +231,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Segment, and say in one line what went wrong where it is not a defect of the program."""
     parser = ArgumentParser(prog="train/predict.py", description=__doc__)
     parser.add_class_arguments(Config)
-    config = Config(**parser.instantiate(parser.parse_args(arguments)))
+    parsed = parser.parse_args(arguments)
     try:
-        skipped = run(config)
+        skipped = run(Config(**parser.instantiate(parsed)))
     except (ValueError, FileNotFoundError) as error:
         print(f"predict: {error}", file=sys.stderr)
         sys.exit(2)

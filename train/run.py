@@ -72,11 +72,11 @@ def open_run(
     Args:
         config: What is asked for.
         procs: This process among the others.
-        files: Names of the training images.
+        files: What the data are, line by line: names of the training images, and what else tells.
 
     Raises:
         ValueError: the folder holds another run, or this one while `resume` is "none"; or the run to continue
-            has other training images.
+            has other data.
         train.checkpoint.CheckpointError: the checkpoint that `resume` names is missing or damaged.
     """
     run = RunFolder(config.out)
@@ -97,7 +97,7 @@ def open_run(
         state = checkpoint.load(path, procs)
     check_same_run(state["config"], config, f"resume: {path}")
     if run.files.is_file() and run.files.read_text() != lines(files):
-        raise ValueError(f"data: the training images are no longer those of {run.files}; restore them")
+        raise ValueError(f"data: they are no longer those of {run.files}; restore them")
     if procs.is_main:
         print(f"resuming from {path}, step {state['step']}", flush=True)
     return run, (path, state)

@@ -1,7 +1,7 @@
 """The folder of a run: its configuration, its log, its checkpoints and its results.
 
 config.yaml            what the run was started with
-files.txt              the training images, one a line
+files.txt              the training images, one a line; for segmentation also those held out, and classes
 log.jsonl              one record a line: {"kind": "step" | "skip" | "eval" | "plan", "step": ..., ...}
 tb/                    the same for TensorBoard, with pictures
 checkpoints/           see train.checkpoint

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
-from torchmetrics.classification import MulticlassJaccardIndex
 from torchvision.utils import save_image
 
 import dbpkern
@@ -47,7 +46,6 @@ from train.schedule import warmup_linear
 from train.segmented import (
     IGNORE,
     Preprocess,
-    Scales,
     SegmentedConfig,
     SegmentedSample,
     SegmentedSet,
@@ -137,9 +135,14 @@ class Config(transfer.TransferConfig):
     def check(self, procs: Processes) -> None:
         """Raise ValueError for settings out of range or that do not go together, in these processes."""
         self.check_numbers(least_steps=0)
+        if self.deterministic and procs.device.type == "cuda":
+            raise ValueError(
+                "deterministic: on GPUs PyTorch has no reproducible gradients of bilinear interpolation, nor "
+                "cross-entropy of pixels; expected false there"
+            )
         share = self.batch_size // (self.accumulation * procs.world_size)
         synchronised = procs.world_size > 1 and procs.device.type == "cuda"
-        if self.head == "upernet" and share < 2 and not synchronised:
+        if self.head == "upernet" and self.steps != 0 and share < 2 and not synchronised:
             raise ValueError(
                 "batch_size: the BatchNorms of UPerNet need at least 2 images in a micro-batch, got "
                 f"{self.batch_size} over {self.accumulation * procs.world_size} micro-batches"
@@ -175,10 +178,14 @@ def load(config: Config) -> Start:
     """
     name = config.encoder
     if name is not None and is_segmenter(name):
-        if config.model is not None or config.model_args:
-            raise ValueError(f"model: {name} says itself what it is; expected null and no model_args")
         loaded = load_segmenter(name, config.drop_path)
         model = loaded.model
+        known = loaded.architecture
+        if config.model not in (None, known.model) or not config.model_args.items() <= known.sizes.items():
+            raise ValueError(
+                f"model: {name} says itself that it is {known.model} with {dict(known.sizes)}; expected null "
+                f"or the same, got {config.model} with {config.model_args}"
+            )
         if config.head != model.head or config.width not in (None, model.width):
             raise ValueError(
                 f"head: {name} has the head {model.head!r} of width {model.width}; expected the same, got "
@@ -215,6 +222,11 @@ def build_model(config: Config, start: Start, classes: tuple[str, ...]) -> Segme
     if start.classes != classes:
         model.reset_classifier(len(classes))
     return model
+
+
+def describe(classes: tuple[str, ...]) -> str:
+    """Classes in a few words."""
+    return f"{len(classes)} classes from {classes[0]!r} to {classes[-1]!r}"
 
 
 def synchronise(model: nn.Module, procs: Processes) -> nn.Module:
@@ -263,29 +275,33 @@ class Scores(NamedTuple):
     pixels: Tensor
 
 
-def build_metric(classes: int) -> MulticlassJaccardIndex:
-    """The mean intersection over union of a whole set; its `confmat` [C, C] counts pixels."""
-    # Processes are summed by the evaluation, which reads more than this figure from the counts.
-    return MulticlassJaccardIndex(classes, ignore_index=IGNORE, validate_args=False, sync_on_compute=False)
+def count_pixels(predicted: Tensor, masks: Tensor, classes: int) -> Tensor:
+    """How many pixels of each class were taken for which: int64 [C, C], rows by the mask.
 
+    torchmetrics counts the same, but under torch.use_deterministic_algorithms by a matrix of all pixels
+    times C^2.
 
-def score(metric: MulticlassJaccardIndex) -> Scores:
-    """The figures of what a metric has counted.
-
-    Raises:
-        DataError: It is nothing.
+    Args:
+        predicted: Labels 0 to C - 1, of any shape.
+        masks: Labels or IGNORE, int64 of the same shape.
+        classes: C.
     """
-    counts = metric.confmat.double().cpu()
+    known = masks != IGNORE
+    pairs = masks[known] * classes + predicted[known]
+    return pairs.bincount(minlength=classes**2).view(classes, classes)
+
+
+def score(counts: Tensor) -> Scores:
+    """The figures of a confusion matrix, as `count_pixels` gives it, summed over a set."""
+    counts = counts.double().cpu()
     right, pixels, predicted = counts.diag(), counts.sum(1), counts.sum(0)
-    total = pixels.sum()
-    if total == 0:
-        raise DataError("no pixel of the held-out masks has a class")
-    accuracy = 100 * right / pixels  # 0 / 0 is NaN
+    iou = 100 * right / (pixels + predicted - right)  # 0 / 0 is NaN
+    accuracy = 100 * right / pixels
     return Scores(
-        100 * metric.compute().item(),
+        iou.nanmean().item(),
         accuracy.nanmean().item(),
-        (100 * right.sum() / total).item(),
-        100 * right / (pixels + predicted - right),
+        (100 * right.sum() / pixels.sum()).item(),
+        iou,
         accuracy,
         pixels.long(),
     )
@@ -345,7 +361,7 @@ class Evaluator:
         device, evaluation = self.processes.device, self.config.evaluation
         share = max(1, self.config.batch_size // (self.config.accumulation * self.processes.world_size))
         loader = transfer.held_out_batches(self.config, self.held_out, self.processes, collate_whole)
-        metric = build_metric(len(self.classes)).to(device)
+        counts = torch.zeros(2 * (len(self.classes),), dtype=torch.int64, device=device)
         loss = torch.zeros((), dtype=torch.float64, device=device)
         losses: dict[str, float] = {}
         unreadable: dict[str, str] = {}
@@ -372,21 +388,26 @@ class Evaluator:
                     )
                 losses |= {name: layer.loss_after for name, layer in layers.items()}
                 predicted = logits.argmax(1)
-                metric.update(predicted, masks)
+                counts += count_pixels(predicted, masks, len(self.classes))
                 loss += F.cross_entropy(logits, masks, ignore_index=IGNORE, reduction="none").double().sum()
                 if self.processes.is_main:
                     for sample, labels in zip(part, predicted, strict=True):
                         if len(self.pictures.get("image", ())) < PICTURES:
                             self._show(sample.image[0], sample.mask, labels)
         self.model.train()
-        self.processes.sum(metric.confmat)
+        self.processes.sum(counts)
         self.processes.sum(loss)
-        self.scores = score(metric)
+        if not counts.any():
+            raise DataError(
+                f"data.source: no pixel of the held-out masks of {self.config.data.source} has a class"
+            )
+        self.scores = score(counts)
         pictures = {}
         if self.processes.is_main:
-            figure = plots.confusion_figure(metric.confmat.cpu().double(), self.classes, "pixels")
+            figure = plots.confusion_figure(counts.cpu().double(), self.classes, "pixels")
             pictures["confusion"] = plots.as_picture(figure)
-            pictures["overlays"] = plots.image_grid(self.rows)
+            if self.pictures:
+                pictures["overlays"] = plots.image_grid(self.rows)
         return {
             "heldout_loss": (loss.cpu() / self.scores.pixels.sum()).item(),
             "miou": self.scores.miou,
@@ -435,9 +456,10 @@ def write_results(loop: Loop, evaluator: Evaluator, weights: dict[str, Tensor]) 
     write_atomically(run.path / "classes.csv", class_table(evaluator.classes, evaluator.scores))
     plots.plot_curves(records, run.path / "curves.png")
     plots.plot_accuracy(records, figures, run.path / "accuracy.png")
-    plots.save_image_grid(evaluator.rows, run.path / "overlays.png")
     save_image(loop.pictures["confusion"], run.path / "confusion.png")
-    plot_correlations(records, run.path / "correlation.png")
+    if evaluator.pictures:  # this process may have no readable image
+        plots.save_image_grid(evaluator.rows, run.path / "overlays.png")
+        plot_correlations(records, run.path / "correlation.png")
 
 
 def prepare(config: Config, procs: Processes) -> tuple[Loop, Evaluator, Iterator[dict]]:
@@ -456,17 +478,27 @@ def prepare(config: Config, procs: Processes) -> tuple[Loop, Evaluator, Iterator
     pixels = resolve_model_data_config(start.encoder)  # how timm's own weights want them, or ImageNet's way
     img_size = pair("img_size", config.img_size)
     training, held_out, classes = build_segmented(
-        config.data, img_size, pixels["mean"], pixels["std"], config.seed
+        config.data, img_size, pixels["mean"], pixels["std"], config.seed, config.evaluation.scales
     )
-    preprocess = held_out.transform
-    held_out.transform = Scales(preprocess, config.evaluation.scales)
+    preprocess = held_out.transform.preprocess
     model = build_model(config, start, classes)
+    if procs.is_main and start.classes not in (None, classes):
+        print(
+            f"segment: the data have {describe(classes)}, {config.encoder} {describe(start.classes)}: "
+            "the last layers start anew",
+            flush=True,
+        )
     select(model, config.decor.present(model), config.decor.accepts)  # raises now: evaluation observes them
     model = synchronise(model.to(procs.device), procs)
     optimizer, decor = build_optimizers(config, model)
 
     total, rate = config.schedule(len(training))
-    run, found = open_run(config, procs, training.files)
+    files = [
+        *training.files,
+        *(f"held out: {name}" for name in held_out.files),
+        *(f"class {number}: {name}" for number, name in enumerate(classes)),
+    ]
+    run, found = open_run(config, procs, files)
     step = 0 if found is None else found[1]["step"]
     batches = transfer.training_batches(config, training, total, step, procs, collate)
     config.check_sample(
@@ -477,7 +509,7 @@ def prepare(config: Config, procs: Processes) -> tuple[Loop, Evaluator, Iterator
         config=config,
         processes=procs,
         run=run,
-        files=training.files,
+        files=files,
         model=model,
         optimizer=optimizer,
         decor=decor,

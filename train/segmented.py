@@ -19,7 +19,16 @@ from torchvision.transforms import InterpolationMode, v2
 
 from train import scenes
 from train.augment import Chooser
-from train.data import IMAGE_EXTENSIONS, DataError, Images, choose_subset, decode, list_images, seeded
+from train.data import (
+    IMAGE_EXTENSIONS,
+    DataError,
+    Images,
+    by_hash,
+    choose_subset,
+    decode,
+    list_images,
+    seeded,
+)
 
 IGNORE = 255  # label of the pixels that count neither in the loss nor in metrics
 MAX_CLASSES = 255
@@ -47,8 +56,8 @@ class SegmentedConfig:
         short_side: Pixels to which the shorter side of an image is brought, in training before the random
             scale; null leaves images as they are. Scenes have img_size from the outset.
         scale: Smallest and largest factor by which training resizes images.
-        max_category: Largest part of a crop that one class may take, of the pixels that have a class; the
-            last of 10 tries is taken anyway.
+        max_category: Largest part of a crop that one class may take, of the pixels that have a class
+            (mmsegmentation's cat_max_ratio); the last of 10 tries is taken anyway.
         flip: Chance of a mirrored image.
         distort: Chance of each change of brightness, contrast, saturation and hue.
 
@@ -105,6 +114,12 @@ class Pair(NamedTuple):
     file: str
 
 
+def check_channels(values: Tensor, file: str) -> None:
+    """Raise DataError unless what was read from a file can be a mask, that is, [H, W]."""
+    if values.ndim != 2:
+        raise DataError(f"{file}: expected one channel of class numbers, got {values.shape[2]} channels")
+
+
 @dataclass(frozen=True)
 class Coding:
     """What the values in stored masks mean.
@@ -127,10 +142,7 @@ class Coding:
                 no class; the message names the file.
         """
         values, size = pair.values, tuple(pair.pixels.shape[1:])
-        if values.ndim != 2:
-            raise DataError(
-                f"{pair.file}: expected one channel of class numbers, got {values.shape[2]} channels"
-            )
+        check_channels(values, pair.file)
         if tuple(values.shape) != size:
             raise DataError(
                 f"{pair.file}: expected a mask of its image's size {size}, got {tuple(values.shape)}"
@@ -150,7 +162,7 @@ class SegmentedSample(NamedTuple):
     """One image with its mask, ready for the model.
 
     Attributes:
-        image: float32 [3, H, W]; a list of such where the transform is `Scales`.
+        image: float32 [3, H, W]; in evaluation a list of such.
         mask: Labels 0 to C - 1, or IGNORE: uint8 [H, W]; in evaluation of the size that it is stored in,
             which need not be the image's.
         skipped: (name, reason) of the images that could not be read, or whose masks could not, and that this
@@ -210,10 +222,7 @@ class SegmentedSet(Dataset):
 
 
 def collate(samples: list[SegmentedSample]) -> dict[str, Tensor | list]:
-    """Stack B samples: image [B, 3, H, W], mask int64 [B, H, W], and one list of all skipped.
-
-    Samples of evaluation have their images' sizes, so that B is 1 unless these are equal.
-    """
+    """Stack B training samples: image [B, 3, H, W], mask int64 [B, H, W], and one list of all skipped."""
     return {
         "image": torch.stack([sample.image for sample in samples]),
         "mask": torch.stack([sample.mask for sample in samples]).long(),
@@ -230,7 +239,7 @@ def collate_whole(samples: list[SegmentedSample]) -> dict[str, list]:
 
 
 class Preprocess:
-    """What evaluation does to images: resize, keeping the ratio, and normalise. Masks stay as they are.
+    """What is done to all images: resizing that keeps the ratio, and normalisation.
 
     Args:
         short_side: Of the result, in pixels; None for the image's own size.
@@ -261,13 +270,9 @@ class Preprocess:
         mean, std = (image.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
         return (image * std + mean).clamp(0, 1)
 
-    def __call__(self, pixels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Resize and normalise the image alone."""
-        return self.normalize(self.resize(pixels)), mask
-
 
 class Scales:
-    """What evaluation does to images that it looks at in several sizes: a list of the image's versions.
+    """What evaluation does to images: a list of versions, of one or more sizes. Masks stay as they are.
 
     Args:
         preprocess: For the size that factors are of, and the normalisation.
@@ -410,12 +415,12 @@ def read_classes(path: Path) -> tuple[str, ...]:
     """Read the names of classes, one a line.
 
     Raises:
-        ValueError: There are none, too many, or one twice.
+        ValueError: There are fewer than two, too many, or one twice.
     """
     names = tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
-    if not 0 < len(names) <= MAX_CLASSES or len(set(names)) < len(names):
+    if not 2 <= len(names) <= MAX_CLASSES or len(set(names)) < len(names):
         raise ValueError(
-            f"{path}: expected 1 to {MAX_CLASSES} different names of classes, one a line, "
+            f"{path}: expected 2 to {MAX_CLASSES} different names of classes, one a line, "
             f"got {len(names)}, {len(set(names))} of them different"
         )
     return names
@@ -427,7 +432,7 @@ def scan_classes(paths: list[Path]) -> tuple[str, ...]:
     Unreadable masks are passed over.
 
     Raises:
-        ValueError: A label is too large, or there is none at all.
+        ValueError: A mask has several channels, a label is too large, or there are fewer than two.
     """
     largest = -1
     for path in paths:
@@ -435,13 +440,18 @@ def scan_classes(paths: list[Path]) -> tuple[str, ...]:
             values = _read_values(path)
         except OSError:  # it will be listed as skipped, if its turn comes
             continue
+        check_channels(values, str(path))
         labels = values[values != IGNORE]
         if labels.numel() and int(labels.max()) > largest:
             largest = int(labels.max())
             if largest >= MAX_CLASSES:
                 raise ValueError(f"{path}: expected labels below {MAX_CLASSES}, or {IGNORE}, got {largest}")
-    if largest < 0:
-        raise ValueError(f"data.source: no pixel of {len(paths)} masks has a class, among them {paths[0]}")
+    if largest < 1:
+        raise ValueError(
+            f"data.source: expected masks with labels from 0 to 1 at least, and {IGNORE} for pixels without "
+            f"a class; those of {len(paths)} masks, such as {paths[0]}, are "
+            f"{'all without' if largest < 0 else 'all 0'}"
+        )
     return tuple(f"class {number}" for number in range(largest + 1))
 
 
@@ -493,7 +503,8 @@ def _open_folder(root: Path) -> Source:
         masks = pairs | others
     else:
         masks = find_pairs(root, "images", "masks")
-        held_out = choose_subset(list(masks), HELD_OUT, 0)
+        pairs = masks  # the whole data set has been split at random: its classes are those of either part
+        held_out = sorted(by_hash(masks)[: max(1, round(HELD_OUT * len(masks)))])
         training = sorted(set(masks) - set(held_out))
         if not training:
             raise ValueError(f"data.source: expected at least 2 images in {root / 'images'}, got 1")
@@ -501,7 +512,7 @@ def _open_folder(root: Path) -> Source:
     if names.is_file():
         classes = read_classes(names)
     else:
-        classes = scan_classes([root / masks[name] for name in training])
+        classes = scan_classes([root / mask for mask in pairs.values()])
     return Source(functools.partial(load_pair, root, masks), training, held_out, Coding(classes))
 
 
@@ -511,11 +522,12 @@ def build_segmented(
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
     seed: int,
+    scales: tuple[float, ...] = (1.0,),
 ) -> tuple[SegmentedSet, SegmentedSet, tuple[str, ...]]:
     """Build the training set and the held-out set of a source.
 
     All names are paired here; files are read when their turn comes, but for the first of each set, and for
-    all training masks of a folder without classes.txt.
+    all training masks of a folder without classes.txt, or all of one without train and val.
 
     Args:
         config: The source, and what training does to its images.
@@ -523,6 +535,7 @@ def build_segmented(
         mean: Of the pixels in [0, 1] by channel, which is taken off.
         std: Of the same, by which they are divided.
         seed: Of the training set, a 64-bit integer.
+        scales: Factors of the sizes that held-out images come in.
 
     Returns:
         The two sets, and the names of the classes in the order of their labels.
@@ -547,6 +560,6 @@ def build_segmented(
         SegmentedSet(
             Images(training, source.load), source.coding, Augment(config, img_size, preprocess), seed
         ),
-        SegmentedSet(Images(source.held_out, source.load), source.coding, preprocess, seed),
+        SegmentedSet(Images(source.held_out, source.load), source.coding, Scales(preprocess, scales), seed),
         source.coding.classes,
     )
