@@ -171,8 +171,8 @@ class Comparison:
             timing = matrix.timing(self.images)
             if timing is None or arm not in timing["arms"]:
                 raise ValueError(
-                    f"{start}: the time of a step of {arm} is not known; first run python -m bench convergence "
-                    f"--preset {preset} --time 20"
+                    f"{start}: the time of a step of {arm} is not known; first run python -m bench "
+                    f"convergence --preset {preset} --time 20"
                 )
             ratio = timing["arms"][arm]["ratio"]["median"]
             steps = round(convergence.PRESETS[preset].steps / ratio)
