@@ -275,9 +275,9 @@ def pretrain_encoder(run: Pretraining, path: Path, images: Mapping[str, object])
     """
     about_path = path.with_suffix(".json")
     with tempfile.TemporaryDirectory() as out:
-        config = run.config(out, images)
-        trains = config.steps > 0
-        config.steps = config.eval_every = max(1, config.steps)  # there is no shorter run to prepare
+        trains = run.steps != 0
+        config = (run if trains else replace(run, steps=None)).config(out, images)
+        config.eval_every = config.steps
         procs = processes.start(config.device)
         loop, evaluator, batches = pretrain.prepare(config, procs, convergence.builder(run))
         evaluator.observes = False
