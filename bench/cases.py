@@ -257,7 +257,15 @@ def add_arguments(parser: argparse.ArgumentParser, tokens: dict[str, int]) -> No
 
 
 def from_arguments(args: argparse.Namespace) -> list[Case]:
-    """The cases asked for."""
+    """The cases asked for.
+
+    Raises:
+        ValueError: one cannot be built: a package is missing, or the batch is too small.
+    """
+    if unknown := set(args.case) - set(default_cases()):
+        raise ValueError(f"--case {min(unknown)} needs segmentation-models-pytorch, which is not installed")
+    if args.batch == 1 and "segment" in args.case:
+        raise ValueError("--batch: segment needs at least 2 images, as UPerNet has BatchNorms; got 1")
     gpu = args.device.type == "cuda"
     cases = []
     for name in args.case:

@@ -25,9 +25,14 @@ def run(
         table: makes Markdown of them.
 
     Returns:
-        The exit code: 1 if a check failed, and then nothing is measured, printed or written.
+        The exit code: 1 if a check failed, and 2 if what was asked for cannot be done; then nothing is
+        measured, printed or written.
     """
-    chosen = cases.from_arguments(args)
+    try:
+        chosen = cases.from_arguments(args)
+    except ValueError as error:
+        progress(str(error))
+        return 2
     checks = {}
     for case in chosen:
         progress(f"{case.name}: checking ours against the published rule")

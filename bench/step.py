@@ -1,11 +1,11 @@
 """Time, FLOPs and peak memory of a training step, against plain training and the published rule.
 
 A step is zero_grad, forward, backward, AdamW and the update of R, the mean of two steps, as the default
-updates R in every second one. "default" decorrelates encoder and decoder by the ranks of a preset, the others
-the encoder alone, by full R that are updated in every step. Before anything is timed, these and the published
-rule train a small model of the same kind from one start on the same samples, in fp64 and in the precision
-asked for: unless losses, weights and R agree, no figure is printed and the exit code is 1. Low ranks are
-another rule, which the tests hold to its own mathematics.
+updates R in every second one. "default" decorrelates the encoder, and the decoders of MAE and DARL, by the
+ranks of a preset; the others decorrelate the encoder alone, by full R that are updated in every step. Before
+anything is timed, these and the published rule train a small model of the same kind from one start on the
+same samples, in fp64 and in the precision asked for: unless losses, weights and R agree, no figure is printed
+and the exit code is 1. Low ranks are another rule, which the tests hold to its own mathematics.
 
 All arms run in one process, one after the other in each round, in an order that rotates. The time ratio is
 the median over rounds of (arm / plain) within a round, with its quartiles; the seconds are medians, too. Peak

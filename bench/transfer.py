@@ -1,4 +1,4 @@
-"""Transfer: what a pre-trained encoder is worth in fine-tuning, against the same network from scratch.
+"""Transfer: what a pre-trained encoder is worth in fine-tuning, against the same network without.
 
 The encoders are those of `python -m bench convergence`: runs of the same settings, at each arm's best rate
 there, made again here for their weights, which lie in FOLDER/PRESET/encoders and are not for git. Every start
@@ -8,7 +8,9 @@ thread that leaves one JSON in FOLDER/PRESET/runs; runs that have theirs are ski
 with its plot, is written at the end, and by --report alone.
 
 "Equal seconds" is pre-training for as many steps as take the time of AdamW's: by the ratio of the steps'
-times in the convergence matrix's timing.json.
+times in the convergence matrix's timing.json. Whoever times the steps anew makes these runs anew. The
+weights that pre-training starts from are no worse a comparison than timm's: they have other positions and
+larger weights, which fine-tuning inherits.
 
 The exit code is 1 if a run failed, and 2 if nothing could be started.
 """
@@ -161,18 +163,19 @@ class Comparison:
     def _find_pretraining(self, start: str) -> Pretraining:
         (preset, arm), length = self.starts[start].pretraining, self.starts[start].length
         matrix = Matrix(convergence.FOLDER, preset, self.images)
+        source = f" --source {self.images['data.source']}" if convergence.PRESETS[preset].needs_source else ""
         rate = matrix.best_rate(arm, SEEDS[0])
         if rate is None:
             raise ValueError(
                 f"{start}: the best rate of {arm} is not known; first run python -m bench convergence "
-                f"--preset {preset} --arms {arm}"
+                f"--preset {preset} --arms {arm}{source}"
             )
         if length == "seconds":
             timing = matrix.timing(self.images)
             if timing is None or arm not in timing["arms"]:
                 raise ValueError(
                     f"{start}: the time of a step of {arm} is not known; first run python -m bench "
-                    f"convergence --preset {preset} --time 20"
+                    f"convergence --preset {preset} --time 20{source}"
                 )
             ratio = timing["arms"][arm]["ratio"]["median"]
             steps = round(convergence.PRESETS[preset].steps / ratio)
@@ -216,11 +219,12 @@ class Comparison:
         return [Run(self.name, start, rate, SEEDS[0]) for rate in self.preset.rates]
 
     def best_rate(self, start: str) -> float | None:
-        """The best of the rates with the first seed; None before all are there."""
+        """The best of the rates with the first seed; None before all are there, or if all diverged."""
         runs = self._sweep(start)
         if not all(run in self.results for run in runs):
             return None
-        return max(runs, key=lambda run: self.results[run].quality).rate
+        best = max((self.results[run] for run in runs), key=lambda result: result.quality)
+        return best.run.rate if best.outcome == FINISHED else None
 
     def missing(self, starts: Sequence[str], seeds: Sequence[int]) -> Iterator[Run]:
         """The runs that are known to be wanted and have no file."""
@@ -347,8 +351,8 @@ def rows(comparison: Comparison) -> list[dict[str, object]]:
     figure = preset.task.figures[0]
     for name, start in comparison.starts.items():
         rate = comparison.best_rate(name)
-        runs = [r for r in comparison.results.values() if (r.run.start, r.run.rate) == (name, rate)]
-        runs = sorted((r for r in runs if r.outcome == FINISHED), key=lambda result: result.run.seed)
+        every = [r for r in comparison.results.values() if (r.run.start, r.run.rate) == (name, rate)]
+        runs = sorted((r for r in every if r.outcome == FINISHED), key=lambda result: result.run.seed)
         row: dict[str, object] = {"start": name, "title": start.title}
         if runs:
             encoders = [r.pretraining for r in runs if r.pretraining]
@@ -359,6 +363,7 @@ def rows(comparison: Comparison) -> list[dict[str, object]]:
                 "rate": rate,
                 "edge": edge_of(rate, preset.rates),
                 "seeds": [r.run.seed for r in runs],
+                "diverged": [r.run.seed for r in every if r.outcome != FINISHED],
                 "images": encoders[0]["steps"] * encoders[0]["settings"]["batch_size"] if encoders else None,
                 "pretraining_loss": mean(lost) if lost else None,
                 figure: [r.evals[-1][figure] for r in runs],
@@ -376,6 +381,8 @@ def table(found: Sequence[Mapping], task: Task) -> str:
     for row in found:
         last = row[task.figures[0]]
         few = f" (fewer than {ENOUGH})" if len(row["seeds"]) < ENOUGH else ""
+        if row["diverged"]:
+            few = f", and {len(row['diverged'])} that diverged"
         edge = "" if row["edge"] is None else f", {row['edge']} tried"
         lost = [loss for loss in row["heldout_loss"] if loss is not None]
         lines.append(
@@ -449,7 +456,7 @@ def report(comparison: Comparison) -> str:
     ]
     missing = [row["title"] for row in every if "rate" not in row]
     if missing:
-        parts.append(f"Without figures yet: {', '.join(missing)}.")
+        parts.append(f"Without figures, not all run or diverged at every rate: {', '.join(missing)}.")
     parts += ["Machines:", "\n".join(f"- {line}" for line in record.machine_lines(headers))]
     text = "\n\n".join(parts) + "\n"
     plot(found, task, comparison.folder / "curves.png")
@@ -461,7 +468,10 @@ def report(comparison: Comparison) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of `python -m bench transfer`."""
     parser.add_argument("--preset", choices=PRESETS, default="digits", help="(default: %(default)s)")
-    parser.add_argument("--starts", nargs="+", metavar="START", help="(default: all of the preset)")
+    known = "; ".join(f"{name}: {', '.join(preset.starts)}" for name, preset in PRESETS.items())
+    parser.add_argument(
+        "--starts", nargs="+", metavar="START", help=f"of {known} (default: all of the preset)"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="(default: %(default)s)")
     parser.add_argument("--jobs", type=count, help="runs at a time (default: cores; 1 on a GPU)")
     parser.add_argument("--source", help="images to fine-tune on, as --data.source of the preset's script")
@@ -481,6 +491,15 @@ def check_start(preset: Preset, args: argparse.Namespace) -> None:
         raise ValueError(f"{args.preset} needs --source, the images to fine-tune on")
     if preset.needs_images and args.images is None:
         raise ValueError(f"{args.preset} needs --images, those to pre-train on")
+    if args.source is not None:
+        _, _, path = type(preset.task.script.Config("").data)(source=args.source).source.partition(":")
+        if path and not Path(path).expanduser().is_dir():
+            raise ValueError(f"--source: there is no folder {path}")
+    if args.images is not None and not args.report:
+        try:
+            convergence.check_source(args.images)
+        except FileNotFoundError as error:
+            raise ValueError(f"--images: {error}") from error
     if preset.on_gpu and not args.report and not torch.cuda.is_available():
         raise ValueError(f"{args.preset} needs a GPU, and PyTorch finds none")
 

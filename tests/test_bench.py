@@ -1,5 +1,6 @@
 """The measuring tools: baselines against the specification, statistics, byte counts, and the gate."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dbpkern
-from bench import arms, baselines, measure, record
+from bench import arms, baselines, cases, check, measure, record
 from bench.__main__ import main
 from bench.cases import Case
 from dbpkern import reference
@@ -102,16 +103,46 @@ def test_both_methods_convert_the_same_layers():
         assert list(ours.R()) == list(published.R()) == expected
 
 
-@pytest.mark.parametrize(("name", "tokens"), [("vit", 50), ("mae50", 50), ("mae197", 197)])
+@pytest.mark.parametrize(
+    ("name", "tokens"),
+    [("vit", 50), ("mae50", 50), ("mae197", 197), ("darl", 49), ("segment", 65), ("segment-linear", 65)],
+)
 def test_cases_have_the_tokens_they_state(name: str, tokens: int):
     case = Case(name, 32, 1, 2, 1)
     model, seen = case.build(), []
-    model.blocks[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
+    encoder = model.segmentation.encoder if case.segments else model
+    encoder.blocks[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
     loss, _ = model(*case.inputs(CPU, torch.float32))
     assert seen == [(2, tokens, 32)]
     assert case.tokens == tokens
     assert loss.isfinite()
     assert loss.requires_grad
+
+
+def test_segmentation_computes_what_the_published_rule_does():
+    differences = check.compare(Case("segment", 32, 1, 3, 1), "all", CPU, "fp64")
+    assert max(differences.values()) < check.TOLERANCES["fp64"]
+
+
+def test_cases_without_their_package_are_left_out_and_named(monkeypatch, capsys):
+    assert cases.default_cases() == list(cases.CASES)
+    monkeypatch.setattr(cases.importlib.util, "find_spec", lambda name: None)
+    assert cases.default_cases() == ["vit", "mae50", "mae197", "darl", "darl-diffusion"]
+    assert main(["step", "--case", "segment", "--batch", "2"]) == 2
+    assert "--case segment needs segmentation-models-pytorch" in capsys.readouterr().err
+
+
+def test_upernet_takes_no_single_image(capsys):
+    assert main(["step", "--case", "segment", "--batch", "1"]) == 2
+    assert "--batch: segment needs at least 2 images" in capsys.readouterr().err
+
+
+def test_a_decoder_of_many_times_the_encoder_has_a_smaller_batch_by_default():
+    args = argparse.Namespace(
+        case=["vit", "segment"], device=CPU, width=None, depth=None, batch=None, decoder_depth=2,
+        tokens={"cpu": 6400},
+    )  # fmt: skip
+    assert [case.batch for case in cases.from_arguments(args)] == [128, 12]
 
 
 def test_rounds_rotate():

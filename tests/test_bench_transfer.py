@@ -197,7 +197,7 @@ sys.exit(3 if "pretraining" in spec else 0)
     told = capsys.readouterr().err
     assert told.count("encoder mae, seed 0: started") == 1
     assert "encoder mae, seed 0: FAILED" in told
-    assert "Without figures yet: MAE." in (tmp_path / "made" / "report.md").read_text()
+    assert "diverged at every rate: MAE." in (tmp_path / "made" / "report.md").read_text()
 
 
 def test_a_worker_that_leaves_another_run_is_a_failure_and_not_repeated(tmp_path, monkeypatch, capsys):
@@ -230,6 +230,23 @@ def test_a_rate_that_diverged_is_last_and_blocks_nothing(tmp_path, capsys):
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| From scratch"))
     assert "0.001, lowest tried" in line
     assert "0.001: 54.0, 0.003: diverged" in line
+
+
+def test_seeds_that_diverged_are_told(tmp_path, capsys):
+    write_result(tmp_path, "scratch", 3e-3, 0, top1=40.0)
+    for seed, outcome in enumerate(("finished", "the loss is not finite", "finished")):
+        write_result(tmp_path, "scratch", 1e-3, seed, top1=50.0, outcome=outcome)
+    assert transfer_made(tmp_path, "--report") == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| From scratch"))
+    assert "| 2, and 1 that diverged |" in " ".join(line.split())
+
+
+def test_a_start_that_diverges_at_every_rate_gets_no_further_seeds(tmp_path):
+    for rate in MADE.rates:
+        write_result(tmp_path, "mae", rate, 0, top1=50.0, outcome="the loss is not finite")
+    comparison = made_comparison(tmp_path)
+    assert comparison.best_rate("mae") is None
+    assert list(comparison.jobs(["mae"], [0, 1, 2])) == []
 
 
 def test_the_best_rate_is_by_accuracy_and_then_by_loss(tmp_path):
@@ -265,6 +282,22 @@ def test_an_encoder_counts_only_whole_and_by_todays_settings(tmp_path):
     assert not comparison.has_encoder("mae", 0)
     path.with_suffix(".json").write_text("[]")
     assert not comparison.has_encoder("mae", 0)
+
+
+def test_an_untrained_encoder_is_what_pre_training_starts_from(tmp_path):
+    run = Pretraining("tiny", "dbp", 5e-3, 0, steps=0)
+    path = tmp_path / "encoder.safetensors"
+    transfer.pretrain_encoder(run, path, PHOTOS)
+    about = json.loads(path.with_suffix(".json").read_text())
+    assert (about["steps"], about["final_loss"]) == (0, None)
+    assert about["settings"] == run.settings(PHOTOS)
+    assert about["settings"]["steps"] == 0
+    config = replace(run, steps=None).config(str(tmp_path / "run"), PHOTOS)
+    loop, _, _ = pretrain.prepare(config, processes.start("cpu"))
+    weights = load_file(path)
+    mine = dict(loop.model.named_parameters())
+    assert {name for name in weights if name in mine} >= {"pos_embed", "blocks.0.attn.qkv.weight"}
+    assert all(torch.equal(tensor, mine[name]) for name, tensor in weights.items() if name in mine)
 
 
 def test_weights_are_never_beside_what_is_known_of_others(tmp_path, monkeypatch):
@@ -353,8 +386,11 @@ def test_a_setting_that_came_later_counts_as_its_default(tmp_path):
         (["--starts", "nothing"], "--starts: expected some of scratch, mae, got nothing"),
         (["--seeds", "-1"], "--seeds: expected numbers of at least 0, got -1"),
         (["--report"], "nothing to report"),
+        (["--source", "folder:/none"], "--source: there is no folder /none"),
+        (["--source", "foo"], "data.source: expected 'digits' or 'folder:PATH', got 'foo'"),
+        (["--images", "folder:/none"], "there is no folder /none"),
         (["--preset", "ade20k"], "ade20k needs --source, the images to fine-tune on"),
-        (["--preset", "ade20k", "--source", "ade20k:/none"], "ade20k needs --images, those to pre-train on"),
+        (["--preset", "ade20k", "--source", "ade20k:/"], "ade20k needs --images, those to pre-train on"),
     ],
 )
 def test_bad_input_is_named(tmp_path, capsys, arguments, message):
