@@ -414,7 +414,7 @@ def table(found: Sequence[Mapping], task: Task) -> str:
 
 def plot(found: Sequence[Mapping], task: Task, path: Path) -> None:
     """The deciding figure over the steps of fine-tuning, means over seeds."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 5.5), layout="constrained")
     axis = figure.subplots()
     for i, row in enumerate(found):
         style = "-" if row["images"] else "--"
@@ -424,7 +424,7 @@ def plot(found: Sequence[Mapping], task: Task, path: Path) -> None:
     axis.set_xlabel("step of fine-tuning")
     axis.set_ylabel(f"{task.title}, held out, %")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=120)
 
 
