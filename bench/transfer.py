@@ -8,9 +8,10 @@ thread that leaves one JSON in FOLDER/PRESET/runs; runs that have theirs are ski
 with its plot, is written at the end, and by --report alone.
 
 "Equal seconds" is pre-training for as many steps as take the time of AdamW's: by the ratio of the steps'
-times in the convergence matrix's timing.json. Whoever times the steps anew makes these runs anew. The
-weights that pre-training starts from are no worse a comparison than timm's: they have other positions and
-larger weights, which fine-tuning inherits.
+times in the convergence matrix's timing.json. Whoever times the steps anew makes these runs anew.
+
+What pre-training itself is worth is the difference to the weights that it starts from: they have other
+positions and larger weights than timm's, which fine-tuning inherits.
 
 The exit code is 1 if a run failed, and 2 if nothing could be started.
 """
@@ -382,7 +383,7 @@ def table(found: Sequence[Mapping], task: Task) -> str:
         last = row[task.figures[0]]
         few = f" (fewer than {ENOUGH})" if len(row["seeds"]) < ENOUGH else ""
         if row["diverged"]:
-            few = f", and {len(row['diverged'])} that diverged"
+            few += f", and {len(row['diverged'])} that diverged"
         edge = "" if row["edge"] is None else f", {row['edge']} tried"
         lost = [loss for loss in row["heldout_loss"] if loss is not None]
         lines.append(
@@ -437,7 +438,9 @@ def report(comparison: Comparison) -> str:
     every = rows(comparison)
     found = [row for row in every if "rate" in row]
     if not found:
-        raise ValueError(f"{comparison.folder} holds no start whose rates are all there; nothing to report")
+        raise ValueError(
+            f"{comparison.folder} holds no start whose rates are all there and finished; nothing to report"
+        )
     results = comparison.results.values()
     encoders = {(r.run.start, r.run.seed): r.pretraining["machine"] for r in results if r.pretraining}
     headers = [*(r.machine for r in results), *encoders.values()]
@@ -493,13 +496,13 @@ def check_start(preset: Preset, args: argparse.Namespace) -> None:
         raise ValueError(f"{args.preset} needs --images, those to pre-train on")
     if args.source is not None:
         _, _, path = type(preset.task.script.Config("").data)(source=args.source).source.partition(":")
-        if path and not Path(path).expanduser().is_dir():
+        if path and not args.report and not Path(path).expanduser().is_dir():
             raise ValueError(f"--source: there is no folder {path}")
     if args.images is not None and not args.report:
         try:
             convergence.check_source(args.images)
         except FileNotFoundError as error:
-            raise ValueError(f"--images: {error}") from error
+            raise ValueError(str(error).replace("--source", "--images")) from error
     if preset.on_gpu and not args.report and not torch.cuda.is_available():
         raise ValueError(f"{args.preset} needs a GPU, and PyTorch finds none")
 

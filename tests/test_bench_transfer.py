@@ -232,13 +232,27 @@ def test_a_rate_that_diverged_is_last_and_blocks_nothing(tmp_path, capsys):
     assert "0.001: 54.0, 0.003: diverged" in line
 
 
+def test_a_report_needs_no_images(tmp_path):
+    for rate in SCENES.rates:
+        run = Run("made-scenes", "scratch", rate, 0)
+        evals = [{"step": s, "heldout_loss": 1.0} | dict.fromkeys(SEGMENTATION.figures, 5.0) for s in (0, 2)]
+        source = {"data.source": "folder:/none"}
+        result = Result(run, "finished", run.settings(source), None, evals, 200, HEADER)
+        path = tmp_path / "made-scenes" / "runs" / f"{run.name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asdict(result)))
+    start = ["transfer", "--preset", "made-scenes", "--folder", str(tmp_path), "--source", "folder:/none"]
+    assert main([*start, "--report"]) == 0
+    assert main(start) == 2
+
+
 def test_seeds_that_diverged_are_told(tmp_path, capsys):
     write_result(tmp_path, "scratch", 3e-3, 0, top1=40.0)
     for seed, outcome in enumerate(("finished", "the loss is not finite", "finished")):
         write_result(tmp_path, "scratch", 1e-3, seed, top1=50.0, outcome=outcome)
     assert transfer_made(tmp_path, "--report") == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| From scratch"))
-    assert "| 2, and 1 that diverged |" in " ".join(line.split())
+    assert "| 2 (fewer than 3), and 1 that diverged |" in " ".join(line.split())
 
 
 def test_a_start_that_diverges_at_every_rate_gets_no_further_seeds(tmp_path):
@@ -388,7 +402,7 @@ def test_a_setting_that_came_later_counts_as_its_default(tmp_path):
         (["--report"], "nothing to report"),
         (["--source", "folder:/none"], "--source: there is no folder /none"),
         (["--source", "foo"], "data.source: expected 'digits' or 'folder:PATH', got 'foo'"),
-        (["--images", "folder:/none"], "there is no folder /none"),
+        (["--images", "folder:/none"], "transfer: --images: there is no folder /none"),
         (["--preset", "ade20k"], "ade20k needs --source, the images to fine-tune on"),
         (["--preset", "ade20k", "--source", "ade20k:/"], "ade20k needs --images, those to pre-train on"),
     ],

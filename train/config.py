@@ -123,7 +123,8 @@ class RunConfig:
         device: "auto", "cpu" or "cuda".
         precision: "fp32", "bf16" (autocast), or "auto" for bf16 on GPUs and fp32 elsewhere.
         compile: Whether to run the model through torch.compile.
-        deterministic: Whether to ask for bit-reproducible results on GPUs; on CPUs they always are.
+        deterministic: Whether to ask for bit-reproducible results on GPUs, which segmentation does not have
+            there; on CPUs they always are.
         resume: "none", "auto" to continue from the newest whole checkpoint in out if there is one, or
             the path of a checkpoint of this run.
         eval_every: Steps between evaluations on held-out images.

@@ -137,8 +137,8 @@ class Config(transfer.TransferConfig):
         self.check_numbers(least_steps=0)
         if self.deterministic and procs.device.type == "cuda":
             raise ValueError(
-                "deterministic: on GPUs PyTorch has no reproducible gradients of bilinear interpolation, nor "
-                "cross-entropy of pixels; expected false there"
+                "deterministic: on GPUs PyTorch has no reproducible cross-entropy of pixels, nor gradients "
+                "of UPerNet's pooling; expected false there"
             )
         share = self.batch_size // (self.accumulation * procs.world_size)
         synchronised = procs.world_size > 1 and procs.device.type == "cuda"
