@@ -4,6 +4,7 @@ Without a GPU the Triton kernels run in Triton's interpreter, and tests marked `
 says how many.
 """
 
+import gc
 import os
 
 import pytest
@@ -31,6 +32,13 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(
             f"{len(skipped)} GPU tests did not run: there is no CUDA GPU", yellow=True
         )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _collect():
+    """What a module's tests leave behind is collected under its filters of warnings, not the next one's."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(autouse=True)

@@ -202,6 +202,10 @@ class Shards:
             raise OSError(f"{self.paths[shard]} ends within {name}")
         return content
 
+    def __del__(self) -> None:
+        for file in getattr(self, "_files", {}).values():  # it may not have come so far
+            file.close()
+
     def _shard(self, name: str) -> int:
         return max(bisect.bisect_right(self.prefixes, name) - 1, 0)
 
