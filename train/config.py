@@ -194,6 +194,10 @@ class RunConfig:
         if self.energy.country is not None:
             carbon_intensity(self.energy.country)
 
+    def micro_batch(self, processes: int) -> int:
+        """Images that each of so many processes takes at a time."""
+        return self.batch_size // (self.accumulation * processes)
+
     def schedule(self, samples: int) -> tuple[int, Callable[[int], float]]:
         """The length of the run in steps, and the learning rate by step.
 
@@ -224,7 +228,7 @@ class RunConfig:
             tokens: Of an image, in the layers.
             processes: That share a batch.
         """
-        rows = self.batch_size // (processes * self.accumulation) * tokens
+        rows = self.micro_batch(processes) * tokens
         sample = self.decor.sample
         if self.decor.enable and 0 < sample <= 1 and round(sample * rows) < 1:
             raise ValueError(

@@ -269,7 +269,7 @@ class Evaluator:
         self.size = len(held_out)
         self.held_out = held_out
         # Processes share the work; a micro-batch of training fits in memory, so one of this size does.
-        share = config.batch_size // (config.accumulation * processes.world_size)
+        share = config.micro_batch(processes.world_size)
         mine = range(self.size)[processes.rank :: processes.world_size]
         self.chunks = [list(mine[i : i + share]) for i in range(0, len(mine), share)]
         # Sharded weights are gathered by all together: who has less to do runs the first image once more.

@@ -140,7 +140,7 @@ class Config(transfer.TransferConfig):
                 "deterministic: on GPUs PyTorch has no reproducible cross-entropy of pixels, nor gradients "
                 "of UPerNet's pooling; expected false there"
             )
-        share = self.batch_size // (self.accumulation * procs.world_size)
+        share = self.micro_batch(procs.world_size)
         synchronised = procs.world_size > 1 and procs.device.type == "cuda"
         if self.head == "upernet" and self.steps != 0 and share < 2 and not synchronised:
             raise ValueError(
@@ -359,7 +359,7 @@ class Evaluator:
         """Loss per pixel with a class; figures in per cent; the decorrelation loss of the first images."""
         self.model.eval()
         device, evaluation = self.processes.device, self.config.evaluation
-        share = max(1, self.config.batch_size // (self.config.accumulation * self.processes.world_size))
+        share = max(1, self.config.micro_batch(self.processes.world_size))
         loader = transfer.held_out_batches(self.config, self.held_out, self.processes, collate_whole)
         counts = torch.zeros(2 * (len(self.classes),), dtype=torch.int64, device=device)
         loss = torch.zeros((), dtype=torch.float64, device=device)

@@ -150,7 +150,7 @@ def held_out_batches(
         procs: This process among the others.
         collate: Makes a batch of a list of samples.
     """
-    share = max(1, config.batch_size // (config.accumulation * procs.world_size))
+    share = max(1, config.micro_batch(procs.world_size))
     mine = [(0, index) for index in procs.share(range(len(dataset)))]
     chunks = [mine[i : i + share] for i in range(0, len(mine), share)]
     return build_loader(dataset, chunks, config.data.workers, procs.device.type == "cuda", collate)
