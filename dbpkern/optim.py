@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dbpkern import distributed, ops
 from dbpkern.nn import Decorrelated, Full, LowRank
-from dbpkern.ops._common import check_kappa, check_lr
+from dbpkern.ops._common import check_eta, check_kappa
 from dbpkern.sampling import Rule, Sampler, Slot
 
 
@@ -465,7 +465,7 @@ class DecorSGD(torch.optim.Optimizer):
         """What `__init__` does once it knows the layers."""
         if isinstance(lr, Tensor) and lr.dim():
             raise ValueError(f"lr: expected a number or a 0-d tensor, got shape {list(lr.shape)}")
-        check_lr(float(lr))
+        check_eta(float(lr))
         check_kappa(kappa)
         if not (math.isfinite(sample) and 0.0 < sample <= 1.0):
             raise ValueError(f"sample: expected a fraction in (0, 1], got {sample}")
@@ -575,7 +575,7 @@ class DecorSGD(torch.optim.Optimizer):
         self._warn_of_silent_layers()
         step = self._step_now()
         if not isinstance(step.lr, Tensor):
-            check_lr(step.lr)
+            check_eta(step.lr)
         if self._halves is None and distributed.world_size() > 1:
             self._halves = self._agree(stacks)
         for stack in stacks:

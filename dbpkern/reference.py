@@ -52,36 +52,36 @@ def loss(z: Tensor, kappa: float = 0.0) -> Tensor:
     return ((1 - kappa) * off.square().sum((-2, -1)) + kappa * (a - 1).square().sum(-1)) / d**2
 
 
-def apply(R: Tensor, M: Tensor, lr: float) -> Tensor:
-    """`R - lr M R`, the decorrelation step: `[L, d, d], [L, d, d] -> [L, d, d]`."""
-    return R - lr * (M @ R)
+def apply(R: Tensor, M: Tensor, eta: float) -> Tensor:
+    """`R - eta M R`, the decorrelation step: `[L, d, d], [L, d, d] -> [L, d, d]`."""
+    return R - eta * (M @ R)
 
 
-def update(R: Tensor, z: Tensor, lr: float, kappa: float = 0.0) -> Tensor:
-    """The step from the samples: `apply(R, correlation(z, kappa)[0], lr)`."""
-    return apply(R, correlation(z, kappa)[0], lr)
+def update(R: Tensor, z: Tensor, eta: float, kappa: float = 0.0) -> Tensor:
+    """The step from the samples: `apply(R, correlation(z, kappa)[0], eta)`."""
+    return apply(R, correlation(z, kappa)[0], eta)
 
 
 def fused_step(
-    x: Tensor, R: Tensor, index: Tensor, lr: float, kappa: float = 0.0
+    x: Tensor, R: Tensor, index: Tensor, eta: float, kappa: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`z [n, d]` of all rows with the old R, the new R from the rows `index [n_s]`, and `a [d]`."""
     z = transform(x, R)
     M, a = correlation(z[index][None], kappa)
-    return z, apply(R[None], M, lr)[0], a[0]
+    return z, apply(R[None], M, eta)[0], a[0]
 
 
-def published_step(R: Tensor, x: Tensor, lr: float, kappa: float = 0.0) -> Tensor:
+def published_step(R: Tensor, x: Tensor, eta: float, kappa: float = 0.0) -> Tensor:
     """One update of R from the sampled inputs `x [n, d]` as the papers state it, with no reordering.
 
-    The sampled rows go through R a second time, the full C is formed, and R changes by `-lr C R`. The
+    The sampled rows go through R a second time, the full C is formed, and R changes by `-eta C R`. The
     variance term scales rows of R, as the equation asks (the published code scales columns).
     """
     z = x @ R.T
     X = z.T @ z / len(z)
     v = torch.diag(X) - 1
     C = X - torch.diag(torch.diag(X))
-    return R - lr * ((1 - kappa) * (C @ R) + kappa * (torch.diag(v) @ R))
+    return R - eta * ((1 - kappa) * (C @ R) + kappa * (torch.diag(v) @ R))
 
 
 def lowrank_matrix(Q: Tensor, S: Tensor) -> Tensor:
@@ -115,9 +115,9 @@ def lowrank_apply(
     B: Tensor,
     Y: Tensor,
     c: Tensor,
-    lr: float,
+    eta: float,
     kappa: float = 0.0,
-    q_lr: float = 0.2,
+    q_eta: float = 0.2,
     ridge: float = 1e-4,
 ) -> tuple[Tensor, Tensor]:
     """The step of `R = I + Q S Q^T` from its statistics: the new `Q [L, d, r]` and `S [L, r, r]`.
@@ -136,9 +136,9 @@ def lowrank_apply(
         g = c[i] + 2 * (Y[i] * V).sum(1) + (V @ B[i] * V).sum(1)  # mean squares of z
         D = Q[i].T @ torch.diag(g) @ Q[i]
         M = (1 - kappa) * (T @ B[i] @ T.T - D) + kappa * (D - eye)
-        T = T - lr * M @ T
+        T = T - eta * M @ T
         target = torch.linalg.solve(B[i] + ridge * B[i].trace() * eye, Y[i].T).T
-        basis, upper = torch.linalg.qr(Q[i] + q_lr * (target - Q[i]))
+        basis, upper = torch.linalg.qr(Q[i] + q_eta * (target - Q[i]))
         Q_new[i] = basis * upper.diagonal().sign()
         left, _, right = torch.linalg.svd(Q_new[i].T @ Q[i])
         U = left @ right

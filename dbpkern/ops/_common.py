@@ -2,11 +2,31 @@
 
 import contextlib
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+IMPLEMENTATIONS: dict[str, Callable] = {}
+"""The Python function behind each operator, by name: what `bench launches` runs on fake tensors."""
+
+
+def operator(name: str, mutates: Sequence[str] = ()) -> Callable[[Callable], torch.library.CustomOpDef]:
+    """`torch.library.custom_op("dbpkern::<name>")` that remembers its implementation."""
+
+    def register(fn: Callable) -> torch.library.CustomOpDef:
+        IMPLEMENTATIONS[name] = fn
+        return torch.library.custom_op(f"dbpkern::{name}", fn, mutates_args=tuple(mutates))
+
+    return register
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """`torch.bmm` of 16-bit stacks on a GPU, summed and returned in fp32."""
+    return torch.bmm(a, b, out_dtype=torch.float32)
 
 
 def check_tensor(name: str, value: object, shape: str, dims: tuple[int, ...]) -> None:
@@ -51,39 +71,39 @@ def check_kappa(kappa: float) -> None:
         raise ValueError(f"kappa: expected a number in [0, 1], got {kappa}")
 
 
-def check_lr(lr: float) -> None:
-    """Raise unless the rate is finite and not negative."""
-    if not 0.0 <= lr < math.inf:  # also false for NaN; math.isfinite would break a compiled graph
-        raise ValueError(f"lr: expected a finite number >= 0, got {lr}")
+def check_eta(eta: float) -> None:
+    """Raise unless the rate of R is finite and not negative."""
+    if not 0.0 <= eta < math.inf:  # also false for NaN; math.isfinite would break a compiled graph
+        raise ValueError(f"eta: expected a finite number >= 0, got {eta}")
 
 
-def rate_tensor(lr: float | Tensor, layers: int, device: torch.device) -> Tensor:
-    """The rate as the tensor the ops take: 0-d or `[L]`.
+def eta_tensor(eta: float | Tensor, layers: int, device: torch.device) -> Tensor:
+    """The rate of R as the tensor the ops take: 0-d or `[L]`.
 
     A Python number becomes a 0-d CPU tensor, which combines with tensors on any device without a copy to
     it; its value is checked here. A rate that is a tensor already is checked by shape and device alone:
     reading its value would make the host wait for the device.
     """
-    if not isinstance(lr, Tensor):
-        check_lr(lr)
-        return torch.tensor(lr, dtype=torch.float64)
-    if lr.dtype not in FLOATS:
-        raise TypeError(f"lr: expected a floating-point tensor, got {lr.dtype}")
-    if lr.shape not in ((), (layers,)):
+    if not isinstance(eta, Tensor):
+        check_eta(eta)
+        return torch.tensor(eta, dtype=torch.float64)
+    if eta.dtype not in FLOATS:
+        raise TypeError(f"eta: expected a floating-point tensor, got {eta.dtype}")
+    if eta.shape not in ((), (layers,)):
         raise ValueError(
-            f"lr: expected a number, a 0-d tensor or [L] with L = {layers}, got {list(lr.shape)}"
+            f"eta: expected a number, a 0-d tensor or [L] with L = {layers}, got {list(eta.shape)}"
         )
-    if lr.device != device and (lr.dim() or lr.device.type != "cpu"):
-        raise ValueError(f"lr: expected a tensor on {device}, or a 0-d one on the CPU, got {lr.device}")
-    return lr
+    if eta.device != device and (eta.dim() or eta.device.type != "cpu"):
+        raise ValueError(f"eta: expected a tensor on {device}, or a 0-d one on the CPU, got {eta.device}")
+    return eta
 
 
-def per_layer(lr: Tensor, dtype: torch.dtype) -> Tensor:
+def per_layer(eta: Tensor, dtype: torch.dtype) -> Tensor:
     """A rate shaped to scale stacks `[L, *, *]`: 0-d stays, `[L]` becomes `[L, 1, 1]` in `dtype`.
 
     Unlike a 0-d tensor, a wider `[L]` would widen what it scales.
     """
-    return lr if lr.dim() == 0 else lr[:, None, None].to(dtype)
+    return eta if eta.dim() == 0 else eta[:, None, None].to(dtype)
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,20 +1,18 @@
 """Which implementation serves a call, and with which tiles.
 
 Every op has an eager implementation that serves any device. A faster one is asked for by name
-(`backend="triton"`), which raises where it cannot serve, or chosen by itself: where it can serve and the
-thresholds of `dbpkern/configs/` say that it pays. The choice is a function of shapes, dtypes and the kind of
-device alone, so all processes of a run make the same one.
+(`backend="triton"`), which raises where it cannot serve, or chosen by itself. The choice is a function of
+dtypes, the kind of device and what `python -m dbpkern.tune` has found there, so all processes of a run on
+equal machines make the same one.
 """
 
 import contextlib
-import functools
-import importlib.resources
-import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from dbpkern.ops import _triton
 
@@ -33,7 +31,7 @@ class Operands:
 
     @property
     def kind(self) -> str:
-        """The row of the tables that this is: "16bit", "tf32" or "ieee"."""
+        """The row of the table of tiles that this is: "16bit", "tf32" or "ieee"."""
         return "16bit" if self.dtype in _HALVES else self.precision
 
 
@@ -64,6 +62,39 @@ def named_backend() -> str | None:
     return named
 
 
+_assumed: tuple[int, int] | None = None
+
+
+@contextlib.contextmanager
+def assume(capability: tuple[int, int]) -> Iterator[None]:
+    """Within, tensors without a device behind them (meta, fake) stand for those of such a GPU.
+
+    For compilation ahead of time and for counting launches: (9, 0) is sm_90.
+    """
+    global _assumed
+    outer, _assumed = _assumed, capability
+    try:
+        yield
+    finally:
+        _assumed = outer
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a CUDA device, or the assumed one."""
+    return _assumed or torch.cuda.get_device_capability(device)
+
+
+PROCESSORS = {(8, 0): 108, (9, 0): 132, (10, 0): 148}
+"""Multiprocessors of A100, H100 and H200, and B200."""
+
+
+def processors(device: torch.device) -> int:
+    """How many multiprocessors the device has, so many programs at least run at a time; 1 in the interpreter."""
+    if _assumed is not None:
+        return PROCESSORS[_assumed]
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 def triton_refusal(device: torch.device, *dtypes: torch.dtype) -> str | None:
     """Why Triton cannot serve tensors of these dtypes on this device, or None."""
     if _triton.triton is None:
@@ -76,7 +107,7 @@ def triton_refusal(device: torch.device, *dtypes: torch.dtype) -> str | None:
             return f"it needs a CUDA device (or TRITON_INTERPRET=1), got {device}"
         elif torch.version.hip is not None:
             return "its kernels are made for NVIDIA GPUs"
-        elif torch.cuda.get_device_capability(device) < (8, 0):
+        elif capability(device) < (8, 0):
             return "it needs compute capability 8.0 or newer"
     if torch.float64 in dtypes:
         return "it does not serve float64"
@@ -85,16 +116,30 @@ def triton_refusal(device: torch.device, *dtypes: torch.dtype) -> str | None:
     return None
 
 
-def choose(
-    op: str, requested: str, refusals: dict[str, str | None], preferred: Callable[[], str] = lambda: "eager"
-) -> str:
+AUTOMATIC: dict[str, str] = {
+    "correlation": "triton",
+    "fold": "triton",
+    "lowrank_fold": "triton",
+    "lowrank_transform": "triton",
+    "transform": "triton",
+}
+"""The backend that serves an op by itself on a GPU, if not eager. An op that is not listed, and fp32 or TF32
+products, are PyTorch's, until `python -m dbpkern.tune` finds on a device that another is right and faster."""
+
+
+def preferred(op: str, device: torch.device, kind: str = "16bit") -> str:
+    """The backend that serves an op by itself, for a kind of operands."""
+    return AUTOMATIC.get(op, "eager") if device.type == "cuda" and kind == "16bit" else "eager"
+
+
+def choose(op: str, requested: str, refusals: dict[str, str | None], automatic: str = "eager") -> str:
     """The backend that serves a call.
 
     Args:
-        op: its name, for messages.
+        op: its name.
         requested: a backend by name, or "" for the automatic choice.
         refusals: for each backend of this op but eager, why it cannot serve the call, or None.
-        preferred: says what is best for this call; asked unless the user has said it.
+        automatic: the backend where nobody asks for one, see `preferred`.
 
     Raises:
         ValueError: the requested backend cannot serve the call, or the op has no such backend.
@@ -108,10 +153,7 @@ def choose(
         if refusals[requested] is not None:
             raise ValueError(f"{op}: backend {requested!r} cannot serve this call: {refusals[requested]}")
         return requested
-    named = named_backend()
-    if not named and all(refusals.values()):
-        return "eager"
-    wanted = named or preferred()
+    wanted = named_backend() or automatic
     return wanted if refusals.get(wanted, "no such backend") is None else "eager"
 
 
@@ -126,92 +168,46 @@ class Tiles:
     stages: int
 
 
-_assumed = "default"
+# Where widths are no multiples of 16, Triton loads less than 16 bytes at a time and needs more registers.
+_SMALL_ODD, _SMALL = Tiles(32, 32, 16, 4, 2), Tiles(32, 32, 32, 4, 3)
+_ODD, _LARGE = Tiles(64, 64, 32, 8, 2), Tiles(128, 128, 32, 8, 2)
+_TENSOR_CORES = {(0, 1): _SMALL_ODD, (0, 16): _SMALL, (128, 1): _ODD, (128, 16): _LARGE}
+_IEEE = {(0, 1): Tiles(32, 32, 16, 8, 2), (128, 1): Tiles(64, 64, 16, 8, 2)}
+
+TILES: dict[tuple[str, str], dict[tuple[int, int], Tiles]] = {
+    ("matmul", "16bit"): _TENSOR_CORES,
+    ("matmul", "tf32"): _TENSOR_CORES,
+    ("matmul", "ieee"): _IEEE,
+    ("correlation", "16bit"): _TENSOR_CORES,
+    ("correlation", "tf32"): _TENSOR_CORES,
+    ("correlation", "ieee"): _IEEE,
+    # By the rank.
+    ("lowrank", "16bit"): {
+        (0, 1): Tiles(64, 32, 32, 8, 2),
+        (0, 16): Tiles(64, 64, 32, 4, 3),
+        (65, 1): Tiles(32, 32, 32, 8, 2),
+        (80, 16): Tiles(64, 32, 32, 4, 2),
+        (144, 16): Tiles(64, 32, 32, 8, 2),
+    },
+    ("lowrank", "tf32"): {
+        (0, 1): Tiles(64, 32, 32, 8, 2),
+        (0, 16): Tiles(64, 64, 32, 4, 2),
+        (65, 1): Tiles(32, 32, 32, 8, 2),
+        (80, 16): Tiles(64, 32, 32, 4, 2),
+    },
+    ("lowrank", "ieee"): {(0, 1): Tiles(32, 32, 16, 4, 2), (129, 1): Tiles(16, 32, 16, 8, 2)},
+}
+"""Tiles by kernel and kind of operands: `{(least width, multiple): tiles}`. None has been measured."""
 
 
-@contextlib.contextmanager
-def assume(name: str) -> Iterator[None]:
-    """Within, tensors of device meta stand for those of an architecture: for compilation ahead of time."""
-    global _assumed
-    outer, _assumed = _assumed, name
-    try:
-        yield
-    finally:
-        _assumed = outer
-
-
-def architecture(device: torch.device) -> str:
-    """Name of the table of a device: "sm_90", or "default" where there is none of its own."""
-    if device.type == "meta":
-        return _assumed
-    if device.type != "cuda":
-        return "default"
-    major, minor = torch.cuda.get_device_capability(device)
-    name = f"sm_{major}{minor}"
-    return name if name in architectures() else "default"
-
-
-@functools.cache
-def architectures() -> tuple[str, ...]:
-    """The tables there are."""
-    files = importlib.resources.files("dbpkern").joinpath("configs").iterdir()
-    return tuple(sorted(file.name.removesuffix(".json") for file in files if file.name.endswith(".json")))
-
-
-@functools.cache
-def table(name: str) -> dict:
-    """A table of `dbpkern/configs/`: {"measured": ..., "tiles": {...}, "triton": {...}}."""
-    file = importlib.resources.files("dbpkern").joinpath("configs", f"{name}.json")
-    return json.loads(file.read_text())
-
-
-def _row(name: str, section: str, op: str, kind: str) -> object:
-    """What a table says, or the default table in its place."""
-    found = table(name)[section].get(op, {})
-    return found[kind] if kind in found else table("default")[section].get(op, {}).get(kind)
-
-
-def rows(name: str, op: str, kind: str) -> list[dict[str, int]]:
-    """The rows of tiles of an architecture's table.
-
-    Each serves widths from its "min_d" on that are multiples of its "multiple": Triton loads 16 bytes at a
-    time where strides are multiples of 16, and needs more registers, so smaller tiles, where they are not.
-    """
-    return _row(name, "tiles", op, kind)
-
-
-def candidates(name: str, op: str, kind: str, d: int) -> list[tuple[tuple[int, int], Tiles]]:
-    """The tiles of a table that can serve width d, with their demands on it."""
-    return [
-        (
-            (row["min_d"], row["multiple"]),
-            Tiles(*(row[field] for field in ("m", "n", "k", "warps", "stages"))),
-        )
-        for row in rows(name, op, kind)
-        if d >= row["min_d"] and d % row["multiple"] == 0
-    ]
-
-
-_tuned: dict[tuple[str, str, int], Tiles] = {}
-"""Tiles that `_tuning` has found or is trying, by kernel, kind of operands and width."""
-
-
-def tiles(op: str, kind: str, d: int, device: torch.device) -> Tiles:
+def tiles(kernel: str, kind: str, d: int) -> Tiles:
     """The tiles of a kernel for width d: those of the most demanding row of the table that d meets."""
-    if (op, kind, d) in _tuned:
-        return _tuned[op, kind, d]
-    serving = candidates(architecture(device), op, kind, d)
-    return max(serving, key=lambda found: found[0])[1]
+    rows = TILES[kernel, kind]
+    return rows[max(row for row in rows if d >= row[0] and d % row[1] == 0)]
 
 
-def pays(op: str, kind: str, device: torch.device, **sizes: int) -> bool:
-    """Whether Triton pays for a call of these sizes: every `min_<size>` of the table is reached.
+def on_device(tensor: Tensor) -> bool:
+    """Whether the tensor has memory behind it: neither meta nor fake."""
+    from torch._subclasses.fake_tensor import FakeTensor
 
-    A kind of operands that the table does not list never pays.
-    """
-    if device.type != "cuda":
-        return False
-    limits = _row(architecture(device), "triton", op, kind)
-    if limits is None:
-        return False
-    return all(sizes[name.removeprefix("min_")] >= least for name, least in limits.items())
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))

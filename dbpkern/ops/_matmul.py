@@ -177,3 +177,23 @@ def matmul(a: Tensor, b: Tensor, out_dtype: torch.dtype, operands: Operands, til
         tiles.stages,
     )  # fmt: skip
     return c
+
+
+@jit
+def load_rate(eta, layer, ETA_TENSOR: tl.constexpr, ETA_STRIDE: tl.constexpr):
+    """The rate of a layer, from a number or from a tensor that the device may change between launches."""
+    if ETA_TENSOR:
+        rate = tl.load(eta + layer * ETA_STRIDE).to(tl.float32)
+    else:
+        rate = eta
+    return rate
+
+
+def rate_arguments(eta: Tensor, device: torch.device) -> tuple[dict[str, object], dict[str, object]]:
+    """Arguments and constants for a kernel that calls `load_rate`."""
+    if eta.device.type == "cpu" and eta.dim() == 0 and device.type != "cpu":
+        # Reading it waits for nobody, and the kernel takes it as a number.
+        return {"eta": float(eta)}, {"ETA_TENSOR": False, "ETA_STRIDE": 0}
+    if eta.dtype == torch.float64:
+        eta = eta.float()
+    return {"eta": eta}, {"ETA_TENSOR": True, "ETA_STRIDE": eta.stride(0) if eta.dim() else 0}

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from dbpkern.ops import _dispatch, _triton, _tuning
-from dbpkern.ops._common import accumulator_dtype, autocast_off, check_kappa, check_tensor
+from dbpkern.ops import _dispatch, _triton
+from dbpkern.ops._common import accumulator_dtype, autocast_off, check_kappa, check_tensor, operator
 from dbpkern.ops._matmul import cdiv, dot, operand_constants, rounded, within_reach
 from dbpkern.ops._triton import jit, tl
 
@@ -98,7 +98,7 @@ def triton_correlation(z: Tensor, kappa: float, loss: bool) -> tuple[Tensor, Ten
     z = within_reach(z)
     L, n, d = z.shape
     operands = _dispatch.operands(z.dtype)
-    tiles = _dispatch.tiles("correlation", operands.kind, d, z.device)
+    tiles = _dispatch.tiles("correlation", operands.kind, d)
     steps = cdiv(d, tiles.m)
     grid = (steps * (steps + 1) // 2, L)
     M = torch.empty(L, d, d, dtype=torch.float32, device=z.device)
@@ -139,20 +139,12 @@ def _eager_correlation(z: Tensor, kappa: float, loss: bool) -> tuple[Tensor, Ten
     return G, a, losses
 
 
-@torch.library.custom_op("dbpkern::correlation", mutates_args=())
+@operator("correlation")
 def _correlation(z: Tensor, kappa: float, loss: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     L, n, d = z.shape
-    serves = _tuning.serving(
-        "correlation",
-        backend,
-        _dispatch.triton_refusal(z.device, z.dtype),
-        "correlation",
-        _dispatch.operands(z.dtype).kind,
-        z.device,
-        # A single layer some hundred features wide does not fill a GPU: L d counts.
-        {"d": d, "n": n, "work": L * d},
-        lambda name: torch.ops.dbpkern.correlation(z, kappa, loss, name),
-    )
+    refusal = _dispatch.triton_refusal(z.device, z.dtype)
+    automatic = _dispatch.preferred("correlation", z.device, _dispatch.operands(z.dtype).kind)
+    serves = _dispatch.choose("correlation", backend, {"triton": refusal}, automatic)
     if n == 0 or d == 0:
         dtype = accumulator_dtype(z.dtype)
         shapes = ((L, d, d), (L, d), (L if loss else 0,))

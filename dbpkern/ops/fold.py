@@ -4,33 +4,25 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from dbpkern.ops import _dispatch, _tuning
-from dbpkern.ops._common import FLOATS, autocast_off, check_matrix, check_same_device, check_tensor
+from dbpkern.ops import _dispatch
+from dbpkern.ops._common import FLOATS, autocast_off, check_matrix, check_same_device, check_tensor, operator
 from dbpkern.ops._matmul import matmul
 
 
 def triton_fold(W: Tensor, R: Tensor, out_dtype: torch.dtype) -> Tensor:
     """The product by the kernel of `_matmul`."""
     operands = _dispatch.operands(W.dtype, R.dtype, out=out_dtype)
-    tiles = _dispatch.tiles("matmul", operands.kind, W.shape[-1], W.device)
+    tiles = _dispatch.tiles("matmul", operands.kind, W.shape[-1])
     stacks = (W, R) if W.dim() == 3 else (W[None], R[None])
     return matmul(*stacks, out_dtype, operands, tiles).view(W.shape)
 
 
-@torch.library.custom_op("dbpkern::fold", mutates_args=())
+@operator("fold")
 def _fold(W: Tensor, R: Tensor, out_dtype: torch.dtype, backend: str) -> Tensor:
+    refusal = _dispatch.triton_refusal(W.device, W.dtype, R.dtype, out_dtype)
     kind = _dispatch.operands(W.dtype, R.dtype, out=out_dtype).kind
-    serves = _tuning.serving(
-        "fold",
-        backend,
-        _dispatch.triton_refusal(W.device, W.dtype, R.dtype, out_dtype),
-        "matmul",
-        kind,
-        W.device,
-        {"d": W.shape[-1], "rows": W.shape[:-1].numel()},
-        lambda name: torch.ops.dbpkern.fold(W, R, out_dtype, name),
-    )
-    if serves == "triton":
+    automatic = _dispatch.preferred("fold", W.device, kind)
+    if _dispatch.choose("fold", backend, {"triton": refusal}, automatic) == "triton":
         return triton_fold(W, R, out_dtype)
     with autocast_off(W.device):
         compute = torch.promote_types(W.dtype, R.dtype)

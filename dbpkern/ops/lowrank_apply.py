@@ -13,8 +13,9 @@ from dbpkern.ops._common import (
     check_same_device,
     check_same_dtype,
     check_tensor,
+    eta_tensor,
+    operator,
     per_layer,
-    rate_tensor,
 )
 from dbpkern.ops._dispatch import check_backend, choose
 from dbpkern.ops.lowrank_fold import check_factors, ieee_products
@@ -31,7 +32,7 @@ def _identity(like: Tensor) -> Tensor:
 
 
 def _stepped(Q: Tensor, S: Tensor, B: Tensor, Y: Tensor, c: Tensor, rate: Tensor, kappa: float) -> Tensor:
-    """S after `T <- T - lr M_Q T`, `T = I + S`; a step too small to show in T still shows in S."""
+    """S after `T <- T - eta M_Q T`, `T = I + S`; a step too small to show in T still shows in S."""
     V = torch.bmm(Q, S)
     g = c + 2 * (Y * V).sum(-1) + (torch.bmm(V, B) * V).sum(-1)  # mean squares of z, [L, d]
     eye = _identity(S)
@@ -57,13 +58,13 @@ def _orthonormal(A: Tensor) -> tuple[Tensor, Tensor]:
     return A, found & A.isfinite().all(-1).all(-1)
 
 
-def _moved(Q: Tensor, B: Tensor, Y: Tensor, q_lr: float) -> tuple[Tensor, Tensor]:
-    """Q after `orth(Q + q_lr (Y B^-1 - Q))`, and per layer whether that succeeded."""
+def _moved(Q: Tensor, B: Tensor, Y: Tensor, q_eta: float) -> tuple[Tensor, Tensor]:
+    """Q after `orth(Q + q_eta (Y B^-1 - Q))`, and per layer whether that succeeded."""
     ridge = RIDGE * B.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
     factor, info = torch.linalg.cholesky_ex(B + ridge * _identity(B))
     half = torch.linalg.solve_triangular(factor.mT, Y, upper=True, left=False)
     target = torch.linalg.solve_triangular(factor, half, upper=False, left=False)
-    moved, found = _orthonormal(torch.lerp(Q, target, q_lr))
+    moved, found = _orthonormal(torch.lerp(Q, target, q_eta))
     return moved, found & (info == 0)
 
 
@@ -77,14 +78,14 @@ def _rotation(P: Tensor) -> Tensor:
     return P
 
 
-@torch.library.custom_op("dbpkern::lowrank_apply_", mutates_args=("Q", "S"))
+@operator("lowrank_apply_", mutates=("Q", "S"))
 def _lowrank_apply(
-    Q: Tensor, S: Tensor, B: Tensor, Y: Tensor, c: Tensor, lr: Tensor, kappa: float, q_lr: float
+    Q: Tensor, S: Tensor, B: Tensor, Y: Tensor, c: Tensor, eta: Tensor, kappa: float, q_eta: float
 ) -> None:
     # S is turned by two products in every step: in TF32 it would grow or fade, step after step.
     with autocast_off(Q.device), ieee_products(Q.device):
-        stepped = _stepped(Q, S, B, Y, c, per_layer(lr, S.dtype), kappa)
-        moved, found = _moved(Q, B, Y, q_lr)
+        stepped = _stepped(Q, S, B, Y, c, per_layer(eta, S.dtype), kappa)
+        moved, found = _moved(Q, B, Y, q_eta)
         U = _rotation(torch.bmm(moved.mT, Q))
         found = found[:, None, None]
         turned = torch.bmm(torch.bmm(U, stepped), U.mT)
@@ -95,7 +96,7 @@ def _lowrank_apply(
 
 
 @_lowrank_apply.register_fake
-def _(Q: Tensor, S: Tensor, B: Tensor, Y: Tensor, c: Tensor, lr: Tensor, kappa: float, q_lr: float) -> None:
+def _(Q: Tensor, S: Tensor, B: Tensor, Y: Tensor, c: Tensor, eta: Tensor, kappa: float, q_eta: float) -> None:
     return None
 
 
@@ -112,17 +113,17 @@ def lowrank_apply_(
     B: Tensor,
     Y: Tensor,
     c: Tensor,
-    lr: float | Tensor,
+    eta: float | Tensor,
     kappa: float = 0.0,
-    q_lr: float = 0.2,
+    q_eta: float = 0.2,
     *,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Update a stack of low-rank `R = I + Q S Q^T` in place from the statistics of its input.
 
     Inside the subspace, S follows the rule of the full R (arXiv 2510.14657, Eq. 4; its kappa term from arXiv
-    2405.02385): `T <- T - lr M_Q T` with `T = I + S` and `M_Q = Q^T M Q`, where M is that of all d features.
-    Q then follows the leading eigenvectors of the input's second moment, `orth(Q + q_lr (Y B^-1 - Q))`, and
+    2405.02385): `T <- T - eta M_Q T` with `T = I + S` and `M_Q = Q^T M Q`, where M is that of all d features.
+    Q then follows the leading eigenvectors of the input's second moment, `orth(Q + q_eta (Y B^-1 - Q))`, and
     S turns with it. With r = d this is the full update, however Q moves.
 
     A layer whose statistics are all zero, having no rows, stays as it is. Where a factorisation fails or a
@@ -136,9 +137,9 @@ def lowrank_apply_(
         B: `[L, r, r]` of the same dtype, as `lowrank_statistics` returns it.
         Y: `[L, d, r]`, likewise.
         c: `[L, d]`, likewise.
-        lr: eta, a number >= 0, a 0-d tensor, or `[L]` for a rate per layer.
+        eta: eta, a number >= 0, a 0-d tensor, or `[L]` for a rate per layer.
         kappa: weight in [0, 1] of the unit-variance term.
-        q_lr: how far Q moves towards its target, in [0, 1]; free of the input's scale.
+        q_eta: how far Q moves towards its target, in [0, 1]; free of the input's scale.
         backend: "eager", or None for the same.
 
     Returns:
@@ -165,10 +166,10 @@ def lowrank_apply_(
     check_same_dtype(Q=Q, B=B, Y=Y, c=c)
     check_same_device(Q=Q, S=S, B=B, Y=Y, c=c)
     check_kappa(kappa)
-    if not (math.isfinite(q_lr) and 0.0 <= q_lr <= 1.0):
-        raise ValueError(f"q_lr: expected a number in [0, 1], got {q_lr}")
+    if not (math.isfinite(q_eta) and 0.0 <= q_eta <= 1.0):
+        raise ValueError(f"q_eta: expected a number in [0, 1], got {q_eta}")
     check_backend(backend)
     choose("lowrank_apply_", backend or "", {})
-    rate = rate_tensor(lr, L, Q.device)
-    torch.ops.dbpkern.lowrank_apply_(Q, S, B, Y, c, rate, float(kappa), float(q_lr))
+    rate = eta_tensor(eta, L, Q.device)
+    torch.ops.dbpkern.lowrank_apply_(Q, S, B, Y, c, rate, float(kappa), float(q_eta))
     return Q, S

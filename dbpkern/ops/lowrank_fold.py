@@ -8,8 +8,15 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from dbpkern.ops import _dispatch, _triton, _tuning
-from dbpkern.ops._common import FLOATS, autocast_off, check_same_device, check_same_dtype, check_tensor
+from dbpkern.ops import _dispatch, _triton
+from dbpkern.ops._common import (
+    FLOATS,
+    autocast_off,
+    check_same_device,
+    check_same_dtype,
+    check_tensor,
+    operator,
+)
 from dbpkern.ops._dispatch import Operands, check_backend
 from dbpkern.ops._matmul import (
     cdiv,
@@ -139,7 +146,7 @@ def triton_lowrank(A: Tensor, Q: Tensor, S: Tensor, out_dtype: torch.dtype) -> T
     with ieee_products(A.device):
         V = torch.bmm(Q, S.float().mT)
     out = torch.empty(L, M, d, dtype=out_dtype, device=A.device)
-    blocks = _dispatch.tiles("lowrank_fold", t_kind.kind, _tile_key(d, r), A.device)
+    blocks = _dispatch.tiles("lowrank", t_kind.kind, _tile_key(d, r))
     _triton.launch(
         lowrank_kernel,
         (cdiv(M, blocks.m), L),
@@ -165,21 +172,12 @@ def triton_lowrank(A: Tensor, Q: Tensor, S: Tensor, out_dtype: torch.dtype) -> T
 
 def add_lowrank(op: str, A: Tensor, Q: Tensor, S: Tensor, out_dtype: torch.dtype, backend: str) -> Tensor:
     """`A + ((A Q) S) Q^T` for stacks `[L, M, d], [L, d, r], [L, r, r]`, rounded once to `out_dtype`."""
-    L, M, d = A.shape
     r = Q.shape[2]
     refusal = _dispatch.triton_refusal(A.device, A.dtype, Q.dtype, out_dtype)
     if not 1 <= r <= MAX_RANK:
         refusal = refusal or f"it serves ranks from 1 to {MAX_RANK}, got {r}"
-    backend = _tuning.serving(
-        op,
-        backend,
-        refusal,
-        "lowrank_fold",
-        _operands(A, Q, out_dtype)[1].kind,
-        A.device,
-        {"d": _tile_key(d, r), "rows": L * M, "width": d},
-        lambda name: add_lowrank(op, A, Q, S, out_dtype, name),
-    )
+    automatic = _dispatch.preferred(op, A.device, _operands(A, Q, out_dtype)[1].kind)
+    backend = _dispatch.choose(op, backend, {"triton": refusal}, automatic)
     with autocast_off(A.device):
         if backend == "triton":
             return triton_lowrank(A, Q, S, out_dtype)
@@ -188,7 +186,7 @@ def add_lowrank(op: str, A: Tensor, Q: Tensor, S: Tensor, out_dtype: torch.dtype
         return torch.baddbmm(A, torch.bmm(torch.bmm(A, Q), S), Q.mT).to(out_dtype)
 
 
-@torch.library.custom_op("dbpkern::lowrank_fold", mutates_args=())
+@operator("lowrank_fold")
 def _lowrank_fold(W: Tensor, Q: Tensor, S: Tensor, out_dtype: torch.dtype, backend: str) -> Tensor:
     if W.dim() == 3:
         return add_lowrank("lowrank_fold", W, Q, S, out_dtype, backend)

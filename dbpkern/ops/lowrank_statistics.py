@@ -10,6 +10,7 @@ from dbpkern.ops._common import (
     check_accumulator,
     check_same_device,
     check_tensor,
+    operator,
 )
 from dbpkern.ops._dispatch import check_backend, choose, named_backend
 
@@ -56,7 +57,7 @@ def _result_dtype(x: Tensor, Q: Tensor) -> torch.dtype:
     return torch.promote_types(accumulator_dtype(x.dtype), Q.dtype)
 
 
-@torch.library.custom_op("dbpkern::lowrank_statistics", mutates_args=())
+@operator("lowrank_statistics")
 def _lowrank_statistics(x: Tensor, Q: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     L, n, d = x.shape
     r = Q.shape[2]

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from dbpkern.ops._common import check_same_device, check_tensor
+from dbpkern.ops._common import check_same_device, check_tensor, operator
 from dbpkern.ops._dispatch import check_backend
 from dbpkern.ops.lowrank_fold import add_lowrank, check_factors, lowrank_flops
 
 
-@torch.library.custom_op("dbpkern::lowrank_transform", mutates_args=())
+@operator("lowrank_transform")
 def _lowrank_transform(x: Tensor, Q: Tensor, S: Tensor, backend: str) -> Tensor:
     if Q.dim() == 3:
         return add_lowrank("lowrank_transform", x, Q, S.mT, x.dtype, backend)

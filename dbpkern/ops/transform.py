@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from dbpkern.ops import _dispatch, _tuning
-from dbpkern.ops._common import autocast_off, check_matrix, check_same_device, check_tensor
+from dbpkern.ops import _dispatch
+from dbpkern.ops._common import autocast_off, check_matrix, check_same_device, check_tensor, operator
 from dbpkern.ops._matmul import matmul
 
 
@@ -15,25 +15,16 @@ def triton_transform(x: Tensor, R: Tensor) -> Tensor:
     """The product by the kernel of `_matmul`."""
     d = x.shape[-1]
     operands = _dispatch.operands(x.dtype, R.dtype)
-    tiles = _dispatch.tiles("matmul", operands.kind, d, x.device)
+    tiles = _dispatch.tiles("matmul", operands.kind, d)
     stacks = (x, R.mT) if R.dim() == 3 else (x.reshape(1, math.prod(x.shape[:-1]), d), R.mT[None])
     return matmul(*stacks, x.dtype, operands, tiles).view(x.shape)
 
 
-@torch.library.custom_op("dbpkern::transform", mutates_args=())
+@operator("transform")
 def _transform(x: Tensor, R: Tensor, backend: str) -> Tensor:
-    d = x.shape[-1]
-    serves = _tuning.serving(
-        "transform",
-        backend,
-        _dispatch.triton_refusal(x.device, x.dtype, R.dtype),
-        "matmul",
-        _dispatch.operands(x.dtype, R.dtype).kind,
-        x.device,
-        {"d": d, "rows": x.shape[:-1].numel()},
-        lambda name: torch.ops.dbpkern.transform(x, R, name),
-    )
-    if serves == "triton":
+    refusal = _dispatch.triton_refusal(x.device, x.dtype, R.dtype)
+    automatic = _dispatch.preferred("transform", x.device, _dispatch.operands(x.dtype, R.dtype).kind)
+    if _dispatch.choose("transform", backend, {"triton": refusal}, automatic) == "triton":
         return triton_transform(x, R)
     with autocast_off(x.device):
         compute = torch.promote_types(x.dtype, R.dtype)
