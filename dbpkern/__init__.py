@@ -1,28 +1,36 @@
 """Fast decorrelated backpropagation for vision transformers.
 
-decor = dbpkern.DecorPreconditioner(model, optimizer)     # around any optimizer; nothing else changes
+optimizer = dbpkern.DecorAdamW(model.parameters(), lr=1e-3, weight_decay=0.05, model=model)
 
-or with layers that compute W R x:
+or around any optimizer:
+
+decor = dbpkern.DecorPreconditioner(model, optimizer)     # nothing else changes
+
+or with layers that compute W R x, as the papers have it:
 
 dbpkern.decorrelate(model)                  # in place: layers that whiten their inputs with a learned R
 decor = dbpkern.DecorSGD(model)             # updates every R
 ...
 loss.backward(); optimizer.step(); decor.step()
 dbpkern.fuse(model)                         # stock layers again, R folded into the weights
+
+`dbpkern.Decor` says which layers, and how their R move.
 """
 
 from dbpkern import ops
-from dbpkern.convert import decorrelate, fuse
-from dbpkern.nn import DecorConv2d, DecorLinear, DecorMultiheadAttention
-from dbpkern.optim import DecorSGD
+from dbpkern.config import Decor
+from dbpkern.layers import DecorConv2d, DecorLinear, DecorMultiheadAttention, DecorSGD, decorrelate, fuse
+from dbpkern.optim import DecorAdamW, DecorMuon, DecorPreconditioner
 from dbpkern.planning import Plan, plan
-from dbpkern.precondition import DecorPreconditioner
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Decor",
+    "DecorAdamW",
     "DecorConv2d",
     "DecorLinear",
+    "DecorMuon",
     "DecorMultiheadAttention",
     "DecorPreconditioner",
     "DecorSGD",

@@ -6,16 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dbpkern import ops
+
 
 def count_tokens(x: Tensor) -> int:
     """Number of rows of `x [*, d]`."""
     return x.numel() // x.shape[-1] if x.shape[-1] else 0
 
 
-def take_tokens(x: Tensor, index: Tensor | None) -> Tensor:
-    """The rows `index` of `x [*, d]`, `[n_s, d]`; all of them for None."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows.clone() if index is None else rows.index_select(0, index)
+def take_tokens(out: Tensor, x: Tensor, index: Tensor | None) -> None:
+    """Write the rows `index` (all of them for None) of `x [*, d]` into `out [n_s, d]`."""
+    ops.sample_rows_(out, x, index)
 
 
 def _margins(conv: nn.Conv2d) -> Sequence[int]:
@@ -49,22 +50,7 @@ def count_patches(conv: nn.Conv2d, x: Tensor) -> int:
     return (len(x) if x.dim() == 4 else 1) * rows * columns
 
 
-def take_patches(conv: nn.Conv2d, x: Tensor, index: Tensor | None) -> Tensor:
-    """The patches `index` of the images x, `[n_s, C kh kw]`; all of them for None."""
-    _, columns = patch_grid(conv, x)
-    if index is None:
-        index = torch.arange(count_patches(conv, x), device=x.device)
-    x = x if x.dim() == 4 else x[None]
-    cells = count_patches(conv, x) // len(x)
-    x = pad(conv, x)
-    # Reads the sampled patches alone: unfolding every patch would copy the whole batch.
-    starts = (index % cells // columns, index % columns)
-    y, v = (
-        start[:, None] * stride + torch.arange(kernel, device=x.device) * dilation  # [n_s, k]
-        for start, stride, kernel, dilation in zip(
-            starts, conv.stride, conv.kernel_size, conv.dilation, strict=True
-        )
-    )
-    image = (index // cells)[:, None, None]
-    patches = x[image, :, y[:, :, None], v[:, None, :]]  # [n_s, kh, kw, C]
-    return patches.permute(0, 3, 1, 2).flatten(1)
+def take_patches(out: Tensor, conv: nn.Conv2d, x: Tensor, index: Tensor | None) -> None:
+    """Write the patches `index` (all of them for None) of the images x into `out [n_s, C kh kw]`."""
+    x = pad(conv, x if x.dim() == 4 else x[None])
+    ops.sample_patches_(out, x, index, conv.kernel_size, conv.stride, (0, 0), conv.dilation)

@@ -10,18 +10,16 @@ R is not trained by the task loss: `dbpkern.DecorSGD` updates it from rows sampl
 """
 
 import copy
-from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dbpkern import distributed, ops
-from dbpkern.ops._common import autocast_off
-from dbpkern.ops.lowrank_fold import ieee_products
+from dbpkern.capture import MovedTap, Slot, Tap, slot_of
 from dbpkern.rows import count_patches, count_tokens, pad, patch_grid, take_patches, take_tokens
-from dbpkern.sampling import Proposal, ProposingTap, Slot, Tap, derive_seed, slot_of
+from dbpkern.structure import Full, LowRank, structure_of
 
 FORMS = ("auto", "fold", "apply")
 
@@ -30,137 +28,6 @@ def check_form(form: str) -> None:
     """Raise ValueError unless `form` names a way to compute the layer."""
     if form not in FORMS:
         raise ValueError(f"form: expected one of {FORMS}, got {form!r}")
-
-
-@dataclass(frozen=True)
-class Full:
-    """R as a matrix of its own: one buffer `R [d, d]`."""
-
-    names: ClassVar = ("R",)
-
-    def start(self, d: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor]:
-        """The buffers of R = I."""
-        return (torch.eye(d, dtype=dtype, device=device),)
-
-    def reset(self, R: Tensor) -> None:
-        """Set R to the identity, in place."""
-        R.zero_().diagonal().fill_(1)
-
-    def matrix(self, R: Tensor) -> Tensor:
-        """R, `[d, d]`."""
-        return R
-
-    def fold(self, W: Tensor, out_dtype: torch.dtype | None, R: Tensor) -> Tensor:
-        """`W R`, `[o, d]`."""
-        return ops.fold(W, R, out_dtype)
-
-    def transform(self, x: Tensor, R: Tensor) -> Tensor:
-        """`x R^T`, `[*, d]`."""
-        return ops.transform(x, R)
-
-    def transform_(self, x: Tensor, R: Tensor) -> None:
-        """`x <- x R^T` for a matrix `x [o, d]` of R's dtype."""
-        x.copy_(ops.transform(x, R))
-
-    def remember(self, V: Tensor, R: Tensor) -> Tensor:
-        """What `carry_` needs of `V [o, d]`: V."""
-        return V.clone()
-
-    def carry_(self, V: Tensor, before: Tensor, R: Tensor) -> None:
-        """`V <- V_old + (V - V_old) R`, in place.
-
-        Args:
-            V: `[o, d]`, of R's dtype.
-            before: `remember(V_old)`.
-            R: the matrix.
-        """
-        with autocast_off(V.device):
-            before = before.to(R.dtype)
-            torch.addmm(before, V - before, R, out=V)
-
-    def describe(self, R: Tensor) -> str:
-        """For `extra_repr`."""
-        return f"R={list(R.shape)}"
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """`R = I + Q S Q^T`: buffers `Q [d, r]`, orthonormal, and `S [r, r]`."""
-
-    rank: int
-
-    names: ClassVar = ("Q", "S")
-
-    def start(self, d: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The buffers of R = I: a random subspace, the same in every process, and S = 0."""
-        if not 1 <= self.rank <= d:
-            raise ValueError(f"rank: expected an integer in [1, {d}], the layer's width, got {self.rank}")
-        Q = torch.empty(d, self.rank, dtype=dtype, device=device)
-        S = torch.empty(self.rank, self.rank, dtype=dtype, device=device)
-        self.reset(Q, S)
-        return Q, S
-
-    def reset(self, Q: Tensor, S: Tensor) -> None:
-        """Set R to the identity, in place, and Q to its start: it may never have been written before."""
-        S.zero_()
-        if not Q.is_meta:
-            generator = torch.Generator("cpu").manual_seed(derive_seed(*Q.shape))
-            normal = torch.randn(Q.shape, generator=generator, dtype=torch.float64, device="cpu")
-            Q.copy_(torch.linalg.qr(normal).Q)
-
-    def matrix(self, Q: Tensor, S: Tensor) -> Tensor:
-        """R, `[d, d]`."""
-        return self.fold(torch.eye(len(Q), dtype=Q.dtype, device=Q.device), None, Q, S)
-
-    def fold(self, W: Tensor, out_dtype: torch.dtype | None, Q: Tensor, S: Tensor) -> Tensor:
-        """`W R`, `[o, d]`."""
-        return ops.lowrank_fold(W, Q, S, out_dtype)
-
-    def transform(self, x: Tensor, Q: Tensor, S: Tensor) -> Tensor:
-        """`x R^T`, `[*, d]`."""
-        return ops.lowrank_transform(x, Q, S)
-
-    def transform_(self, x: Tensor, Q: Tensor, S: Tensor) -> None:
-        """`x <- x R^T` for a matrix `x [o, d]` of R's dtype."""
-        with autocast_off(x.device):
-            # Not addmm_, which counters of FLOPs do not know.
-            torch.addmm(x, (x @ Q) @ S.mT, Q.mT, out=x)
-
-    def remember(self, V: Tensor, Q: Tensor, S: Tensor) -> Tensor:
-        """What `carry_` needs of `V [o, d]`: `V Q`, `[o, r]`."""
-        with autocast_off(V.device), ieee_products(V.device):
-            return V.to(Q.dtype) @ Q
-
-    def carry_(self, V: Tensor, before: Tensor, Q: Tensor, S: Tensor) -> None:
-        """`V <- V_old + (V - V_old) R`, in place.
-
-        Args:
-            V: `[o, d]`, of R's dtype.
-            before: `remember(V_old)`.
-            Q: the factors of R.
-            S: the factors of R.
-        """
-        # A difference of products: in TF32 the small change of V would be lost.
-        with autocast_off(V.device), ieee_products(V.device):
-            torch.addmm(V, (V @ Q - before) @ S, Q.mT, out=V)
-
-    def describe(self, Q: Tensor, S: Tensor) -> str:
-        """For `extra_repr`."""
-        d, r = Q.shape
-        return f"R=[{d}, {d}], rank={r}"
-
-
-def structure_of(rank: int | None) -> Full | LowRank:
-    """How a layer holds R: full for None.
-
-    Raises:
-        TypeError: rank is neither None nor an integer.
-    """
-    if rank is None:
-        return Full()
-    if not isinstance(rank, int) or isinstance(rank, bool):
-        raise TypeError(f"rank: expected an integer or None, got {type(rank).__name__}")
-    return LowRank(rank)
 
 
 _BUFFERS = (*Full.names, *LowRank.names)
@@ -252,9 +119,9 @@ class Decorrelated(nn.Module):
         """Number of rows in the input x: its tokens."""
         return count_tokens(x)
 
-    def take_rows(self, x: Tensor, index: Tensor | None) -> Tensor:
-        """The rows `index` of the input x, `[n_s, d]`; all of them for None."""
-        return take_tokens(x, index)
+    def take_rows(self, out: Tensor, x: Tensor, index: Tensor | None) -> None:
+        """Write the rows `index` (all of them for None) of the input x into `out [n_s, d]`."""
+        take_tokens(out, x, index)
 
     def _folds(self, rows: int) -> bool:
         return self.form == "fold" or (self.form == "auto" and rows > len(self._matrix()))
@@ -300,10 +167,9 @@ class Decorrelated(nn.Module):
     def _applied(self, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """z of all `rows [*, d]` of the input x, and the weight, tied to x as by `_tapped`.
 
-        In training, the rows sampled for R's step are taken from z while it is there, and the next R with
-        them: see `ops.fused_step`.
+        Where R's step is linear in M, the sampled rows say with z what R moves by: see `ops.fused_step`.
         """
-        slot = self._proposing_slot(rows)
+        slot = self._linear_slot(rows)
         if slot is None:
             return self.transform(rows), self._tapped(x)
         flat = rows.reshape(-1, rows.shape[-1])
@@ -311,20 +177,18 @@ class Decorrelated(nn.Module):
         if index is None:
             index = torch.arange(len(flat), device=flat.device)
         (R,) = self.factors
-        rule = slot.rule()
-        z, new, _ = ops.fused_step(flat, R, index, rule.lr, rule.kappa)
-        proposal = Proposal(new, len(index), rule, (R.data_ptr(), R._version))
-        sample = flat.detach().index_select(0, index)
-        return z.view(rows.shape), ProposingTap.apply(self._weight, sample, proposal, self._key)
+        z, new, _ = ops.fused_step(flat, R, index, 1.0, slot.kappa)
+        weight = MovedTap.apply(self._weight, x.detach(), index, new - R, self._key)
+        return z.view(rows.shape), weight
 
-    def _proposing_slot(self, rows: Tensor) -> Slot | None:
-        """The slot, if rows are sampled and the next R depends on them alone."""
+    def _linear_slot(self, rows: Tensor) -> Slot | None:
+        """The slot, if rows are sampled now and R's step is linear in M."""
         # A compiler cannot follow the host's choice of rows; several processes average statistics first.
         if self._key is None or torch.compiler.is_compiling() or distributed.world_size() > 1:
             return None
         wanted = self.training and torch.is_grad_enabled() and self.trains and rows.numel() > 0
         slot = slot_of(self._key) if wanted and isinstance(self.structure, Full) else None
-        return slot if slot is not None and slot.proposes() else None
+        return slot if slot is not None and slot.linear and slot.sampler.due else None
 
     @property
     def trains(self) -> bool:
@@ -506,9 +370,9 @@ class DecorConv2d(Decorrelated, nn.Conv2d):
         """Number of patches in the images x, `[B, C, H, W]` or `[C, H, W]`."""
         return count_patches(self, x)
 
-    def take_rows(self, x: Tensor, index: Tensor | None) -> Tensor:
-        """The patches `index` of the images x, `[n_s, C kh kw]`; all of them for None."""
-        return take_patches(self, x, index)
+    def take_rows(self, out: Tensor, x: Tensor, index: Tensor | None) -> None:
+        """Write the patches `index` (all of them for None) of the images x into `out [n_s, C kh kw]`."""
+        take_patches(out, self, x, index)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, C, H, W] -> [B, o, H', W']`."""

@@ -1,19 +1,10 @@
-"""Convert a model to decorrelated layers and back."""
+"""Which layers of a model are decorrelated: sites by name, ranks, and which layers read one input."""
 
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
-
-from dbpkern.nn import (
-    DecorConv2d,
-    DecorLinear,
-    DecorMultiheadAttention,
-    Decorrelated,
-    check_form,
-    is_sharded,
-)
 
 # The parts of a transformer block by the names that timm, torchvision and Hugging Face give them; a
 # pattern is matched against the end of a module's qualified name.
@@ -34,12 +25,6 @@ PRESETS = {
     "all": ("patch_embed", "qkv", "proj", "fc1", "fc2"),
 }
 
-_CONVERTERS = {
-    nn.Linear: DecorLinear.from_linear,
-    nn.Conv2d: DecorConv2d.from_conv,
-    nn.MultiheadAttention: DecorMultiheadAttention.from_attention,
-}
-
 Filter = Callable[[str, nn.Module], bool]
 Rank = int | float | None
 Ranks = Rank | str | Mapping[str, Rank]
@@ -48,6 +33,7 @@ _LOW: Mapping[str | None, Rank] = {**dict.fromkeys((*SITES, None), 1 / 12), "fc2
 RANK_PRESETS = {"mixed": {**_LOW, "qkv": None}, "low": _LOW}
 """Presets of ranks by site; None stands for layers of no known site. fc2's input is four times as wide as the
 others': the same number of dimensions is a smaller part of it."""
+
 Chosen = Mapping[str, tuple[nn.Module, str | None]]
 """Layers by name, with the site at which each stands, if known."""
 
@@ -79,17 +65,25 @@ def find_sites(model: nn.Module) -> dict[str, dict[str, nn.Module]]:
 
 
 def _site_names(sites: str | Iterable[str]) -> tuple[str, ...]:
+    """The names of sites that a preset or the names themselves stand for."""
     if isinstance(sites, str):
-        names = PRESETS.get(sites, (sites,))
-    else:
-        names = tuple(sites)
+        return PRESETS.get(sites, (sites,))
+    return tuple(dict.fromkeys(sites))
+
+
+def check_sites(sites: str | Iterable[str] | None, filter: Filter | None) -> None:
+    """Raise ValueError unless these name sites, or leave the choice to a filter."""
+    if sites is None:
+        if filter is None:
+            raise ValueError("sites=None: expected a filter(name, module) that chooses the layers")
+        return
+    names = _site_names(sites)
     unknown = [name for name in names if name not in SITES]
     if unknown or not names:
         hint = "; dbpkern.plan(model, step) chooses by measurement" if "auto" in unknown else ""
         raise ValueError(
             f"sites: expected a preset {tuple(PRESETS)} or some of {tuple(SITES)}, got {sites!r}{hint}"
         )
-    return tuple(dict.fromkeys(names))
 
 
 def _describe(found: dict[str, dict[str, nn.Module]], model: nn.Module) -> str:
@@ -103,17 +97,17 @@ def _describe(found: dict[str, dict[str, nn.Module]], model: nn.Module) -> str:
 
 
 def select(
-    model: nn.Module, sites: str | Iterable[str] | None = "sublayers", filter: Filter | None = None
+    model: nn.Module, sites: str | Iterable[str] | None, filter: Filter | None = None
 ) -> dict[str, tuple[nn.Module, str | None]]:
-    """The layers that `decorrelate` with the same arguments would convert: name -> (module, site).
+    """The layers that `sites` and `filter` choose: name -> (module, site).
 
     Raises:
-        ValueError: as `decorrelate` does for sites and filters.
+        ValueError: unknown sites, one that matches nothing (the message lists what exists) or that cannot be
+            served, or a filter that leaves nothing.
     """
+    check_sites(sites, filter)
     found = find_sites(model)
     if sites is None:
-        if filter is None:
-            raise ValueError("sites=None: expected a filter(name, module) that chooses the layers")
         site_of = {name: site for site, layers in found.items() for name in layers}
         chosen = {
             name: (module, site_of.get(name))
@@ -146,14 +140,9 @@ def select(
     return chosen
 
 
-def as_decorrelated(module: nn.Module, form: str = "auto", rank: int | None = None) -> Decorrelated:
-    """A decorrelated layer over the same Parameters with R = I; `module` itself if it is one already."""
-    return module if isinstance(module, Decorrelated) else _CONVERTERS[type(module)](module, form, rank)
-
-
 def check_kind(name: str, module: nn.Module) -> None:
-    """Raise ValueError unless the layer is of a class that has a decorrelated counterpart."""
-    if type(module) not in _CONVERTERS and not isinstance(module, Decorrelated):
+    """Raise ValueError unless the layer is of exactly one of the classes that are served."""
+    if type(module) not in (nn.Linear, nn.Conv2d, nn.MultiheadAttention):
         raise ValueError(
             f"{name}: expected exactly nn.Linear, nn.Conv2d or nn.MultiheadAttention, got "
             f"{type(module).__module__}.{type(module).__qualname__}, whose forward may differ; "
@@ -183,40 +172,6 @@ def check_weights(model: nn.Module, chosen: Chosen) -> None:
                 f"{name}: its weight is tied to {', '.join(tied)}; what R does to it would change "
                 "that layer, too; exclude it with filter"
             )
-
-
-def _check_replaceable(model: nn.Module, chosen: Chosen) -> None:
-    """Refuse layers that a decorrelated one cannot stand in for."""
-    modules = dict(model.named_modules())
-    for name, (module, _) in chosen.items():
-        if not name:
-            raise ValueError(
-                f"the model itself is a {type(module).__name__}, which cannot be replaced in place; use "
-                "DecorLinear.from_linear, DecorConv2d.from_conv or DecorMultiheadAttention.from_attention"
-            )
-        if is_sharded(module):
-            raise ValueError(
-                f"{name}: the model is sharded already, and FSDP holds on to the layers that it was given; "
-                "call decorrelate(model) before fully_shard"
-            )
-        check_kind(name, module)
-        owner = modules[name.rpartition(".")[0]]
-        if isinstance(owner, nn.TransformerEncoderLayer | nn.MultiheadAttention):
-            raise ValueError(
-                f"{name}: {type(owner).__name__} reads this layer's weight without calling the layer, so "
-                "its R would be ignored; exclude it with filter"
-            )
-    check_weights(model, chosen)
-
-
-def check_stock(model: nn.Module) -> None:
-    """Raise ValueError if the model has decorrelated layers."""
-    already = [name for name, module in model.named_modules() if isinstance(module, Decorrelated)]
-    if already:
-        raise ValueError(
-            f"the model is decorrelated already ({already[0]} and {len(already) - 1} more layers); "
-            "name all sites in one call, or fuse(model) first"
-        )
 
 
 def inputs_of(chosen: Chosen) -> list[list[str]]:
@@ -255,6 +210,18 @@ def _check_rank(rank: Rank) -> None:
         raise ValueError(f"rank: expected an integer, or a part of the width in (0, 1), got {rank}")
 
 
+def check_ranks(rank: Ranks) -> None:
+    """Raise TypeError or ValueError for what can be no ranks of any layers."""
+    if isinstance(rank, str):
+        if rank not in RANK_PRESETS:
+            raise ValueError(
+                f"rank: expected a number, ranks by site, or one of {tuple(RANK_PRESETS)}, got {rank!r}"
+            )
+        return
+    for one in rank.values() if isinstance(rank, Mapping) else (rank,):
+        _check_rank(one)
+
+
 def _as_integer(rank: Rank, module: nn.Module) -> int | None:
     """The rank that a part of this layer's width stands for: a multiple of 8, as tensor cores like it.
 
@@ -269,19 +236,19 @@ def _as_integer(rank: Rank, module: nn.Module) -> int | None:
 
 
 def ranks_of(rank: Ranks, chosen: Chosen) -> dict[str, int | None]:
-    """The rank of R for each chosen layer, None for a full one; a layer's own goes before its site's."""
+    """The rank of R for each chosen layer, None for a full one; a layer's own goes before its site's.
+
+    Raises:
+        TypeError: a rank that is no number.
+        ValueError: an unknown preset, a number out of range, ranks for a site or layer that is not chosen, or
+            several for layers that share an R.
+    """
+    check_ranks(rank)
     if isinstance(rank, str):
-        if rank not in RANK_PRESETS:
-            raise ValueError(
-                f"rank: expected a number, ranks by site, or one of {tuple(RANK_PRESETS)}, got {rank!r}"
-            )
         rank_at = RANK_PRESETS[rank]
         return {name: _as_integer(rank_at[site], module) for name, (module, site) in chosen.items()}
     if not isinstance(rank, Mapping):
-        _check_rank(rank)
         return {name: _as_integer(rank, module) for name, (module, _) in chosen.items()}
-    for one in rank.values():
-        _check_rank(one)
     sites = tuple(dict.fromkeys(site for _, site in chosen.values() if site is not None))
     unknown = [key for key in rank if key not in sites and key not in chosen]
     if unknown:
@@ -297,94 +264,3 @@ def ranks_of(rank: Ranks, chosen: Chosen) -> dict[str, int | None]:
             given = ", ".join(f"{name}: {ranks[name]}" for name in names)
             raise ValueError(f"rank: expected one rank for layers that read one input, got {given}")
     return ranks
-
-
-def decorrelate(
-    model: nn.Module,
-    sites: str | Iterable[str] | None = "sublayers",
-    filter: Filter | None = None,
-    form: str = "auto",
-    rank: Ranks = None,
-) -> nn.Module:
-    """Replace layers of a model by decorrelated ones, in place.
-
-    R starts as the identity, so the model's outputs stay the same bit for bit; Parameters stay the same
-    objects, so an optimizer made before remains valid. Separate q, k and v projections (or gate and up
-    projections) that stand side by side share one R. Nothing happens to R until a `DecorSGD` is made.
-
-    Args:
-        model: any model; the site names know the ViTs of timm, torchvision and Hugging Face.
-        sites: which layers: "sublayers" (patch embedding, qkv, fc1: the inputs of both sublayers), "all"
-            (with proj and fc2), or some of "patch_embed", "qkv", "proj", "fc1", "fc2". With None, `filter`
-            alone chooses among all linear layers, patch convolutions and `nn.MultiheadAttention`.
-        filter: `filter(name, module) -> bool` narrows the choice to the layers it accepts, for example
-            `lambda name, module: not name.startswith("decoder")`.
-        form: how the layers compute: "auto", "fold" or "apply", see `dbpkern.nn`.
-        rank: None for a full R of `d^2` numbers in every layer; an integer r for `R = I + Q S Q^T` with
-            `d r + r^2` numbers; a number in (0, 1) for that part of each layer's width d, rounded up to a
-            multiple of 8 (from about a third on, a full R takes less time); ranks by site or by layer's name,
-            as in `{"fc2": 128}`, where others get a full R; or a preset: "low" (1/12 of the width, and 1/48
-            for fc2) or "mixed" (the same, with a full R for qkv).
-
-    Returns:
-        The model.
-
-    Raises:
-        TypeError: a rank that is no number.
-        ValueError: a site that matches nothing (the message lists what exists) or that cannot be served, a
-            filter that leaves nothing, a model that is converted or sharded already, tied weights, an unknown
-            form, a rank below 1 or above a layer's width, ranks for a site or layer that is not chosen, or
-            several for layers that share an R. The model is unchanged then, as it is after a TypeError.
-    """
-    check_form(form)
-    check_stock(model)
-    chosen = select(model, sites, filter)
-    _check_replaceable(model, chosen)
-    ranks = ranks_of(rank, chosen)
-    converted: dict[str, Decorrelated] = {}
-    for name, (module, site) in chosen.items():
-        try:
-            converted[name] = as_decorrelated(module, form, ranks[name])
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-        converted[name].site = site
-    share_inputs(chosen, converted)
-    _replace(model, {id(module): converted[name] for name, (module, _) in chosen.items()})
-    return model
-
-
-def fuse(model: nn.Module) -> nn.Module:
-    """Fold every R into its weight, `W <- W R`, and put stock layers back, in place.
-
-    The model computes the same function with the stock state_dict: bit for bit where it folded by PyTorch's
-    products without autocast, to rounding otherwise. Parameters stay the same objects. Under FSDP every
-    process folds its own rows of the weights, without communication, and the model stays sharded.
-
-    Returns:
-        The model.
-
-    Raises:
-        ValueError: nothing in the model is decorrelated, the model itself is one such layer (its `fused()`
-            returns the stock layer), or a weight is not sharded by rows.
-    """
-    layers = {id(m): m for m in model.modules() if isinstance(m, Decorrelated)}
-    if not layers:
-        raise ValueError("fuse: expected a model with decorrelated layers, found none")
-    if isinstance(model, Decorrelated):
-        raise ValueError("fuse: the model itself is a decorrelated layer; call its fused() instead")
-    if any(is_sharded(layer) for layer in layers.values()):
-        from torch.distributed.fsdp import FSDPModule  # slow to import, and rarely needed
-
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # the root's weights stay gathered after a forward
-    _replace(model, {key: layer.fused() for key, layer in layers.items()})
-    return model
-
-
-def _replace(model: nn.Module, new: dict[int, nn.Module]) -> None:
-    """Put `new[id(old)]` wherever a module `old` is registered."""
-    for module in list(model.modules()):
-        for name, child in module._modules.items():
-            if id(child) in new:
-                module._modules[name] = new[id(child)]

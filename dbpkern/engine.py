@@ -1,0 +1,564 @@
+"""The engine: all R of a model, in stacks of equal kind, and the step that moves them.
+
+`DecorAdamW`, `DecorMuon`, `DecorPreconditioner` and `DecorSGD` have one each. An engine knows layers that hold
+an R, takes their sampled rows from `dbpkern.capture`, and updates the R of a stack together: statistics,
+rates under the limiter, the update; averaged over processes where there are several.
+"""
+
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dbpkern import distributed, ops
+from dbpkern.capture import RowKind, RowSource, Sampler, Slot
+from dbpkern.config import Decor
+from dbpkern.ops._common import check_eta
+from dbpkern.structure import Full, LowRank
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+class Holder(RowSource, Protocol):
+    """A layer that holds an R: a decorrelated one, or a stock layer with an R beside it."""
+
+    structure: Full | LowRank
+    factors: tuple[Tensor, ...]
+    """The tensors that hold R: one, or Q and S."""
+    shared: object | None
+    """Layers that hold the same object read one input and have one R."""
+    trains: bool
+    """Whether the weight is trained; R rests where it is not."""
+    slot_key: Tensor | None
+
+    def attach(self, slot: Slot | None) -> None:
+        """Send samples to `slot` from now on; None stops sampling."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step does to every R."""
+
+    eta: float | Tensor
+    """The rate before the limiter, times the steps that it stands for."""
+    kappa: float
+    scale_free: bool
+    limit: float | None
+    keep: Tensor | None = None
+    """0-d, 1 or 0: whether the step counts, where only the device knows. None for one that does."""
+
+    @property
+    def linear(self) -> bool:
+        """Whether the step is linear in M."""
+        return self.limit is None and not self.scale_free
+
+
+class Site:
+    """One R: the layers that hold it (several where projections share an input) and their samples."""
+
+    def __init__(self, name: str, layer: Holder, sampler: Sampler) -> None:
+        self.name = name
+        self.layers = [layer]
+        self.slot = Slot(layer, sampler)
+        self.caution = torch.ones_like(layer.factors[0][0, 0])
+        """By what the rate of this R is multiplied: halved when its samples were not finite."""
+
+    @property
+    def factors(self) -> tuple[Tensor, ...]:
+        """The tensors that hold the R: one, or Q and S."""
+        return self.layers[0].factors
+
+    @property
+    def kind(self) -> tuple:
+        """What sites must agree in to lie in one stack."""
+        return (type(self.layers[0].structure), *((f.shape, f.dtype, f.device) for f in self.factors))
+
+    def bind(self, factors: tuple[Tensor, ...]) -> None:
+        """Let all layers hold these tensors."""
+        for layer in self.layers:
+            layer.factors = factors
+
+
+class Stack:
+    """Sites whose R are of one kind; the factors of all lie in one tensor each, with the layer in front."""
+
+    traffic: distributed.Traffic | None = None
+    """What this process sent in the last step, where there are several processes."""
+
+    def __init__(self, sites: list[Site]) -> None:
+        self.sites = sites
+        with torch.no_grad():
+            self.factors = tuple(
+                torch.stack(parts) for parts in zip(*(site.factors for site in sites), strict=True)
+            )
+        for site, *factors in zip(sites, *self.factors, strict=True):
+            site.bind(tuple(factors))
+        like = self.factors[0]
+        self.caution = torch.stack(
+            [torch.ones_like(like[0, 0, 0]) if c.is_meta else c.to(like) for c in (s.caution for s in sites)]
+        )
+        self.rates = torch.zeros_like(self.caution)
+        kind = RowKind(like)
+        for site, caution in zip(sites, self.caution, strict=True):
+            site.caution = caution
+            site.slot.kind = kind
+        self.samples: dict[tuple[int, int], Tensor] = {}
+
+    def holds(self) -> bool:
+        """Whether the layers' factors still are the parts of this stack."""
+        return all(
+            part._base is whole and part.dtype == whole.dtype
+            for site in self.sites
+            for layer in site.layers
+            for part, whole in zip(layer.factors, self.factors, strict=True)
+        )
+
+    def step(self, step: Step) -> Iterator[None]:
+        """Update every R from the rows sampled since the last step; yields before each wait for others."""
+        if distributed.world_size() > 1:
+            yield from self.step_together(step)
+        else:
+            self.step_alone(step)
+
+    def step_alone(self, step: Step) -> None:
+        """The step of one process."""
+        raise NotImplementedError
+
+    def step_together(self, step: Step) -> Iterator[None]:
+        """The step of many processes; yields once it has sent what it needs the others for."""
+        raise NotImplementedError
+
+    def decorrelated(self, where: slice, rows: Tensor) -> Tensor:
+        """z of the rows `[L', n, d]` of the sites `where`."""
+        raise NotImplementedError
+
+    def losses(self, kappa: float, stale: bool) -> tuple[Tensor, Tensor]:
+        """Decorrelation losses `[L]` of the rows of all processes, and the numbers of rows `[L]`."""
+        if distributed.world_size() > 1:
+            # Sums of squares over rows that lie on different processes need the correlations themselves.
+            off, a, counts = self.correlations(0.0, stale).wait()
+            return _loss(off.square().sum((1, 2)), a, kappa), counts
+        like = self.factors[0]
+        losses, counts = like.new_zeros(len(self.sites)), like.new_zeros(len(self.sites))
+        for where, rows in self.runs(stale):
+            losses[where] = _loss_of_rows(self.decorrelated(where, rows), kappa)
+            counts[where] = rows.shape[1]
+        return losses, counts
+
+    def correlations(self, kappa: float, stale: bool = False, owner: bool = False) -> distributed.Transfer:
+        """M `[L, d, d]`, a `[L, d]` and row counts `[L]`, on their way from many processes.
+
+        Layers without rows here still take part: other processes may have some. With `owner`, those of the
+        layers alone that this process owns.
+        """
+        L, d, _ = self.factors[0].shape
+        M, a, counts = (self.factors[0].new_zeros(L, *shape) for shape in ((d, d), (d,), ()))
+        for where, rows in self.runs(stale):
+            M[where], a[where], _ = ops.correlation(self.decorrelated(where, rows), kappa)
+            counts[where] = rows.shape[1]
+        return distributed.average_statistics(M, a, counts, owner)
+
+    def runs(self, stale: bool = False) -> list[tuple[slice, Tensor]]:
+        """The samples: (which sites, their rows `[L', n, d]`) for each run of sites with equal n > 0.
+
+        Rows from before the last step count only with `stale`.
+        """
+        found = []
+        start = 0
+        for count, group in groupby(self.sites, key=lambda site: site.slot.count(stale)):
+            sites = list(group)
+            where = slice(start, start + len(sites))
+            start = where.stop
+            if count:
+                found.append((where, self._rows(where, sites, count)))
+        return found
+
+    def _rows(self, where: slice, sites: list[Site], count: int) -> Tensor:
+        buffer = self.samples.get((where.start, where.stop))
+        lands = buffer is not None and all(
+            site.slot.in_room(count) and site.slot.room._base is buffer for site in sites
+        )
+        if not lands:
+            # The first step, or more rows than before: gather once, and give every site its room in the
+            # new buffer, where later rows are written at once.
+            buffer = torch.stack([site.slot.gather() for site in sites])
+            self.samples = {
+                k: v for k, v in self.samples.items() if k[1] <= where.start or k[0] >= where.stop
+            }
+            self.samples[where.start, where.stop] = buffer
+            for site, part in zip(sites, buffer.unbind(), strict=True):
+                site.slot.house(part)
+        return buffer[:, :count]
+
+
+class FullStack(Stack):
+    """R `[L, d, d]`."""
+
+    def step_together(self, step: Step) -> Iterator[None]:
+        (R,) = self.factors
+        L, d, _ = R.shape
+        mode = distributed.choose_mode(L, d, R.itemsize, R.device.type)
+        owner = mode == "owner"
+        statistics = self.correlations(step.kappa, owner=owner)
+        sent = statistics.sent
+        yield
+        M, a, _ = statistics.wait()
+        self._apply(distributed.own_layers(L) if owner else slice(None), M, a, step)
+        if owner:
+            gathered = distributed.gather_layers([R, self.caution, self.rates])
+            sent += gathered.sent
+            del statistics, M, a  # more than R itself; others may still compute
+            yield
+            gathered.wait()
+        self.traffic = distributed.Traffic((L, d, d), mode, sent)
+
+    def step_alone(self, step: Step) -> None:
+        (R,) = self.factors
+        for where, rows in self.runs():
+            moves = [site.slot.moves() for site in self.sites[where]] if step.linear else [None]
+            if all(move is not None for move in moves):
+                self._move(where, torch.stack(moves), step)
+                continue
+            z = self.decorrelated(where, rows)
+            n, d = z.shape[1:]
+            if n < d and not step.scale_free and z.itemsize > 2:
+                self._associate(where, z, step)
+                continue
+            dtype = torch.bfloat16 if z.itemsize == 2 else None
+            M, a, bound = ops.correlation(z, step.kappa, step.scale_free, dtype)
+            ops.apply_(R[where], M, self._choose_rates(where, a, bound, step))
+
+    def _choose_rates(self, where: slice, a: Tensor, bound: Tensor, step: Step) -> Tensor:
+        """The rates `[L']` of the sites `where`, see `ops.choose_rates_`."""
+        bound = None if step.limit is None else bound
+        eta = step.eta if step.keep is None else step.eta * step.keep
+        return ops.choose_rates_(self.caution[where], self.rates[where], a, bound, eta, step.limit)
+
+    def _associate(self, where: slice, z: Tensor, step: Step) -> None:
+        """Step the sites `where` by fewer rows than features: M need not be formed."""
+        R = self.factors[0][where]
+        # Finite where M R is, too: without a limiter, R may have grown very large.
+        size = z.square().sum((1, 2)) * R.abs().amax((1, 2))
+        rates = self._choose_rates(where, size[:, None], _bound_of_rows(z, step.kappa), step)
+        ops.update_(R, z.masked_fill(~size.isfinite()[:, None, None], 0.0), rates, step.kappa)
+
+    def _move(self, where: slice, moves: Tensor, step: Step) -> None:
+        """Step the sites `where` by `-M R [L', d, d]`, which their forwards have made."""
+        size = moves.abs().sum((1, 2))
+        rates = self._choose_rates(where, size[:, None], size, step)
+        moves.masked_fill_(~size.isfinite()[:, None, None], 0.0)
+        self.factors[0][where].addcmul_(moves, rates[:, None, None])
+
+    def _apply(self, where: slice, M: Tensor, a: Tensor, step: Step) -> None:
+        """Step the sites `where` by the averages M `[L', d, d]`, which is used up, and a `[L', d]`."""
+        if step.scale_free:
+            scale_free_(M, a)
+        M.masked_fill_(~M.isfinite(), 0.0)
+        rates = self._choose_rates(where, a, eigenvalue_bound(M), step)
+        # In 16 bits where rows are, M and R are the operands that they are with one process.
+        ops.apply_(self.factors[0][where], M.bfloat16() if self.halves else M, rates)
+
+    halves = False
+    """Whether all processes sample rows of 16 bits on GPUs; known where there are several processes."""
+
+    def decorrelated(self, where: slice, rows: Tensor) -> Tensor:
+        return ops.transform(rows, self.factors[0][where])
+
+
+class LowRankStack(Stack):
+    """Q `[L, d, r]` and S `[L, r, r]`."""
+
+    def step_together(self, step: Step) -> Iterator[None]:
+        # No owners: to send Q and S takes the bytes that they would save of the statistics, and the update is
+        # small, many short operations whose time hardly depends on the number of layers.
+        statistics = self._statistics()
+        yield
+        B, Y, c, _ = statistics.wait()
+        self._apply(slice(None), B, Y, c, step)
+        self.traffic = distributed.Traffic(tuple(Y.shape), "all-reduce", statistics.sent)
+
+    def step_alone(self, step: Step) -> None:
+        for where, rows in self.runs():
+            self._apply(where, *ops.lowrank_statistics(rows, self.factors[0][where]), step)
+
+    def _apply(self, where: slice, B: Tensor, Y: Tensor, c: Tensor, step: Step) -> None:
+        """Step the sites `where` by their statistics, see `ops.lowrank_statistics`."""
+        Q, S = (factor[where] for factor in self.factors)
+        if step.keep is not None:  # as without rows
+            B, Y, c = (statistic * step.keep for statistic in (B, Y, c))
+        ops.lowrank_step_(
+            Q, S, self.caution[where], self.rates[where], B, Y, c,
+            step.eta, step.kappa, step.scale_free, step.limit,
+        )  # fmt: skip
+
+    def _statistics(self) -> distributed.Transfer:
+        """B, Y, c and row counts of the whole stack, on their way from all processes."""
+        Q, S = self.factors
+        B, Y, c = torch.zeros_like(S), torch.zeros_like(Q), torch.zeros_like(Q[:, :, 0])
+        counts = Q.new_zeros(len(Q))
+        for where, rows in self.runs():
+            B[where], Y[where], c[where] = ops.lowrank_statistics(rows, Q[where])
+            counts[where] = rows.shape[1]
+        return distributed.average_lowrank_statistics(B, Y, c, counts)
+
+    def decorrelated(self, where: slice, rows: Tensor) -> Tensor:
+        Q, S = self.factors
+        return ops.lowrank_transform(rows.to(Q.dtype), Q[where], S[where])
+
+
+STACKS = {Full: FullStack, LowRank: LowRankStack}
+
+
+def scale_free_(M: Tensor, a: Tensor) -> Tensor:
+    """Divide `M [L, d, d]` by `a_i + a_j`, in place, for the mean squares `a [L, d]` of z; returns M.
+
+    Near a diagonal G every correlation then shrinks by `1 - eta` a step, whatever the variances. Features
+    without variance have no correlations; their rows of M become zero.
+    """
+    unit = a[:, :, None] + a[:, None, :]
+    return M.div_(unit.masked_fill_(unit == 0, torch.inf))
+
+
+def eigenvalue_bound(M: Tensor) -> Tensor:
+    """Upper bounds `[L]` of the largest absolute eigenvalues of symmetric `M [L, d, d]`.
+
+    The smaller of the Frobenius norm and the largest absolute row sum.
+    """
+    return torch.minimum(torch.linalg.matrix_norm(M), torch.linalg.matrix_norm(M, ord=torch.inf))
+
+
+def _bound_of_rows(z: Tensor, kappa: float) -> Tensor:
+    """The same `[L']` for M of fewer rows `z [L', n, d]` than features, by their Gram matrix.
+
+    `||offdiag G|| <= ||G|| <= ||z z^T||_F / n`, and the term of the variances adds at most kappa.
+    """
+    gram = torch.bmm(z, z.mT).div_(z.shape[1])
+    return torch.linalg.matrix_norm(gram) + kappa
+
+
+def _loss(off: Tensor, a: Tensor, kappa: float) -> Tensor:
+    """The losses `[L]` from `||offdiag G||_F^2 [L]` and `diag G [L, d]`."""
+    return ((1 - kappa) * off + kappa * (a - 1).square().sum(1)) / a.shape[1] ** 2
+
+
+def _loss_of_rows(z: Tensor, kappa: float) -> Tensor:
+    """The losses `[L']` of rows `z [L', n, d]`, by the smaller of their two Gram matrices."""
+    n, d = z.shape[1:]
+    if n >= d:
+        off, a, _ = ops.correlation(z)
+        return _loss(off.square().sum((1, 2)), a, kappa)
+    a = torch.linalg.vector_norm(z, dim=1).square_().div_(n)
+    squares = torch.bmm(z, z.mT).div_(n).square().sum((1, 2))  # ||z z^T||_F = ||z^T z||_F
+    return _loss((squares - a.square().sum(1)).clamp(min=0), a, kappa)
+
+
+class Engine:
+    """All R of some layers, and the rule by which they move.
+
+    Args:
+        layers: those that hold an R, by name.
+        decor: the rule; its sites, filter and ranks have had their say in `layers`.
+    """
+
+    def __init__(self, layers: Mapping[str, Holder], decor: Decor) -> None:
+        self.decor = decor
+        self.eta = decor.eta
+        """The rate of R, a number or a 0-d tensor; may be set between steps."""
+        self.sampler = Sampler(decor.sample, decor.seed, decor.every)
+        self.layers = dict(layers)
+        self.sites = self._make_sites()
+        self._stacks: list[Stack] = []
+        self._checked = False
+        self._halves: bool | None = None
+        self.stacks()  # now rather than at the first step: from here on R keep their addresses
+
+    def _make_sites(self) -> list[Site]:
+        sites: dict[int, Site] = {}
+        for name, layer in self.layers.items():
+            key = id(layer) if layer.shared is None else id(layer.shared)
+            if key in sites:
+                sites[key].layers.append(layer)
+            else:
+                sites[key] = Site(name, layer, self.sampler)
+        for site in sites.values():
+            # Layers with a common input need one sample of it: from one that trains, if any does.
+            source = next((layer for layer in site.layers if layer.trains), site.layers[0])
+            site.slot.layer = source
+            site.slot.kappa = self.decor.kappa
+            site.slot.linear = self.decor.limit is None and not self.decor.scale_free
+            for layer in site.layers:
+                layer.attach(site.slot if layer is source else None)
+        return list(sites.values())
+
+    @property
+    def names(self) -> list[str]:
+        """The layer that each R belongs to (the first, where several share one), in the model's order."""
+        return [site.name for site in self.sites]
+
+    def stacks(self) -> list[Stack]:
+        """The stacks of R, rebuilt where a module got other storage since the last look."""
+        taken = [site.name for site in self.sites if site.slot.layer.slot_key is not site.slot.key]
+        if taken:
+            raise RuntimeError(
+                f"the samples of {taken[0]} no longer come here: the layer's R has another optimizer since, or "
+                "was fused"
+            )
+        if not self._stacks or not all(stack.holds() for stack in self._stacks):
+            kinds: dict[tuple, list[Site]] = {}
+            for site in self.sites:
+                kinds.setdefault(site.kind, []).append(site)
+            self._stacks = [STACKS[structure](sites) for (structure, *_), sites in kinds.items()]
+        return self._stacks
+
+    def factors(self) -> list[Tensor]:
+        """All that a step changes: each R, or its Q and S, in the order of `names`."""
+        return [factor for site in self.sites for factor in site.factors]
+
+    def drop_samples(self) -> None:
+        """Forget the rows sampled since the last step, for steps that are to be skipped."""
+        for site in self.sites:
+            site.slot.clear()
+
+    @torch.no_grad()
+    def step(self, scale: float | Tensor = 1.0, found_inf: Tensor | None = None) -> None:
+        """Update every R from the rows sampled since the last step; layers without rows keep theirs.
+
+        With a process group initialised this is a collective: every process must call it. A step before which
+        no layer met any input changes nothing.
+
+        Args:
+            scale: multiplies eta.
+            found_inf: 0-d, on the device; where it is not 0, R rests.
+
+        Raises:
+            ValueError: in the first step, processes with other R, types of device or rules; or an eta out of
+                range.
+        """
+        together = distributed.world_size() > 1
+        idle = not self.sampler.seen
+        if idle and together and not self._checked:
+            idle = not distributed.any_process(self.sampler.seen, self.sites[0].factors[0].device)
+        if idle and not (together and self._checked):
+            return
+        if not self.sampler.due:
+            self.sampler.advance()
+            return
+        stacks = self.stacks()
+        self._warn_of_silent_layers()
+        factor = scale * self.decor.every
+        eta = self.eta if not isinstance(factor, Tensor) and factor == 1 else self.eta * factor
+        if not isinstance(eta, Tensor):
+            check_eta(eta)
+        if self._halves is None and together:
+            self._halves = self._agree(stacks)
+        for stack in stacks:
+            stack.halves = bool(self._halves)
+        keep = None if found_inf is None else (found_inf == 0).to(stacks[0].rates.dtype)
+        step = Step(eta, self.decor.kappa, self.decor.scale_free, self.decor.limit, keep)
+        # In turns: every stack has sent its statistics before the first waits for those of the others.
+        under_way, done = [stack.step(step) for stack in stacks], object()
+        while under_way:
+            under_way = [updates for updates in under_way if next(updates, done) is not done]
+        for site in self.sites:
+            site.slot.settle()
+        self.sampler.advance()
+
+    def _agree(self, stacks: list[Stack]) -> bool:
+        """Check that all processes have the same to do; returns whether all sample rows of 16 bits on GPUs.
+
+        Once: a process without rows cannot tell for itself, and all must compute alike. Otherwise processes
+        would wait for each other for ever.
+        """
+        device = stacks[0].factors[0].device
+        stacked = [
+            [(tuple(factor.shape), str(factor.dtype), factor.device.type) for factor in stack.factors]
+            for stack in stacks
+        ]
+        names = ("kappa", "scale_free", "limit", "every")
+        rule = {name: getattr(self.decor, name) for name in names} | {"eta": float(self.eta)}
+        if distributed.differs(repr((stacked, rule)), device):
+            raise ValueError(
+                "expected the same R, types of device and rule on all processes; this one has "
+                f"{stacked} and {rule}, another has others"
+            )
+        wide = not all(rows.dtype in HALVES for stack in stacks for _, rows in stack.runs())
+        return device.type == "cuda" and not distributed.any_process(wide, device)
+
+    def traffic(self) -> list[distributed.Traffic]:
+        """What this process sent in the last step that updated R, for each stack of R of one width.
+
+        In bytes, of the numbers that the collectives were given, by the formulas of a ring: see
+        `dbpkern.distributed`. Empty before the first step, and where no process group is initialised.
+        """
+        return [stack.traffic for stack in self._stacks if stack.traffic is not None]
+
+    def rates(self) -> dict[str, Tensor]:
+        """The rate of each R in the last step that updated it, after limit, as 0-d tensors by layer name."""
+        pairs = (pair for stack in self.stacks() for pair in zip(stack.sites, stack.rates, strict=True))
+        found = {site.name: rate for site, rate in pairs}
+        return {name: found[name] for name in self.names}
+
+    def caution(self) -> dict[str, float]:
+        """The factors below 1 on eta, by layer name: 0.5 to the number of steps with samples not finite.
+
+        Reads the device's memory.
+        """
+        values = torch.stack([site.caution for site in self.sites]).tolist()
+        return {name: value for name, value in zip(self.names, values, strict=True) if value < 1.0}
+
+    def restore_caution(self, caution: Mapping[str, float]) -> None:
+        """Set what `caution()` has told; layers that it does not name are as at the start."""
+        for site in self.sites:
+            site.caution.fill_(caution.get(site.name, 1.0))
+
+    @torch.no_grad()
+    def loss(self) -> dict[str, Tensor]:
+        """Decorrelation loss of each R, by layer name, as 0-d tensors on its device.
+
+        `((1 - kappa) ||offdiag G||_F^2 + kappa ||diag G - 1||^2) / d^2` of the rows sampled since the last
+        step or, right after a step, of the rows that it used, with R as it is now. Computed when called;
+        a collective where a process group is initialised, and then `d x d` also for a low-rank R. Layers
+        without rows are left out.
+        """
+        kappa = self.decor.kappa
+        pending = any(site.slot.pending for site in self.sites)
+        # All processes must mean the same rows, also those that have none since the last step.
+        stale = not distributed.any_process(pending, self.sites[0].factors[0].device)
+        losses: dict[str, Tensor] = {}
+        for stack in self.stacks():
+            values, counts = stack.losses(kappa, stale)
+            losses |= {s.name: v for s, v, n in zip(stack.sites, values, counts.tolist(), strict=True) if n}
+        return {name: losses[name] for name in self.names if name in losses}
+
+    def __getstate__(self) -> dict:
+        # A filter has had its say, and may be a function that cannot be pickled.
+        decor = replace(self.decor, sites="all", filter=None)
+        where = (self.sampler.seed, self.sampler.step)
+        kept = {"layers": self.layers, "eta": self.eta, "_checked": self._checked}
+        return {**kept, "decor": decor, "sampling": where, "caution": self.caution()}
+
+    def __setstate__(self, state: dict) -> None:
+        sampling, caution = state.pop("sampling"), state.pop("caution")
+        self.__dict__.update(state)
+        self.sampler = Sampler(self.decor.sample, sampling[0], self.decor.every)
+        self.sampler.seek(*sampling)
+        self.sites = self._make_sites()
+        self.restore_caution(caution)
+        self._stacks, self._halves = [], None
+
+    def _warn_of_silent_layers(self) -> None:
+        if self._checked:
+            return
+        self._checked = True
+        silent = [site.name for site in self.sites if not site.slot.pending]
+        if silent:
+            warnings.warn(
+                f"{len(silent)} of {len(self.sites)} layers sampled no input before the first step, so their R "
+                f"rests: {', '.join(silent[:5])}{', ...' if len(silent) > 5 else ''}. Frozen weights and eval "
+                "mode do this, and models that read a weight without calling its layer",
+                stacklevel=3,
+            )

@@ -1,0 +1,81 @@
+"""`DecorAdamW`: AdamW with decorrelated backpropagation, one pass over each weight."""
+
+import torch
+from torch import Tensor, nn
+
+from dbpkern import ops
+from dbpkern.config import Decor
+from dbpkern.optim.base import DecorOptimizer, local
+
+
+class DecorAdamW(DecorOptimizer):
+    """AdamW (arXiv 1711.05101) in the coordinates of decorrelated inputs (arXiv 2510.14657).
+
+        optimizer = dbpkern.DecorAdamW(model.parameters(), lr=1e-3, weight_decay=0.05, model=model)
+        ...
+        loss.backward(); optimizer.step()
+
+    The weights of chosen layers are stepped by `ops.adamw_`: their gradient is mapped by R, the moments are
+    those of the mapped gradient, and the change is mapped back, with the decay of V in it: V decays by
+    `lr weight_decay V R`. All other parameters are stepped by PyTorch's AdamW. Then R makes its step.
+
+    Args:
+        params: parameters or groups of them; groups may have an lr, betas, eps and weight_decay of their own.
+        lr: learning rate, a number or a 0-d tensor.
+        betas: decay rates of the two moments.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled.
+        model: whose layers are decorrelated; None for plain AdamW.
+        decor: which layers, and how their R move; `Decor()` for None.
+        capturable: keep the counts of steps on the device, and let lr be a tensor there, for CUDA graphs.
+
+    Raises:
+        TypeError: `model` is no module, or `decor` no `Decor`.
+        ValueError: a number out of range; as `decorrelate` for sites, filters and ranks; or `params` lack a
+            chosen weight that trains.
+    """
+
+    def __init__(
+        self,
+        params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        model: nn.Module | None = None,
+        decor: Decor | None = None,
+        capturable: bool = False,
+    ) -> None:
+        if not isinstance(lr, Tensor) and not lr >= 0:
+            raise ValueError(f"lr: expected a number >= 0, got {lr}")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas: expected two numbers in [0, 1), got {betas}")
+        if not eps >= 0:
+            raise ValueError(f"eps: expected a number >= 0, got {eps}")
+        if not weight_decay >= 0:
+            raise ValueError(f"weight_decay: expected a number >= 0, got {weight_decay}")
+        defaults = {
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "capturable": capturable,
+        }  # fmt: skip
+        super().__init__(params, defaults, model, decor)
+
+    @torch.compiler.disable
+    def _step_weights(self) -> None:
+        layers = {} if self.engine is None else {id(x.weight): x for x in self.engine.layers.values()}
+        for group in self.param_groups:
+            trained = [p for p in group["params"] if p.grad is not None]
+            if any(p.grad.is_sparse for p in trained):
+                raise RuntimeError("DecorAdamW: expected dense gradients, got a sparse one")
+            self._step_adamw(group, [p for p in trained if id(p) not in layers])
+            served = [p for p in trained if id(p) in layers]
+            states = [self._adamw_state(p, group["capturable"]) for p in served]
+            steps, means, squares = ([s[name] for s in states] for name in ("step", "exp_avg", "exp_avg_sq"))
+            if served:
+                torch._foreach_add_(steps, 1)
+            ops.adamw_(
+                *([local(t) for t in tensors] for tensors in (served, [p.grad for p in served], means, squares)),
+                steps, [layers[id(p)].factors for p in served],
+                lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1],
+                eps=group["eps"], weight_decay=group["weight_decay"],
+            )  # fmt: skip

@@ -1,0 +1,244 @@
+"""What optimizers of the weights that have an engine share."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+from dbpkern import ops
+from dbpkern.config import Decor
+from dbpkern.engine import Engine
+from dbpkern.layers.convert import check_stock
+from dbpkern.optim import state
+from dbpkern.sites import check_weights, ranks_of, select
+from dbpkern.stock import StockLayer, hold, stock_layer
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a sharded tensor that lies in this process; the tensor itself if it is whole."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def choose_layers(
+    model: nn.Module, optimizer: torch.optim.Optimizer, decor: Decor, but: tuple[StockLayer, ...] = ()
+) -> dict[str, StockLayer]:
+    """The layers that `decor` chooses, each with an R that is the identity beside it.
+
+    Args:
+        model: a stock model.
+        optimizer: of its weights.
+        decor: says which layers.
+        but: layers that may hold an R already, since the caller gives them up.
+
+    Raises:
+        TypeError: `model` is no module, or `decor` no `Decor`.
+        ValueError: as `decorrelate` does for sites, filters and ranks, a weight that FSDP shards by columns, a
+            layer whose R another optimizer holds, or the optimizer lacks a chosen weight that trains.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a module, got {type(model).__name__}")
+    if not isinstance(decor, Decor):
+        raise TypeError(f"decor: expected a Decor, got {type(decor).__name__}")
+    check_stock(model)
+    chosen = select(model, decor.sites, decor.filter)
+    check_weights(model, chosen)
+    ranks = ranks_of(decor.rank, chosen)
+    taken = [name for name, (module, _) in chosen.items() if stock_layer(module) not in (None, *but)]
+    if taken:
+        raise ValueError(
+            f"{taken[0]}: another optimizer holds this layer's R; remove() its preconditioner first, or copy "
+            "the model"
+        )
+    layers = hold(chosen, ranks)
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    # One that does not train may be missing. The gradient of another would be mapped, and its change not.
+    strange = [name for name, layer in layers.items() if layer.trains and id(layer.weight) not in known]
+    if strange:
+        for layer in layers.values():
+            layer.remove()
+        raise ValueError(
+            "optimizer: expected one with the weights of all chosen layers that train, it lacks "
+            f"{len(strange)} of {len(layers)} ({strange[0]}, ...); make it from this model's parameters, "
+            "or leave the others out with filter"
+        )
+    return layers
+
+
+def make_engine(model: nn.Module, optimizer: torch.optim.Optimizer, decor: Decor) -> Engine:
+    """An engine for the layers that `decor` chooses; raises as `choose_layers` does."""
+    layers = choose_layers(model, optimizer, decor)
+    try:
+        return Engine(layers, decor)
+    except BaseException:
+        for layer in layers.values():
+            layer.remove()
+        raise
+
+
+def followed(optimizer: torch.optim.Optimizer) -> float | Tensor:
+    """The optimizer's learning rate, relative to its peak.
+
+    Raises:
+        RuntimeError: it has no `initial_lr`.
+    """
+    leader = optimizer.param_groups[0]
+    if "initial_lr" not in leader:
+        raise RuntimeError(
+            "Decor(follow=True): expected an optimizer with a scheduler, which sets 'initial_lr' in its "
+            "param_groups; attach one, or set 'initial_lr' to the peak learning rate"
+        )
+    return leader["lr"] / leader["initial_lr"] if leader["initial_lr"] else 1.0
+
+
+def step_engine(engine: Engine, optimizer: torch.optim.Optimizer) -> None:
+    """R's step, after the optimizer's; R then is in the optimizer's state.
+
+    A GradScaler tells fused optimizers, which it cannot leave out, by `found_inf` that a step does not count.
+    """
+    scale = followed(optimizer) if engine.decor.follow else 1.0
+    engine.step(scale, getattr(optimizer, "found_inf", None))
+    state.attach(engine, optimizer)
+
+
+class Maps:
+    """Gradients and changes of an engine's weights, on their way around an optimizer's step.
+
+        g = dV R^T              before: what backpropagation through `z = R x`, `y = W z` would give for W
+        V <- V_old + (V - V_old) R      after: the change that the optimizer made of g, as a change of V
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._inside: list[tuple[StockLayer, Tensor]] = []
+        self._mapped: dict[int, tuple[Tensor, int]] = {}
+
+    @torch.no_grad()
+    def enter(self, optimizer: torch.optim.Optimizer) -> None:
+        """Bring the gradients to the coordinates of z, and remember V.
+
+        Not a second time, where `leave` did not come in between and the gradient is the one mapped before.
+        """
+        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        layers = [
+            layer
+            for layer in self.engine.layers.values()
+            if id(layer.weight) in known and layer.weight.grad is not None
+        ]
+        fresh = []
+        for layer in layers:
+            before, version = self._mapped.get(id(layer), (None, None))
+            if before is not layer.weight.grad or version != local(before)._version:
+                fresh.append(layer)
+        gradients = [local(layer.weight.grad) for layer in fresh]
+        ops.map_gradients_(gradients, [layer.factors for layer in fresh])
+        self._mapped = {id(layer): (layer.weight.grad, local(layer.weight.grad)._version) for layer in layers}
+        weights = [local(layer.weight) for layer in layers]
+        copies = [torch.empty_like(weight) for weight in weights]
+        if copies:
+            torch._foreach_copy_(copies, weights)
+        self._inside = list(zip(layers, copies, strict=True))
+
+    @torch.no_grad()
+    def leave(self) -> None:
+        """Bring the changes of V since `enter` back from the coordinates of z."""
+        inside, self._inside, self._mapped = self._inside, [], {}
+        ops.map_changes_(
+            [local(layer.weight) for layer, _ in inside],
+            [before for _, before in inside],
+            [layer.factors for layer, _ in inside],
+        )
+
+
+class DecorOptimizer(torch.optim.Optimizer):
+    """An optimizer of the weights with an engine of its own: R is in its state.
+
+    Args:
+        params: parameters or groups of them, as every optimizer takes them.
+        defaults: of the groups.
+        model: whose layers are decorrelated; None for none.
+        decor: the rule; `Decor()` for None.
+    """
+
+    engine: Engine | None
+    """Holds R: `engine.rates()`, `engine.caution()`, `engine.loss()`, `engine.eta`."""
+
+    def __init__(self, params, defaults: dict, model: nn.Module | None, decor: Decor | None) -> None:
+        super().__init__(params, defaults)
+        self.engine = None if model is None else make_engine(model, self, decor or Decor())
+
+    def _adamw_state(self, parameter: Tensor, capturable: bool) -> dict:
+        """The count of steps and the moments of a parameter that AdamW steps."""
+        state = self.state[parameter]
+        if "step" not in state:
+            # On the device where kernels read it there.
+            device = parameter.device if capturable or parameter.is_cuda else None
+            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+            state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        return state
+
+    def _step_adamw(self, group: dict, parameters: list[Tensor]) -> None:
+        """Step parameters of a group by PyTorch's AdamW."""
+        if not parameters:
+            return
+        states = [self._adamw_state(p, group["capturable"]) for p in parameters]
+        steps, means, squares = ([s[name] for s in states] for name in ("step", "exp_avg", "exp_avg_sq"))
+        adamw(
+            parameters, [p.grad for p in parameters], means, squares, [], steps,
+            fused=all(p.is_cuda and p.is_floating_point() for p in parameters) or None,
+            capturable=group["capturable"], amsgrad=False, maximize=False,
+            beta1=group["betas"][0], beta2=group["betas"][1],
+            lr=group["lr"], eps=group["eps"], weight_decay=group["weight_decay"],
+        )  # fmt: skip
+
+    def _step_weights(self) -> None:
+        """Step all weights, in the coordinates of z where they have an R."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """Step the weights, then R.
+
+        Args:
+            closure: evaluates the model and returns the loss; called once, with gradients enabled.
+
+        Returns:
+            What the closure returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._step_weights()
+        if self.engine is not None:
+            step_engine(self.engine, self)
+        return loss
+
+    def drop_samples(self) -> None:
+        """Forget the rows sampled since the last step, for steps that are to be skipped."""
+        if self.engine is not None:
+            self.engine.drop_samples()
+
+    def state_dict(self) -> dict:
+        """As every optimizer's, with R beside the state of its weights, see `dbpkern.optim.state`."""
+        found = super().state_dict()
+        return found if self.engine is None else state.write(self.engine, self, found)
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Restore `state_dict()`; rows sampled since the last step are dropped.
+
+        A state without R, of a plain optimizer, loads with a warning: R is the identity then.
+
+        Raises:
+            ValueError: R of other layers, widths or ranks; nothing is changed then.
+        """
+        if self.engine is None:
+            super().load_state_dict(state_dict)
+            return
+        own, found = state.split(self.engine, self, state_dict)
+        super().load_state_dict(own)
+        state.restore(self.engine, found)
+
+    def __getstate__(self) -> dict:
+        return super().__getstate__() | {"engine": self.engine}

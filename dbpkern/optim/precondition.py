@@ -1,0 +1,167 @@
+"""`DecorPreconditioner`: decorrelated backpropagation around an optimizer, with the model left as it is.
+
+R makes its step after the optimizer's, which leaves V and so the function of the network as they are. This is
+the update `W <- W R_old R_new^-1` of a decorrelated layer, without R's inverse.
+"""
+
+import torch
+from torch import nn
+
+from dbpkern.config import Decor
+from dbpkern.engine import Engine
+from dbpkern.optim import state
+from dbpkern.optim.base import Maps, choose_layers, make_engine, step_engine
+from dbpkern.stock import StockLayer
+
+
+class DecorPreconditioner:
+    """Decorrelated backpropagation with any optimizer, in one line and without a change of the model.
+
+        decor = dbpkern.DecorPreconditioner(model, optimizer)
+        ...
+        loss.backward(); optimizer.step()          # as before
+
+    Hooks on the optimizer map the gradients of the chosen layers before its step and the changes of their
+    weights after it, and then update R. The modules, their forward and backward and their state_dict stay
+    those of the plain model: nothing has to be fused at the end. R is in the optimizer's own state_dict.
+
+    `step(closure)` works with optimizers that evaluate the closure once, before they step.
+
+    The optimizer's weight decay is mapped like the rest of its change: V decays by `lr wd V R`.
+
+    Args:
+        model: any model; layers that share an input, like separate q, k and v projections, share R.
+        optimizer: of its weights.
+        decor: which layers, and how their R move; `Decor()` for None.
+
+    Raises:
+        TypeError: `model` is no module, `optimizer` no optimizer, or `decor` no `Decor`.
+        ValueError: as `decorrelate` for sites, filters and ranks, a weight that FSDP shards by columns, or the
+            optimizer lacks a chosen layer's weight that trains.
+    """
+
+    engine: Engine
+    """Holds R: `engine.rates()`, `engine.caution()`, `engine.loss()`, `engine.eta`."""
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, decor: Decor | None = None
+    ) -> None:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        self.engine = make_engine(model, optimizer, Decor() if decor is None else decor)
+        self._maps = Maps(self.engine)
+        self._entered = False
+        self._loading: list = []
+        self._hooks = (
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_state_dict_post_hook(self._write_state),
+            optimizer.register_load_state_dict_pre_hook(self._split_state),
+            optimizer.register_load_state_dict_post_hook(self._restore_state),
+        )
+        self._optimizer = optimizer
+
+    @property
+    def layers(self) -> dict[str, StockLayer]:
+        """The chosen layers, each with its R beside it, by name."""
+        return self.engine.layers
+
+    @torch.compiler.disable
+    def _before_step(
+        self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict
+    ) -> tuple[tuple, dict] | None:
+        first, *others = args  # the optimizer itself comes first
+        closure = kwargs.get("closure", others[0] if others else None)
+        if closure is None:
+            self._enter(optimizer)
+            return None
+        evaluated = False
+
+        def mapped() -> object:
+            nonlocal evaluated
+            if evaluated:
+                raise RuntimeError(
+                    "DecorPreconditioner: expected an optimizer that evaluates its closure once, but "
+                    f"{type(optimizer).__name__} does so again: its later gradients would be those of weights "
+                    "that are half way between two coordinates"
+                )
+            evaluated = True
+            with torch.enable_grad():
+                loss = closure()
+            self._enter(optimizer)
+            return loss
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": mapped}
+        return (first, mapped, *others[1:]), kwargs
+
+    def _enter(self, optimizer: torch.optim.Optimizer) -> None:
+        self._entered = True
+        self._maps.enter(optimizer)
+
+    @torch.compiler.disable
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        if not self._entered:
+            return  # a step() that calls super().step() runs the hooks of both
+        self._entered = False
+        self._maps.leave()
+        step_engine(self.engine, optimizer)
+
+    def _write_state(self, optimizer: torch.optim.Optimizer, state_dict: dict) -> dict:
+        return state.write(self.engine, optimizer, state_dict)
+
+    def _split_state(self, optimizer: torch.optim.Optimizer, state_dict: dict) -> dict:
+        own, self._loading = state.split(self.engine, optimizer, state_dict)
+        return own
+
+    def _restore_state(self, optimizer: torch.optim.Optimizer) -> None:
+        state.restore(self.engine, self._loading)
+        self._loading = []
+
+    def drop_samples(self) -> None:
+        """Forget the rows sampled since the last step, for steps that are to be skipped."""
+        self.engine.drop_samples()
+
+    def replan(self, model: nn.Module, decor: Decor) -> None:
+        """Choose other layers, between two steps; the function of the network stays as it is.
+
+        Layers that stay chosen with the same rank keep their R, new ones start from the identity. Moments of
+        the optimizer stay, too: those of a layer that comes or goes are of the other coordinates at first.
+
+        Args:
+            model: of this object.
+            decor: which layers, and how their R move from now on.
+
+        Raises:
+            TypeError: `decor` is no `Decor`.
+            ValueError: as at construction; nothing is changed then.
+        """
+        old = self.engine
+        layers = choose_layers(model, self._optimizer, decor, tuple(old.layers.values()))
+        with torch.no_grad():
+            for name, layer in layers.items():
+                kept = old.layers.get(name)
+                if kept is not None and kept.structure == layer.structure:
+                    for factor, value in zip(layer.factors, kept.factors, strict=True):
+                        factor.copy_(value)
+        caution = old.caution()
+        for layer in old.layers.values():
+            layer.remove()
+        self.engine = Engine(layers, decor)
+        self.engine.sampler.seek(old.sampler.seed, old.sampler.step)
+        self.engine.restore_caution(caution)
+        self._maps = Maps(self.engine)
+        torch.compiler.reset()  # compiled code does not see hooks that came later
+
+    def remove(self) -> None:
+        """Take all hooks off: the optimizer goes on without this object, from the same weights."""
+        for hook in self._hooks:
+            hook.remove()
+        for layer in self.layers.values():
+            layer.remove()
+
+    def __getstate__(self) -> dict:
+        raise TypeError(
+            "a DecorPreconditioner cannot be copied or pickled: its hooks are on one optimizer; make a new "
+            "one for the copy, and load the optimizer's state_dict()"
+        )

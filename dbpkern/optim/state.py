@@ -1,0 +1,124 @@
+"""R in an optimizer's state: what `state_dict` holds beside the moments of each decorrelated weight.
+
+The state of the first weight that an R serves has R (`decor_R`, or `decor_Q` and `decor_S`), its caution, and
+the position of the sampling. So R goes wherever the optimizer's own state goes, by the same parameter numbers.
+"""
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from dbpkern.engine import Engine, Site
+
+PREFIX = "decor_"
+
+
+def _weights(engine: Engine, optimizer: torch.optim.Optimizer) -> dict[int, Site]:
+    """The sites by the id of the first of their weights that the optimizer has."""
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    found: dict[int, Site] = {}
+    for site in engine.sites:
+        weight = next((id(layer.weight) for layer in site.layers if id(layer.weight) in known), None)
+        if weight is not None:
+            found[weight] = site
+    return found
+
+
+def _entries(engine: Engine, site: Site) -> dict[str, Tensor | int]:
+    names = site.layers[0].structure.names
+    return {
+        **{PREFIX + name: factor for name, factor in zip(names, site.factors, strict=True)},
+        PREFIX + "caution": site.caution,
+        PREFIX + "step": engine.sampler.step,
+        PREFIX + "seed": engine.sampler.seed,
+    }
+
+
+def attach(engine: Engine, optimizer: torch.optim.Optimizer) -> None:
+    """Put R into the optimizer's live state, where it keeps one for the weight.
+
+    Some loaders ask the live state, and not `state_dict`, what a parameter has. An optimizer that has not met a
+    parameter yet takes an empty state for the sign of it.
+    """
+    sites = _weights(engine, optimizer)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if id(parameter) in sites and optimizer.state.get(parameter):
+                optimizer.state[parameter].update(_entries(engine, sites[id(parameter)]))
+
+
+def write(engine: Engine, optimizer: torch.optim.Optimizer, state_dict: dict) -> dict:
+    """Add R to a `state_dict` of the optimizer; returns it."""
+    sites = _weights(engine, optimizer)
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    numbers = (number for group in state_dict["param_groups"] for number in group["params"])
+    for parameter, number in zip(parameters, numbers, strict=True):
+        if id(parameter) in sites:
+            entry = dict(state_dict["state"].get(number, {}))
+            state_dict["state"][number] = entry | _entries(engine, sites[id(parameter)])
+    return state_dict
+
+
+def split(
+    engine: Engine, optimizer: torch.optim.Optimizer, state_dict: dict
+) -> tuple[dict, list[tuple[Site, dict]]]:
+    """Take R out of a `state_dict`: the optimizer's own part, and for each site what it holds.
+
+    Raises:
+        ValueError: it holds some R, but not those of this model: other layers, widths or ranks.
+    """
+    sites = _weights(engine, optimizer)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+    own, taken = {}, {}
+    for number, entry in state_dict["state"].items():
+        own[number] = {k: v for k, v in entry.items() if not str(k).startswith(PREFIX)}
+        ours = {k.removeprefix(PREFIX): v for k, v in entry.items() if str(k).startswith(PREFIX)}
+        if ours:
+            taken[number] = ours
+        if not own[number]:
+            del own[number]  # an optimizer without state for it
+    found = []
+    if taken and len(parameters) == len(numbers):
+        for parameter, number in zip(parameters, numbers, strict=True):
+            site, entry = sites.get(id(parameter)), taken.get(number, {})
+            if site is None and not entry:
+                continue
+            expected = {} if site is None else _shapes(_entries(engine, site))
+            got = _shapes({PREFIX + k: v for k, v in entry.items()})
+            if expected != got:
+                where = "a layer without R" if site is None else site.name
+                raise ValueError(f"load_state_dict: R of {where}: expected {expected or None}, got {got or None}")
+            found.append((site, entry))
+    return {**state_dict, "state": own}, found
+
+
+def _shapes(entries: dict[str, Tensor | int]) -> dict[str, list[int]]:
+    return {
+        name.removeprefix(PREFIX): list(value.shape)
+        for name, value in entries.items()
+        if isinstance(value, Tensor) and value.dim()
+    }
+
+
+@torch.no_grad()
+def restore(engine: Engine, found: list[tuple[Site, dict]]) -> None:
+    """Take R, caution and the position of the sampling from what `split` found; R is I where it found none."""
+    engine.drop_samples()
+    if not found:
+        warnings.warn(
+            "load_state_dict: the state holds no R, so R starts from the identity: it was saved without "
+            "decorrelation",
+            stacklevel=3,
+        )
+        for site in engine.sites:
+            site.layers[0].structure.reset(*site.factors)
+            site.caution.fill_(1.0)
+        engine.sampler.seek(engine.decor.seed, 0)
+        return
+    for site, entry in found:
+        for name, factor in zip(site.layers[0].structure.names, site.factors, strict=True):
+            factor.copy_(entry[name])
+        site.caution.fill_(float(entry["caution"]))
+        engine.sampler.seek(int(entry["seed"]), int(entry["step"]))
