@@ -295,22 +295,8 @@ class _LowRankStack(_Stack):
     def _apply(self, where: slice, B: Tensor, Y: Tensor, c: Tensor, step: _Step) -> None:
         """Step the sites `where` by their statistics, see `ops.lowrank_statistics`."""
         Q, S = (factor[where] for factor in self.factors)
-        size = c.sum(1)
-        unsound = ~size.isfinite()[:, None]
-        B, Y = (part.masked_fill(unsound[..., None], 0.0) for part in (B, Y))
-        c = c.masked_fill(unsound, 0.0)
-        T = S + torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
-        inner = T @ B @ T.mT  # the second moment of z within the subspace
-        unit = 1.0
-        if step.scale_free:
-            V = Q @ S
-            squares = c + 2 * (Y * V).sum(2) + ((V @ B) * V).sum(2)  # [L', d], of z
-            unit = 2 * squares.mean(1).clamp(min=torch.finfo(S.dtype).tiny)
-        bound = None
-        if step.limit is not None:
-            bound = (torch.linalg.matrix_norm(inner) + step.kappa) / unit
-        rates = self.choose_rates(where, step, size, bound) / unit
-        ops.lowrank_apply_(Q, S, B, Y, c, rates, step.kappa)
+        caution, rates = self.caution[where], self.rates[where]
+        ops.lowrank_step_(Q, S, caution, rates, B, Y, c, step.lr, step.kappa, step.scale_free, step.limit)
 
     def _of_rows(self, where: slice, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         Q = self.factors[0]
@@ -390,7 +376,7 @@ class DecorSGD(torch.optim.Optimizer):
     in each backward. `step()` decorrelates the samples, forms their statistics (averaged over processes
     where a process group is initialised) and updates all R of equal width together, without waiting for
     the device. R rests in layers whose weight is frozen or which are in eval mode. For a low-rank R,
-    `ops.lowrank_apply_` states the rule.
+    `ops.lowrank_step_` states the rule.
 
     A layer whose samples are not finite rests for that step, and its eta is halved from then on: see
     `caution()`.
