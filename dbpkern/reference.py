@@ -144,3 +144,43 @@ def lowrank_apply(
         U = left @ right
         S_new[i] = U @ (T - eye) @ U.T
     return Q_new, S_new
+
+
+def lowrank_step(
+    Q: Tensor,
+    S: Tensor,
+    caution: Tensor,
+    B: Tensor,
+    Y: Tensor,
+    c: Tensor,
+    eta: float,
+    kappa: float = 0.0,
+    scale_free: bool = True,
+    limit: float | None = 0.5,
+    q_eta: float = 0.2,
+    ridge: float = 1e-4,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`lowrank_apply` at rates chosen for each layer: the new Q, S and `caution [L]`, and the `rates [L]`.
+
+    The rate is `min(caution eta, limit / bound)`, where `bound = (||T B T^T||_F + kappa) / unit` is at least
+    the largest eigenvalue of M within the subspace. With `scale_free`, M is divided by `unit`, twice the mean
+    of the mean squares of z, which is 1 otherwise. A layer whose statistics are not finite rests: its rate
+    is 0, and its caution is halved.
+    """
+    Q_new, S_new, caution = Q.clone(), S.clone(), caution.clone()
+    rates = torch.zeros_like(caution)
+    tiny = torch.finfo(Q.dtype).tiny
+    for i in range(len(Q)):
+        if not c[i].sum().isfinite():
+            caution[i] /= 2
+            continue
+        V, T = Q[i] @ S[i], torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device) + S[i]
+        g = c[i] + 2 * (Y[i] * V).sum(1) + (V @ B[i] * V).sum(1)  # mean squares of z
+        unit = (2 * g.mean()).clamp(min=tiny) if scale_free else 1.0
+        rates[i] = caution[i] * eta
+        if limit is not None:
+            bound = (torch.linalg.matrix_norm(T @ B[i] @ T.T) + kappa) / unit
+            rates[i] = torch.minimum(rates[i], limit / bound.clamp(min=tiny))
+        layer = (t[i : i + 1] for t in (Q, S, B, Y, c))
+        Q_new[i : i + 1], S_new[i : i + 1] = lowrank_apply(*layer, rates[i] / unit, kappa, q_eta, ridge)
+    return Q_new, S_new, caution, rates

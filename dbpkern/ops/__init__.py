@@ -10,9 +10,9 @@ from dbpkern.ops.apply import apply_
 from dbpkern.ops.correlation import correlation
 from dbpkern.ops.fold import fold
 from dbpkern.ops.fused_step import fused_step
-from dbpkern.ops.lowrank_apply import lowrank_apply_
 from dbpkern.ops.lowrank_fold import lowrank_fold
 from dbpkern.ops.lowrank_statistics import lowrank_statistics
+from dbpkern.ops.lowrank_step import lowrank_step_
 from dbpkern.ops.lowrank_transform import lowrank_transform
 from dbpkern.ops.transform import transform
 from dbpkern.ops.update import update_
@@ -22,9 +22,9 @@ __all__ = [
     "correlation",
     "fold",
     "fused_step",
-    "lowrank_apply_",
     "lowrank_fold",
     "lowrank_statistics",
+    "lowrank_step_",
     "lowrank_transform",
     "transform",
     "update_",

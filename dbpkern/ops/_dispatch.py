@@ -120,6 +120,8 @@ AUTOMATIC: dict[str, str] = {
     "correlation": "triton",
     "fold": "triton",
     "lowrank_fold": "triton",
+    "lowrank_statistics": "triton",
+    "lowrank_step_": "triton",
     "lowrank_transform": "triton",
     "transform": "triton",
 }

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from dbpkern.ops import _dispatch, _triton
 from dbpkern.ops._common import (
     accumulator_dtype,
     autocast_off,
@@ -11,11 +12,168 @@ from dbpkern.ops._common import (
     check_same_device,
     check_tensor,
     operator,
+    product,
 )
-from dbpkern.ops._dispatch import check_backend, choose, named_backend
+from dbpkern.ops._dispatch import Operands, Tiles
+from dbpkern.ops._matmul import (
+    cdiv,
+    dot,
+    operand_constants,
+    product_loop,
+    rounded,
+    within_reach,
+)
+from dbpkern.ops._triton import jit, tl
 
 # What the CUDA kernel is built for.
 RANKS = range(8, 257)
+# The widest block of ranks that stays in registers.
+MAX_RANK = 256
+
+
+@jit
+def project_kernel(
+    x, Q, P, N, D, RANK, x_l, x_n, x_d,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """`P [L, N, r] = x [L, N, D] @ Q [L, D, r]`: a block of rows on grid axis 0, a layer on axis 1."""
+    row = tl.program_id(0) * BLOCK_M
+    layer = tl.program_id(1).to(tl.int64)
+    m = tl.arange(0, BLOCK_M)
+    k = tl.arange(0, BLOCK_K)
+    rank = tl.arange(0, BLOCK_R)
+    m_in = (row + m < N)[:, None]
+    r_in = (rank < RANK)[None, :]
+    x += layer * x_l + row.to(tl.int64) * x_n
+    acc = product_loop(
+        x + (m[:, None] * x_n + k[None, :] * x_d),
+        Q + layer * D * RANK + (k[:, None] * RANK + rank[None, :]),
+        m_in, r_in, D, x_d, RANK, rank, False, OPERAND, PRECISION, EMULATE, EVEN_K, BLOCK_M, BLOCK_R, BLOCK_K,
+    )  # fmt: skip
+    P += (layer * N + row) * RANK + (m[:, None] * RANK + rank[None, :])
+    tl.store(P, rounded(acc, P.dtype.element_ty, EMULATE), mask=m_in & r_in)
+
+
+@jit
+def transposed_product(
+    a, P, first, D, N, RANK, a_n, a_d,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """`a^T P` for the BLOCK_D columns of `a [N, D]` from `first` on, and the sums of their squares."""
+    d = tl.arange(0, BLOCK_D)
+    k = tl.arange(0, BLOCK_K)
+    rank = tl.arange(0, BLOCK_R)
+    d_in = (first + d < D)[None, :]
+    r_in = (rank < RANK)[None, :]
+    left = a + first.to(tl.int64) * a_d + (k[:, None] * a_n + d[None, :] * a_d)
+    right = P + (k[:, None] * RANK + rank[None, :])
+    acc = tl.zeros((BLOCK_D, BLOCK_R), tl.float32)
+    squares = tl.zeros((BLOCK_D,), tl.float32)
+    for start in range(0, N, BLOCK_K):
+        k_in = (k < N - start)[:, None]
+        columns = tl.load(left, mask=k_in & d_in, other=0.0)
+        rows = tl.load(right, mask=k_in & r_in, other=0.0)
+        wide = columns.to(tl.float32)
+        squares += tl.sum(wide * wide, axis=0)
+        # Loaded as the rows lie, transposed in registers.
+        acc = dot(tl.trans(columns), rows, acc, OPERAND, PRECISION, EMULATE)
+        left += BLOCK_K * a_n
+        right += BLOCK_K * RANK
+    return acc, squares
+
+
+@jit
+def moments_kernel(
+    x, P, B, Y, c, N, D, RANK, x_l, x_n, x_d, scale, d_blocks,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Y and c for a block of features, or B for a block of ranks: on grid axis 0, a layer on axis 1.
+
+    x is read once. Sums have a fixed order.
+    """
+    block = tl.program_id(0)
+    layer = tl.program_id(1).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    rank = tl.arange(0, BLOCK_R)
+    r_in = (rank < RANK)[None, :]
+    P += layer * N * RANK
+    if block < d_blocks:
+        first = block * BLOCK_D
+        acc, squares = transposed_product(
+            x + layer * x_l, P, first, D, N, RANK, x_n, x_d,
+            OPERAND, PRECISION, EMULATE, BLOCK_D, BLOCK_K, BLOCK_R,
+        )  # fmt: skip
+        inside = first + d < D
+        tl.store(c + layer * D + first + d, squares * scale, mask=inside)
+        Y += (layer * D + first) * RANK + (d[:, None] * RANK + rank[None, :])
+        tl.store(Y, acc * scale, mask=inside[:, None] & r_in)
+    else:
+        first = (block - d_blocks) * BLOCK_D
+        acc, squares = transposed_product(
+            P, P, first, RANK, N, RANK, RANK, 1,
+            OPERAND, PRECISION, EMULATE, BLOCK_D, BLOCK_K, BLOCK_R,
+        )  # fmt: skip
+        B += (layer * RANK + first) * RANK + (d[:, None] * RANK + rank[None, :])
+        tl.store(B, acc * scale, mask=(first + d < RANK)[:, None] & r_in)
+
+
+def rank_block(r: int) -> int:
+    """The block that holds r ranks: tensor cores take no fewer than 16."""
+    return max(16, 1 << (r - 1).bit_length())
+
+
+def _operands(x: Tensor, Q: Tensor) -> tuple[Operands, Operands]:
+    """The operands of `x Q`, and of the products with its result P."""
+    kind = _dispatch.operands(x.dtype, Q.dtype)
+    # P, a sum of d products, can leave the range of fp16. TF32 holds its digits, and x unchanged.
+    return kind, Operands(torch.float32, "tf32") if kind.dtype == torch.float16 else kind
+
+
+def _tiles(kind: Operands, d: int, r: int) -> Tiles:
+    # The table goes by the rank, as an odd one where the width is no multiple of 16.
+    return _dispatch.tiles("lowrank", kind.kind, r if d % 16 == 0 or r % 2 else r - 1)
+
+
+def triton_statistics(x: Tensor, Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """B, Y and c by two launches; n > 0."""
+    L, n, d = x.shape
+    r = Q.shape[2]
+    x, Q = within_reach(x), Q.contiguous()
+    operands, p_operands = _operands(x, Q)
+    P = torch.empty(L, n, r, dtype=p_operands.dtype, device=x.device)
+    B, Y, c = (
+        torch.empty(L, *shape, dtype=torch.float32, device=x.device) for shape in ((r, r), (d, r), (d,))
+    )
+    sizes = {"N": n, "D": d, "RANK": r, "x_l": x.stride(0), "x_n": x.stride(1), "x_d": x.stride(2)}
+    tiles = _tiles(operands, d, r)
+    _triton.launch(
+        project_kernel,
+        (cdiv(n, tiles.m), L),
+        {"x": x, "Q": Q, "P": P, **sizes},
+        {
+            **operand_constants(operands), "EVEN_K": d % tiles.k == 0,
+            "BLOCK_M": tiles.m, "BLOCK_K": tiles.k, "BLOCK_R": rank_block(r),
+        },
+        tiles.warps,
+        tiles.stages,
+    )  # fmt: skip
+    tiles = _tiles(p_operands, d, r)
+    d_blocks = cdiv(d, tiles.m)
+    _triton.launch(
+        moments_kernel,
+        (d_blocks + cdiv(r, tiles.m), L),
+        {"x": x, "P": P, "B": B, "Y": Y, "c": c, **sizes, "scale": 1 / n, "d_blocks": d_blocks},
+        {
+            **operand_constants(p_operands),
+            "BLOCK_D": tiles.m, "BLOCK_K": tiles.k, "BLOCK_R": rank_block(r),
+        },
+        tiles.warps,
+        tiles.stages,
+    )  # fmt: skip
+    return B, Y, c
 
 
 def _cuda_refusal(x: Tensor, Q: Tensor) -> str | None:
@@ -27,11 +185,28 @@ def _cuda_refusal(x: Tensor, Q: Tensor) -> str | None:
     _, d, r = Q.shape
     if r not in RANKS or r > d:
         return f"it serves ranks from {RANKS.start} to {RANKS.stop - 1} and at most d = {d}, got {r}"
-    if torch.cuda.get_device_capability(x.device) < (8, 0):
+    if _dispatch.capability(x.device) < (8, 0):
         return "it needs compute capability 8.0 or newer"
     from dbpkern import extension  # here: it builds or loads a library when it is first asked for one
 
     return extension.why() if extension.load() is None else None
+
+
+def _triton_refusal(x: Tensor, Q: Tensor) -> str | None:
+    """Why the Triton kernels cannot serve the call, or None."""
+    r = Q.shape[2]
+    if not 1 <= r <= MAX_RANK:
+        return f"it serves ranks from 1 to {MAX_RANK}, got {r}"
+    return _dispatch.triton_refusal(x.device, x.dtype, Q.dtype)
+
+
+def _serves(x: Tensor, Q: Tensor, backend: str) -> str:
+    """The backend that serves the call."""
+    automatic = _dispatch.preferred("lowrank_statistics", x.device, _operands(x, Q)[0].kind)
+    refusals = {"triton": _triton_refusal(x, Q), "cuda": None}
+    if (backend or _dispatch.named_backend() or automatic) == "cuda":  # asking it may build it
+        refusals["cuda"] = _cuda_refusal(x, Q)
+    return _dispatch.choose("lowrank_statistics", backend, refusals, automatic)
 
 
 def _multiplies_bfloat16(x: Tensor, Q: Tensor) -> bool:
@@ -44,13 +219,21 @@ def _multiplies_bfloat16(x: Tensor, Q: Tensor) -> bool:
         and Q.dtype == torch.float32
         and x.device.type == "cuda"
         and torch.version.hip is None
-        and torch.cuda.get_device_capability(x.device) >= (8, 0)
+        and _dispatch.capability(x.device) >= (8, 0)
     )
 
 
-def _half_bmm(a: Tensor, b: Tensor) -> Tensor:
-    """`torch.bmm` of bf16 stacks, rounded to fp32 alone."""
-    return torch.bmm(a, b, out_dtype=torch.float32)
+def _eager_statistics(x: Tensor, Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    n = x.shape[1]
+    dtype = _result_dtype(x, Q)
+    c = torch.linalg.vector_norm(x, dim=1, dtype=dtype).square_().div_(n)
+    if _multiplies_bfloat16(x, Q):
+        operand, bmm = torch.bfloat16, product
+    else:
+        operand, bmm = dtype, torch.bmm
+    x = x.to(operand)
+    P = bmm(x, Q.to(operand)).to(operand)
+    return bmm(P.mT, P).div_(n), bmm(x.mT, P).div_(n), c
 
 
 def _result_dtype(x: Tensor, Q: Tensor) -> torch.dtype:
@@ -59,28 +242,19 @@ def _result_dtype(x: Tensor, Q: Tensor) -> torch.dtype:
 
 @operator("lowrank_statistics")
 def _lowrank_statistics(x: Tensor, Q: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    L, n, d = x.shape
-    r = Q.shape[2]
-    dtype = _result_dtype(x, Q)
-    # Asking whether the extension can serve may build it.
-    unasked = (backend or named_backend()) in ("eager", "triton")
-    refusal = "it was not asked for" if unasked else _cuda_refusal(x, Q)
-    backend = choose("lowrank_statistics", backend, {"cuda": refusal}, lambda: "cuda")
+    backend = _serves(x, Q, backend)
     if x.numel() == 0:
-        return tuple(x.new_zeros(L, *shape, dtype=dtype) for shape in ((r, r), (d, r), (d,)))
+        L, _, d = x.shape
+        r = Q.shape[2]
+        return tuple(x.new_zeros(L, *shape, dtype=_result_dtype(x, Q)) for shape in ((r, r), (d, r), (d,)))
     if backend == "cuda":
         from dbpkern import extension
 
         return extension.load().lowrank_statistics(x, Q)
+    if backend == "triton":
+        return triton_statistics(x, Q)
     with autocast_off(x.device):
-        c = torch.linalg.vector_norm(x, dim=1, dtype=dtype).square_().div_(n)
-        if _multiplies_bfloat16(x, Q):
-            operand, bmm = torch.bfloat16, _half_bmm
-        else:
-            operand, bmm = dtype, torch.bmm
-        x = x.to(operand)
-        P = bmm(x, Q.to(operand)).to(operand)
-        return bmm(P.mT, P).div_(n), bmm(x.mT, P).div_(n), c
+        return _eager_statistics(x, Q)
 
 
 @_lowrank_statistics.register_fake
@@ -106,9 +280,10 @@ def lowrank_statistics(x: Tensor, Q: Tensor, *, backend: str | None = None) -> t
     Args:
         x: `[L, n, d]`, the sampled rows of L layers. n = 0 gives zeros.
         Q: `[L, d, r]`, fp32 or fp64.
-        backend: "eager" or "cuda", the extension (fp32 and bf16 rows, ranks from 8 to 256); None chooses. On
-            a GPU both round Q and P to bf16 where the rows are bf16; sums are fp32. Otherwise eager widens
-            the rows.
+        backend: "eager", "triton" (two launches, ranks up to 256), or "cuda", the extension (fp32 and bf16
+            rows, ranks from 8 to 256), which is built when it is first asked for; None chooses between the
+            first two. On a GPU all round Q and P to bf16 where the rows are bf16; sums are fp32. Otherwise
+            eager widens the rows.
 
     Returns:
         `B [L, r, r] = P^T P / n`, `Y [L, d, r] = x^T P / n` and `c [L, d]`, the mean squares of x, in fp32
@@ -126,5 +301,5 @@ def lowrank_statistics(x: Tensor, Q: Tensor, *, backend: str | None = None) -> t
             f"Q: expected shape [L, d, r] with L = {x.shape[0]} and d = {x.shape[2]}, got {list(Q.shape)}"
         )
     check_same_device(x=x, Q=Q)
-    check_backend(backend)
+    _dispatch.check_backend(backend)
     return torch.ops.dbpkern.lowrank_statistics(x, Q, backend or "")
