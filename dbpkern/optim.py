@@ -153,7 +153,7 @@ class _Stack:
         L, d, _ = self.factors[0].shape
         M, a, counts = (self.factors[0].new_zeros(L, *shape) for shape in ((d, d), (d,), ()))
         for where, rows in self.runs(stale):
-            M[where], a[where] = ops.correlation(self.decorrelated(where, rows), kappa)
+            M[where], a[where], _ = ops.correlation(self.decorrelated(where, rows), kappa)
             counts[where] = rows.shape[1]
         return distributed.average_statistics(M, a, counts, owner)
 
@@ -234,7 +234,7 @@ class _FullStack(_Stack):
                 z = z.masked_fill(~size.isfinite()[:, None, None], 0.0)
                 ops.update_(R[where], z, rates, step.kappa)
             else:
-                self._apply(where, *ops.correlation(z, step.kappa), step)
+                self._apply(where, *ops.correlation(z, step.kappa)[:2], step)
 
     def _take_over(self, where: slice, proposed: Tensor, step: _Step) -> None:
         """Step the sites `where` to the R `[L', d, d]` that their forwards have made by `step`."""
@@ -372,7 +372,7 @@ def _loss_of_rows(z: Tensor, kappa: float) -> Tensor:
     """The losses `[L']` of rows `z [L', n, d]`, by the smaller of their two Gram matrices."""
     n, d = z.shape[1:]
     if n >= d:
-        off, a = ops.correlation(z)
+        off, a, _ = ops.correlation(z)
         return _loss(off.square().sum((1, 2)), a, kappa)
     a = torch.linalg.vector_norm(z, dim=1).square_().div_(n)
     squares = torch.bmm(z, z.mT).div_(n).square().sum((1, 2))  # ||z z^T||_F = ||z^T z||_F
