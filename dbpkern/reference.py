@@ -23,19 +23,41 @@ def fold(W: Tensor, R: Tensor) -> Tensor:
     return W @ R
 
 
-def correlation(z: Tensor, kappa: float = 0.0) -> tuple[Tensor, Tensor]:
-    """`M [L, d, d]` and the mean squares `a [L, d]` of the samples `z [L, n, d]`.
+def correlation(z: Tensor, kappa: float = 0.0, scale_free: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """M `[L, d, d]`, the mean squares `a [L, d]` and a bound `[L]` from the samples `z [L, n, d]`.
 
-    `G = z^T z / n`, `a = diag G`, `M = (1 - kappa) offdiag(G) + kappa (diag(G) - I)`. No rows, no
-    evidence: with n = 0 both are zero.
+    `G = z^T z / n`, `a = diag G`, `M = (1 - kappa) offdiag(G) + kappa (diag(G) - I)`; `scale_free` divides
+    `M_ij` by `a_i + a_j`. What is not finite then is zero in M: features without variance, and layers whose
+    samples are not finite. No eigenvalue of M exceeds the bound, the smaller of its Frobenius norm and its
+    largest absolute row sum. No rows, no evidence: with n = 0 all are zero.
     """
     L, n, d = z.shape
-    if n == 0:
-        return z.new_zeros(L, d, d), z.new_zeros(L, d)
+    if n == 0 or d == 0:
+        return z.new_zeros(L, d, d), z.new_zeros(L, d), z.new_zeros(L)
     G = z.mT @ z / n
     a = G.diagonal(dim1=-2, dim2=-1)
     M = (1 - kappa) * (G - torch.diag_embed(a)) + kappa * torch.diag_embed(a - 1)
-    return M, a.clone()
+    if scale_free:
+        M = M / (a[:, :, None] + a[:, None, :])
+    M = torch.where(M.isfinite(), M, 0)
+    bound = torch.minimum(M.square().sum((1, 2)).sqrt(), M.abs().sum(2).amax(1))
+    return M, a.clone(), bound
+
+
+def choose_rates(
+    caution: Tensor, a: Tensor, bound: Tensor | None, eta: float, limit: float | None
+) -> tuple[Tensor, Tensor]:
+    """The caution `[L]` after a step and the rates `[L]` of that step.
+
+    A layer whose mean squares `a [L, d]` are not finite rests, and its caution is halved. The others step by
+    `min(caution eta, limit / bound)`, or by `caution eta` without a bound.
+    """
+    sound = a.sum(1).isfinite()
+    caution = torch.where(sound, caution, caution / 2)
+    rates = caution * eta
+    if bound is not None:
+        rates = torch.minimum(rates, limit / bound.clamp(min=torch.finfo(bound.dtype).tiny))
+    return caution, torch.where(sound, rates, 0)
 
 
 def loss(z: Tensor, kappa: float = 0.0) -> Tensor:
@@ -67,7 +89,7 @@ def fused_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`z [n, d]` of all rows with the old R, the new R from the rows `index [n_s]`, and `a [d]`."""
     z = transform(x, R)
-    M, a = correlation(z[index][None], kappa)
+    M, a, _ = correlation(z[index][None], kappa)
     return z, apply(R[None], M, eta)[0], a[0]
 
 

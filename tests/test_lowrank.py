@@ -157,7 +157,7 @@ def test_apply(L, n, d, r, kappa):
 def test_S_follows_the_full_rule_inside_the_subspace(kappa):
     """`T - lr Q^T M Q T` with M of all d features, formed from z itself."""
     x, (Q, S) = correlated(3, 40, 9), rand_factors(3, d=9, r=4)
-    M, _ = reference.correlation(reference.lowrank_transform(x, Q, S), kappa)
+    M, _, _ = reference.correlation(reference.lowrank_transform(x, Q, S), kappa)
     expected = S - 0.05 * Q.mT @ M @ Q @ (torch.eye(4) + S)
     before = Q.clone()
     lowrank_apply_(Q, S, *lowrank_statistics(x, Q), 0.05, kappa, q_lr=0.0)

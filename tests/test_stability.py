@@ -74,7 +74,7 @@ def test_no_step_exceeds_the_limit(n, kappa):
     for step in range(5):
         x = ill_conditioned(n, seed=step) * 3
         before = R_of(model).clone()
-        M, _ = reference.correlation(reference.transform(x, before)[None], kappa)
+        M, _, _ = reference.correlation(reference.transform(x, before)[None], kappa)
         feed(model, decor, x)
         (rate,) = decor.rates().values()
         largest = torch.linalg.eigvalsh(M[0]).abs().max()
@@ -116,7 +116,7 @@ def test_an_ill_conditioned_stream_diverges_without_and_converges_with_the_limit
 def test_scale_free_divides_by_the_mean_squares_of_both_features():
     z = torch.randn(2, 50, 6, dtype=torch.float64)
     z[1, :, 3] = 0
-    M, a = reference.correlation(z, kappa=0.25)
+    M, a, _ = reference.correlation(z, kappa=0.25)
     found = scale_free_(M.clone(), a)
     for layer, i, j in ((0, 0, 1), (0, 5, 2), (1, 4, 4)):
         expected = M[layer, i, j] / (a[layer, i] + a[layer, j])

@@ -14,11 +14,14 @@ from dbpkern.ops.lowrank_fold import lowrank_fold
 from dbpkern.ops.lowrank_statistics import lowrank_statistics
 from dbpkern.ops.lowrank_step import lowrank_step_
 from dbpkern.ops.lowrank_transform import lowrank_transform
+from dbpkern.ops.rates import choose_rates_
+from dbpkern.ops.sample_rows import sample_patches_, sample_rows_
 from dbpkern.ops.transform import transform
 from dbpkern.ops.update import update_
 
 __all__ = [
     "apply_",
+    "choose_rates_",
     "correlation",
     "fold",
     "fused_step",
@@ -26,6 +29,8 @@ __all__ = [
     "lowrank_statistics",
     "lowrank_step_",
     "lowrank_transform",
+    "sample_patches_",
+    "sample_rows_",
     "transform",
     "update_",
 ]

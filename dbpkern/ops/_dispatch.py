@@ -117,12 +117,17 @@ def triton_refusal(device: torch.device, *dtypes: torch.dtype) -> str | None:
 
 
 AUTOMATIC: dict[str, str] = {
+    "choose_rates_": "triton",
     "correlation": "triton",
     "fold": "triton",
+    "fused_step": "triton",
     "lowrank_fold": "triton",
     "lowrank_statistics": "triton",
     "lowrank_step_": "triton",
     "lowrank_transform": "triton",
+    "orthogonalize": "triton",
+    "sample_patches_": "triton",
+    "sample_rows_": "triton",
     "transform": "triton",
 }
 """The backend that serves an op by itself on a GPU, if not eager. An op that is not listed, and fp32 or TF32

@@ -42,11 +42,14 @@ def _pieces(R: Tensor) -> list[tuple[slice, slice]]:
 def apply_in_place(R: Tensor, M: Tensor, eta: Tensor) -> None:
     """`R -= eta M R` by PyTorch's products, piece by piece."""
     rate = per_layer(eta, R.dtype)
+    halves = M.dtype == torch.bfloat16 and M.is_cuda
     for layers, columns in _pieces(R):
         target = R[layers, :, columns]
-        scaled = target * (rate[layers] if rate.dim() else rate)
-        if M.itemsize == 2 and M.is_cuda:
-            target.sub_(product(M[layers], scaled.to(M.dtype)))
+        # Scaled before it is rounded, so that a rate however small costs no digits.
+        scaled = torch.empty_like(target, dtype=M.dtype if halves else R.dtype)
+        torch.mul(target, rate[layers] if rate.dim() else rate, out=scaled)
+        if halves:
+            target.sub_(product(M[layers], scaled))
         else:
             target.baddbmm_(M[layers].to(R.dtype), scaled, alpha=-1)
         del scaled  # before the next piece's is made, or two of them would live at a time
@@ -78,8 +81,8 @@ def apply_(R: Tensor, M: Tensor, eta: float | Tensor, *, backend: str | None = N
 
     Args:
         R: `[L, d, d]`, fp32 or fp64; changed in place.
-        M: `[L, d, d]` as `correlation` returns it: of the same dtype, or of 16 bits, which then are the
-            operands of the product on a GPU.
+        M: `[L, d, d]` as `correlation` returns it: of the same dtype, or bfloat16, which then is the operand
+            of the product on a GPU.
         eta: a number >= 0, a 0-d tensor, or `[L]` for a rate per layer. A CUDA graph freezes a number;
             a tensor on the device is read at each replay.
         backend: "eager", or None for the same.
@@ -98,7 +101,7 @@ def apply_(R: Tensor, M: Tensor, eta: float | Tensor, *, backend: str | None = N
     check_tensor("M", M, "[L, d, d]", (3,))
     if M.shape != R.shape:
         raise ValueError(f"M: expected the shape of R {list(R.shape)}, got {list(M.shape)}")
-    if M.itemsize != 2:
+    if M.dtype != torch.bfloat16:
         check_same_dtype(R=R, M=M)
     check_same_device(R=R, M=M)
     _dispatch.check_backend(backend)

@@ -1,11 +1,18 @@
-"""`M` and the column mean squares: what the sampled rows say about R."""
+"""`M`, the mean squares of z and a bound of M's eigenvalues: what the sampled rows say about R."""
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from dbpkern.ops import _dispatch, _triton
-from dbpkern.ops._common import accumulator_dtype, autocast_off, check_kappa, check_tensor, operator
+from dbpkern.ops._common import (
+    accumulator_dtype,
+    autocast_off,
+    check_kappa,
+    check_tensor,
+    operator,
+    product,
+)
 from dbpkern.ops._matmul import cdiv, dot, operand_constants, rounded, within_reach
 from dbpkern.ops._triton import jit, tl
 
@@ -22,11 +29,14 @@ def triangle_position(p):
 
 @jit
 def gram_tile(
-    z, i, j, N, D, z_n, z_d,
+    z, i, j, N, D, z_n, z_d, SQUARES: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The fp32 tile [BLOCK, BLOCK] of `z^T z` at block (i, j), for `z [N, D]`."""
+    """The fp32 tile [BLOCK, BLOCK] of `z^T z` at block (i, j), for `z [N, D]`.
+
+    With SQUARES also the diagonals of `z^T z` at blocks i and j, [BLOCK] each; zeros without.
+    """
     block = tl.arange(0, BLOCK)
     k = tl.arange(0, BLOCK_K)
     i_in = (i * BLOCK + block < D)[None, :]
@@ -35,132 +45,206 @@ def gram_tile(
     z_i = rows + (i * BLOCK).to(tl.int64) * z_d + block[None, :] * z_d  # [BLOCK_K, BLOCK]
     z_j = rows + (j * BLOCK).to(tl.int64) * z_d + block[None, :] * z_d
     acc = tl.zeros((BLOCK, BLOCK), tl.float32)
+    squares_i = tl.zeros((BLOCK_K, BLOCK), tl.float32)
+    squares_j = tl.zeros((BLOCK_K, BLOCK), tl.float32)
     for start in range(0, N, BLOCK_K):
         k_in = (k < N - start)[:, None]
         # Loaded as the rows lie, transposed in registers.
-        left = tl.trans(tl.load(z_i, mask=k_in & i_in, other=0.0))
+        left = tl.load(z_i, mask=k_in & i_in, other=0.0)
         right = tl.load(z_j, mask=k_in & j_in, other=0.0)
-        acc = dot(left, right, acc, OPERAND, PRECISION, EMULATE)
+        acc = dot(tl.trans(left), right, acc, OPERAND, PRECISION, EMULATE)
+        if SQUARES:
+            squares_i += left.to(tl.float32) * left.to(tl.float32)
+            squares_j += right.to(tl.float32) * right.to(tl.float32)
         z_i += BLOCK_K * z_n
         z_j += BLOCK_K * z_n
-    return acc
+    return acc, tl.sum(squares_i, axis=0), tl.sum(squares_j, axis=0)
 
 
 @jit
-def store_symmetric(G, M, i, j, D, m_r, kappa, EMULATE: tl.constexpr, BLOCK: tl.constexpr):
-    """Store M's tile (i, j) made from the second moments G [BLOCK, BLOCK], and its mirror image (j, i).
-
-    Returns M's off-diagonal part of G, the diagonal of G [BLOCK], and where the diagonal lies in the tile.
-    """
+def store_symmetric(tile, M, i, j, D, EMULATE: tl.constexpr, BLOCK: tl.constexpr):
+    """Store the tile (i, j), i >= j, of the contiguous symmetric `M [D, D]` and its mirror image (j, i)."""
     r = i * BLOCK + tl.arange(0, BLOCK)
     c = j * BLOCK + tl.arange(0, BLOCK)
-    on_diagonal = r[:, None] == c[None, :]
-    off = tl.where(on_diagonal, 0.0, G)
-    tile = rounded(tl.where(on_diagonal, kappa * (G - 1.0), (1.0 - kappa) * G), M.dtype.element_ty, EMULATE)
+    tile = rounded(tile, M.dtype.element_ty, EMULATE)
+    mirrored = tl.trans(tile)
+    # A product of equal operands need not be symmetric in its last bits: on M's diagonal, too, the lower
+    # triangle is mirrored.
+    tile = tl.where((i == j) & (r[:, None] < c[None, :]), mirrored, tile)
     inside = (r < D)[:, None] & (c < D)[None, :]
-    tl.store(M + r.to(tl.int64)[:, None] * m_r + c[None, :], tile, mask=inside)
+    tl.store(M + r.to(tl.int64)[:, None] * D + c[None, :], tile, mask=inside)
     if i != j:
-        tl.store(M + c.to(tl.int64)[:, None] * m_r + r[None, :], tl.trans(tile), mask=tl.trans(inside))
-    return off, tl.sum(tl.where(on_diagonal, G, 0.0), axis=0)
+        tl.store(M + c.to(tl.int64)[:, None] * D + r[None, :], mirrored, mask=tl.trans(inside))
 
 
 @jit
 def correlation_kernel(
-    z, M, a, losses, N, D, z_l, z_n, z_d, scale, kappa,
-    LOSS: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr,
+    z, M, a, row_sums, squares, N, D, z_l, z_n, z_d, scale, kappa, SCALE_FREE: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """M, a and partial losses of `z [L, N, D]`: a tile of the lower triangle on axis 0, a layer on axis 1.
+    """M and a of `z [L, N, D]`: a tile of the lower triangle on axis 0, a layer on axis 1.
 
-    Every column meets its partners once: z is read in one pass, M is symmetric by construction, and sums
+    For the bound it leaves `row_sums [L, D / BLOCK, D]`, absolute sums of M's rows over each block of
+    columns, and `squares [L, tiles]`, sums of M's squares. Every number is written by one program: the sums
     have a fixed order.
     """
     p = tl.program_id(0)
     layer = tl.program_id(1).to(tl.int64)
     i, j = triangle_position(p)
-    G = gram_tile(z + layer * z_l, i, j, N, D, z_n, z_d, OPERAND, PRECISION, EMULATE, BLOCK, BLOCK_K)
-    G = G * scale
-    off, diagonal = store_symmetric(G, M + layer * D * D, i, j, D, D, kappa, EMULATE, BLOCK)
+    G, a_i, a_j = gram_tile(
+        z + layer * z_l, i, j, N, D, z_n, z_d, True, OPERAND, PRECISION, EMULATE, BLOCK, BLOCK_K
+    )
+    a_i, a_j = a_i * scale, a_j * scale
+    r = i * BLOCK + tl.arange(0, BLOCK)
     c = j * BLOCK + tl.arange(0, BLOCK)
+    on_diagonal = r[:, None] == c[None, :]
+    tile = tl.where(on_diagonal, kappa * (a_i - 1.0)[:, None], ((1.0 - kappa) * scale) * G)
+    if SCALE_FREE:
+        unit = a_i[:, None] + a_j[None, :]
+        tile = tl.where(unit > 0.0, tile / tl.where(unit > 0.0, unit, 1.0), 0.0)
+    inside = (r < D)[:, None] & (c < D)[None, :]
+    tile = tl.where(inside & (tl.abs(tile) < float("inf")), tile, 0.0)
+    store_symmetric(tile, M + layer * D * D, i, j, D, EMULATE, BLOCK)
+
+    row_sums += layer * tl.cdiv(D, BLOCK) * D
+    size = tl.abs(tile)
+    tl.store(row_sums + j * D + r, tl.sum(size, axis=1), mask=r < D)
     if i == j:
-        tl.store(a + layer * D + c, diagonal, mask=c < D)
-    if LOSS:
-        # A tile off the diagonal stands for two of the matrix.
-        weight = tl.where(i == j, 1.0, 2.0) * (1.0 - kappa)
-        loss = weight * tl.sum(off * off)
-        variance = tl.where((c < D) & (i == j), diagonal - 1.0, 0.0)
-        loss += kappa * tl.sum(variance * variance)
-        tl.store(losses + layer * tl.num_programs(0) + p, loss)
+        tl.store(a + layer * D + c, a_j, mask=c < D)
+    else:
+        tl.store(row_sums + i * D + c, tl.sum(size, axis=0), mask=c < D)
+    # A tile off the diagonal stands for two of the matrix.
+    weight = tl.where(i == j, 1.0, 2.0)
+    tl.store(squares + layer * tl.num_programs(0) + p, weight * tl.sum(tile * tile))
 
 
-def triton_correlation(z: Tensor, kappa: float, loss: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """M, a and the losses (none unless asked for) by the Triton kernel."""
+@jit
+def bound_kernel(
+    row_sums, squares, bound, D, BLOCKS, TILES, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`bound [L]` from `row_sums [L, BLOCKS, D]` and `squares [L, TILES]`; a layer is a program."""
+    layer = tl.program_id(0).to(tl.int64)
+    row_sums += layer * BLOCKS * D
+    squares += layer * TILES
+    r = tl.arange(0, ROWS)
+    block = tl.arange(0, COLUMNS)
+    largest = tl.zeros((ROWS,), tl.float32)
+    for start in range(0, D, ROWS):
+        inside = (block < BLOCKS)[:, None] & (start + r < D)[None, :]
+        sums = tl.load(row_sums + block[:, None] * D + (start + r)[None, :], mask=inside, other=0.0)
+        largest = tl.maximum(largest, tl.sum(sums, axis=0))
+    p = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, TILES, BLOCK):
+        total += tl.load(squares + start + p, mask=start + p < TILES, other=0.0)
+    norm = tl.sqrt(tl.sum(total))
+    tl.store(bound + layer, tl.minimum(norm, tl.max(largest)))
+
+
+def triton_correlation(
+    z: Tensor, kappa: float, scale_free: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """M, a and the bound by the Triton kernels."""
     z = within_reach(z)
     L, n, d = z.shape
     operands = _dispatch.operands(z.dtype)
     tiles = _dispatch.tiles("correlation", operands.kind, d)
-    steps = cdiv(d, tiles.m)
-    grid = (steps * (steps + 1) // 2, L)
-    M = torch.empty(L, d, d, dtype=torch.float32, device=z.device)
-    a = torch.empty(L, d, dtype=torch.float32, device=z.device)
-    losses = torch.empty(L, grid[0] if loss else 0, dtype=torch.float32, device=z.device)
+    blocks = cdiv(d, tiles.m)
+    count = blocks * (blocks + 1) // 2
+    M = torch.empty(L, d, d, dtype=dtype, device=z.device)
+    a, row_sums, squares, bound = (
+        torch.empty(shape, dtype=torch.float32, device=z.device)
+        for shape in ((L, d), (L, blocks, d), (L, count), (L,))
+    )
     _triton.launch(
         correlation_kernel,
-        grid,
+        (count, L),
         {
-            "z": z, "M": M, "a": a, "losses": losses, "N": n, "D": d,
+            "z": z, "M": M, "a": a, "row_sums": row_sums, "squares": squares, "N": n, "D": d,
             "z_l": z.stride(0), "z_n": z.stride(1), "z_d": z.stride(2), "scale": 1 / n, "kappa": kappa,
         },
         {
-            "LOSS": loss, **operand_constants(operands),
+            "SCALE_FREE": scale_free, **operand_constants(operands),
             "BLOCK": tiles.m, "BLOCK_K": tiles.k,
         },
         tiles.warps,
         tiles.stages,
     )  # fmt: skip
-    return M, a, losses.sum(1).div_(d * d) if loss else losses.flatten()
+    columns = 1 << (blocks - 1).bit_length()
+    _triton.launch(
+        bound_kernel,
+        (L,),
+        {
+            "row_sums": row_sums, "squares": squares, "bound": bound,
+            "D": d, "BLOCKS": blocks, "TILES": count,
+        },
+        {"COLUMNS": columns, "ROWS": max(1, 4096 // columns), "BLOCK": 256},
+        4,
+        2,
+    )  # fmt: skip
+    return M, a, bound
 
 
-def _eager_correlation(z: Tensor, kappa: float, loss: bool) -> tuple[Tensor, Tensor, Tensor]:
-    _, n, d = z.shape
-    z = z.to(accumulator_dtype(z.dtype))
-    G = torch.bmm(z.mT, z).div_(n)
+def _eager_correlation(
+    z: Tensor, kappa: float, scale_free: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    n = z.shape[1]
+    if z.is_cuda and z.itemsize == 2:
+        G = product(z.mT, z).div_(n)
+    else:
+        z = z.to(accumulator_dtype(z.dtype))
+        G = torch.bmm(z.mT, z).div_(n)
+    # G becomes M in place: a second d x d matrix per layer would double the scratch.
     diagonal = G.diagonal(dim1=-2, dim2=-1)
     a = diagonal.clone()
-    # G becomes M in place: a second d x d matrix per layer would double the scratch.
-    diagonal.zero_()
-    losses = G.new_empty(0)
-    if loss:
-        off = torch.linalg.vector_norm(G, dim=(1, 2)).square()
-        losses = ((1 - kappa) * off + kappa * (a - 1).square().sum(1)) / d**2
     if kappa:
         G.mul_(1 - kappa)
         diagonal.copy_(a - 1).mul_(kappa)
-    return G, a, losses
+    else:
+        diagonal.zero_()
+    if scale_free:
+        G.div_(a[:, :, None] + a[:, None, :])  # by zero, too: no number, see the next line
+    G.nan_to_num_(0.0, 0.0, 0.0)
+    bound = torch.minimum(
+        torch.linalg.vector_norm(G, dim=(1, 2)), torch.linalg.vector_norm(G, 1, dim=2).amax(1)
+    )
+    return G.to(dtype), a, bound
 
 
 @operator("correlation")
-def _correlation(z: Tensor, kappa: float, loss: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def _correlation(
+    z: Tensor, kappa: float, scale_free: bool, dtype: torch.dtype, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
     L, n, d = z.shape
     refusal = _dispatch.triton_refusal(z.device, z.dtype)
     automatic = _dispatch.preferred("correlation", z.device, _dispatch.operands(z.dtype).kind)
     serves = _dispatch.choose("correlation", backend, {"triton": refusal}, automatic)
     if n == 0 or d == 0:
-        dtype = accumulator_dtype(z.dtype)
-        shapes = ((L, d, d), (L, d), (L if loss else 0,))
-        return tuple(z.new_zeros(shape, dtype=dtype) for shape in shapes)
+        sums = accumulator_dtype(z.dtype)
+        return (
+            z.new_zeros((L, d, d), dtype=dtype),
+            z.new_zeros((L, d), dtype=sums),
+            z.new_zeros((L,), dtype=sums),
+        )
     if serves == "triton":
-        return triton_correlation(z, kappa, loss)
+        return triton_correlation(z, kappa, scale_free, dtype)
     with autocast_off(z.device):
-        return _eager_correlation(z, kappa, loss)
+        return _eager_correlation(z, kappa, scale_free, dtype)
 
 
 @_correlation.register_fake
-def _(z: Tensor, kappa: float, loss: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    z: Tensor, kappa: float, scale_free: bool, dtype: torch.dtype, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
     L, _, d = z.shape
-    dtype = accumulator_dtype(z.dtype)
-    shapes = ((L, d, d), (L, d), (L if loss else 0,))
-    return tuple(z.new_empty(shape, dtype=dtype) for shape in shapes)
+    sums = accumulator_dtype(z.dtype)
+    return (
+        z.new_empty((L, d, d), dtype=dtype),
+        z.new_empty((L, d), dtype=sums),
+        z.new_empty((L,), dtype=sums),
+    )
 
 
 @register_flop_formula(torch.ops.dbpkern.correlation)
@@ -170,31 +254,42 @@ def _flops(z_shape, *args, **kwargs) -> int:
 
 
 def correlation(
-    z: Tensor, kappa: float = 0.0, loss: bool = False, *, backend: str | None = None
-) -> tuple[Tensor, ...]:
-    """Statistics of decorrelated samples, per layer: `G = z^T z / n`, not centred.
+    z: Tensor,
+    kappa: float = 0.0,
+    scale_free: bool = False,
+    dtype: torch.dtype | None = None,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Statistics of decorrelated samples, per layer, with `G = z^T z / n`, not centred.
 
-    The Triton kernel computes the lower triangle of tiles alone, over all layers in one launch, and reads z
-    once; it is deterministic. It takes about half the operations of a full product, and pays where the stack
-    fills the device: a single layer some hundred features wide does not.
+    The rule is Eq. 4 of arXiv 2510.14657, its kappa term that of arXiv 2405.02385. The Triton kernels
+    compute the lower triangle of tiles alone, over all layers in one launch, and reduce the bound in a
+    second one; they are deterministic, and M is symmetric bit for bit.
 
     Args:
         z: `[L, n, d]`, the sampled rows of L layers. n = 0 gives zeros.
-        kappa: weight in [0, 1] of the unit-variance term (arXiv 2405.02385), 0 for pure decorrelation.
-        loss: whether to return the decorrelation loss, too.
+        kappa: weight in [0, 1] of the unit-variance term, 0 for pure decorrelation.
+        scale_free: divide `M_ij` by `a_i + a_j`: a step of R then shrinks every correlation by the same
+            factor, whatever the variances. Features without variance have zeros in M.
+        dtype: of M: None for that of the sums, or bfloat16 for an M that is rounded once and then the
+            operand of a 16-bit product, see `apply_`.
         backend: None for the automatic choice, "eager" or "triton".
 
     Returns:
-        `M [L, d, d] = (1 - kappa) offdiag(G) + kappa (diag(G) - I)` and `a [L, d] = diag(G)`, both in
-        fp32 (fp64 for fp64 samples). With `loss`, also `[L]`:
-        `((1 - kappa) ||offdiag G||_F^2 + kappa ||diag G - 1||^2) / d^2`.
+        `M [L, d, d] = (1 - kappa) offdiag(G) + kappa (diag(G) - I)`, divided where `scale_free`, with zeros
+        where that is not finite; `a [L, d] = diag(G)` as it is; and `bound [L]`, at least M's largest
+        absolute eigenvalue: the smaller of its Frobenius norm and its largest absolute row sum. Sums, a and
+        bound are fp32 (fp64 for fp64 samples).
 
     Raises:
-        TypeError: z not a floating-point tensor.
+        TypeError: z not a floating-point tensor, `dtype` neither that of the sums nor bfloat16.
         ValueError: z not of three dimensions, kappa outside [0, 1], a backend that cannot serve the call.
     """
     check_tensor("z", z, "[L, n, d]", (3,))
     check_kappa(kappa)
+    sums = accumulator_dtype(z.dtype)
+    if dtype not in (None, sums, torch.bfloat16):
+        raise TypeError(f"dtype: expected None, {sums} or torch.bfloat16, got {dtype}")
     _dispatch.check_backend(backend)
-    M, a, losses = torch.ops.dbpkern.correlation(z, float(kappa), loss, backend or "")
-    return (M, a, losses) if loss else (M, a)
+    return torch.ops.dbpkern.correlation(z, float(kappa), scale_free, dtype or sums, backend or "")

@@ -33,7 +33,7 @@ def eager_update(R: Tensor, z: Tensor, eta: Tensor, kappa: float) -> None:
     _, n, d = z.shape
     z = z.to(R.dtype)
     if forms_correlation(n, d):
-        M, _, _ = torch.ops.dbpkern.correlation(z, kappa, False, "eager")
+        M, _, _ = torch.ops.dbpkern.correlation(z, kappa, False, z.dtype, "eager")
         apply_in_place(R, M, eta)
         return
     # M R = (1 - kappa) z^T (z R) / n + diag(c) R, with the diagonal of M corrected row by row:
