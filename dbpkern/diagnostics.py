@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from dbpkern.convert import Filter, as_decorrelated, check_kind, select
-from dbpkern.nn import Decorrelated
-from dbpkern.precondition import PreconditionedLayer, preconditioned
+from dbpkern.layers.convert import as_decorrelated
+from dbpkern.layers.modules import Decorrelated
+from dbpkern.sites import Filter, check_kind, select
+from dbpkern.stock import StockLayer, stock_layer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,18 +28,17 @@ if TYPE_CHECKING:
 class Layer:
     """Second moments of one layer's input, before and after R, over the rows seen so far.
 
-    A stock layer whose R no `DecorPreconditioner` holds is seen as if it were the identity.
+    A stock layer without an R beside it is seen as if R were the identity.
     """
 
-    def __init__(self, name: str, layer: Decorrelated | PreconditionedLayer) -> None:
+    def __init__(self, name: str, layer: Decorrelated | StockLayer) -> None:
         self.name = name
         self.R = layer.dense_R().detach().to(torch.float64, copy=True)
         self.rows = 0
         self._sum = torch.zeros_like(self.R)
 
     def add(self, x: Tensor) -> None:
-        """Count in the rows `x [n, d]`."""
-        x = x.double()
+        """Count in the rows `x [n, d]`, fp64."""
         self._sum += x.mT @ x
         self.rows += len(x)
 
@@ -124,7 +124,7 @@ def observe(
 
     Args:
         model: a converted model, whose decorrelated layers are observed, or a stock one, whose layers
-            `sites` and `filter` choose as in `decorrelate`, with the R of their `DecorPreconditioner`, or I.
+            `sites` and `filter` choose as in `decorrelate`, with the R beside them, or I.
         sites: as in `decorrelate`; for stock models alone.
         filter: as in `decorrelate`.
 
@@ -140,17 +140,21 @@ def observe(
     else:
         found = {name: module for name, (module, _) in select(model, sites, filter).items()}
     for name, module in found.items():
-        check_kind(name, module)
+        if not isinstance(module, Decorrelated):
+            check_kind(name, module)
     # Whatever may fail comes before the first hook.
-    sources = {name: preconditioned(module) or as_decorrelated(module) for name, module in found.items()}
+    sources = {name: stock_layer(module) or as_decorrelated(module) for name, module in found.items()}
     layers = {name: Layer(name, source) for name, source in sources.items()}
     handles = []
     for name, module in found.items():
 
         def hook(_, args, kwargs, layer=layers[name], source=sources[name]):
             x = args[0] if args else next(iter(kwargs.values()))
-            if source.count_rows(x):
-                layer.add(source.take_rows(x.detach(), None))
+            n = source.count_rows(x)
+            if n:
+                rows = torch.empty(n, len(layer.R), dtype=torch.float64, device=x.device)
+                source.take_rows(rows, x.detach(), None)
+                layer.add(rows)
 
         handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     try:

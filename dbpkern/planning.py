@@ -5,12 +5,11 @@
 
     plan = dbpkern.plan(model, step, budget=0.05)
     print(plan)
-    decor = dbpkern.DecorPreconditioner(model, optimizer, None, plan.accepts, plan.ranks)
+    decor = dbpkern.DecorPreconditioner(model, optimizer, plan.decor())
 
 docs/planning.md says how it chooses.
 """
 
-import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,12 +22,14 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.flop_counter import FlopCounterMode
 
 from dbpkern import distributed
-from dbpkern.convert import Filter, check_stock, check_weights, inputs_of, select
+from dbpkern.capture import Sampler
+from dbpkern.config import Decor
 from dbpkern.diagnostics import correlations
-from dbpkern.precondition import EVERY, PreconditionedLayer, unsampled
-from dbpkern.sampling import Sampler
+from dbpkern.layers.convert import check_stock
+from dbpkern.sites import Filter, check_weights, inputs_of, select
+from dbpkern.stock import StockLayer, unsampled
 
-FORMS = ("optimizer", "layers")
+MODES = ("optimizer", "layers")
 ROWS = 2048
 """Rows of a layer's input that are measured in each call of `step`, at most."""
 
@@ -116,16 +117,21 @@ class Group:
 class Plan:
     """Which layers to decorrelate; `print(plan)` shows a table.
 
-    For `DecorPreconditioner(model, optimizer, None, plan.accepts, plan.ranks)`, or
-    `decorrelate(model, None, plan.accepts, rank=plan.ranks)`.
+    `plan.decor()` is the rule for these layers.
 
     Args:
         groups: the candidates, in the model's order.
         budget: part of the step's time that was allowed.
+        rule: that the costs are those of.
     """
 
     groups: tuple[Group, ...]
     budget: float
+    rule: Decor = Decor()
+
+    def decor(self) -> Decor:
+        """The rule, for the chosen layers and with their ranks."""
+        return replace(self.rule, sites=None, filter=self.accepts, rank=self.ranks)
 
     @property
     def ranks(self) -> dict[str, int | None]:
@@ -189,7 +195,7 @@ class Plan:
 class _Input:
     """What the calls of `step` show of one layer's input."""
 
-    def __init__(self, names: list[str], layers: list[PreconditionedLayer], sample: float) -> None:
+    def __init__(self, names: list[str], layers: list[StockLayer], sample: float) -> None:
         self.names = tuple(names)
         self.layers = layers
         d = layers[0].weight[0].numel()
@@ -225,7 +231,9 @@ class _Input:
         n = layer.count_rows(x)
         if n:
             index = Sampler(min(1.0, ROWS / n), 0).index(n, len(self.seen), x.device)
-            self.waiting.append(layer.take_rows(x.detach(), index))
+            rows = x.new_empty(n if index is None else len(index), self.width)
+            layer.take_rows(rows, x.detach(), index)
+            self.waiting.append(rows)
             self.seen.append(n)
 
     def settle(self) -> None:
@@ -245,19 +253,17 @@ class _Input:
         self.measured = int(count)
         self.G /= max(self.measured, 1)
 
-    def flops(self, rank: int | None, form: str, every: int, calls: int) -> float:
+    def flops(self, rank: int | None, mode: str, every: int, calls: int) -> float:
         """FLOPs that decorrelation adds to a step of this process."""
         d, o, r = self.width, self.outputs, rank
         tokens = sum(self.seen) / calls
         sampled = sum(max(1, round(self.sample * n)) for n in self.seen) / calls
         # Decorrelated layers fold W, or apply R to tokens where these are fewer, as in form="auto".
-        rows = min(o, tokens) if form == "layers" and isinstance(self.layers[0].layer, nn.Linear) else o
+        rows = min(o, tokens) if mode == "layers" and isinstance(self.layers[0].layer, nn.Linear) else o
         if r is None:
             return 4 * rows * d**2 + (4 * sampled * d**2 + 2 * d**3) / every
         update = 4 * sampled * d * r + 2 * sampled * r**2 + 16 * d * r**2 + 35 * r**3
-        # Around an optimizer V Q is formed twice, so that no copy of V is kept.
-        products = 8 if form == "layers" else 10
-        return products * rows * d * r + 4 * rows * r**2 + update / every
+        return 8 * rows * d * r + 4 * rows * r**2 + update / every
 
     def measure(self, ranks: Sequence[int]) -> list[float]:
         """The correlation of the input, and for each rank the share of it that is within reach."""
@@ -284,7 +290,7 @@ def _inputs(model: nn.Module, filter: Filter | None, sample: float) -> list[_Inp
         try:
             check_weights(model, {name: found})
             # Of rank 1, to be small: R is never used.
-            holder = PreconditionedLayer(found[0], 1)
+            holder = StockLayer(found[0], 1)
         except ValueError:
             continue  # another layer's weight, or a layer of another kind
         holder.remove()
@@ -362,17 +368,17 @@ def _mean(values: Tensor) -> Tensor:
     return values
 
 
-def _check(step: object, budget: float, calls: int, ranks: Sequence[int], every: int, form: str) -> None:
+def _check(step: object, budget: float, calls: int, ranks: Sequence[int], mode: str) -> None:
     if not callable(step):
         raise TypeError(f"plan: step: expected a function, got {type(step).__name__}")
     if not budget >= 0:
         raise ValueError(f"plan: budget: expected a part of the step's time, at least 0, got {budget}")
-    whole = {"calls": calls, "every": every} | {f"ranks[{i}]": rank for i, rank in enumerate(ranks)}
+    whole = {"calls": calls} | {f"ranks[{i}]": rank for i, rank in enumerate(ranks)}
     for name, value in whole.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"plan: {name}: expected a whole number, at least 1, got {value!r}")
-    if form not in FORMS:
-        raise ValueError(f"plan: form: expected one of {FORMS}, got {form!r}")
+    if mode not in MODES:
+        raise ValueError(f"plan: mode: expected one of {MODES}, got {mode!r}")
 
 
 def plan(
@@ -381,10 +387,8 @@ def plan(
     budget: float = 0.05,
     calls: int = 4,
     ranks: Sequence[int] = (8, 16, 32, 64, 128),
-    filter: Filter | None = None,
-    sample: float = 0.1,
-    every: int | None = None,
-    form: str = "optimizer",
+    mode: str = "optimizer",
+    decor: Decor | None = None,
     seed: int = 0,
 ) -> Plan:
     """Choose layers and ranks by what decorrelation could do for them and what it takes.
@@ -407,10 +411,10 @@ def plan(
         budget: part of the time of a step that decorrelation may take.
         calls: how often `step` is called.
         ranks: candidates for a low-rank R, besides a full one.
-        filter: `filter(name, module) -> bool`, which layers are candidates; all for None.
-        sample: of the `DecorPreconditioner` or `DecorSGD`.
-        every: likewise; None for its default, 2 around an optimizer and 1 in layers.
-        form: "optimizer" for `DecorPreconditioner`, "layers" for `decorrelate` with its form "auto".
+        mode: "optimizer" for `DecorAdamW`, `DecorMuon` and `DecorPreconditioner`, "layers" for `decorrelate`
+            with its form "auto".
+        decor: the rule; its filter says which layers are candidates, its sites and rank have no say. None for
+            the mode's default, `Decor()` or `Decor.layers()`.
         seed: of torch's random numbers in `step`.
 
     Returns:
@@ -422,13 +426,11 @@ def plan(
             makes no backward of the model or steps an optimizer.
     """
     ranks = tuple(ranks)
-    if every is None:
-        every = EVERY if form == "optimizer" else 1
-    _check(step, budget, calls, ranks, every, form)
-    if not (math.isfinite(sample) and 0.0 < sample <= 1.0):
-        raise ValueError(f"plan: sample: expected a fraction in (0, 1], got {sample}")
+    _check(step, budget, calls, ranks, mode)
+    if decor is None:
+        decor = Decor() if mode == "optimizer" else Decor.layers()
     check_stock(model)
-    inputs = _inputs(model, filter, sample)
+    inputs = _inputs(model, decor.filter, decor.sample)
     with _restored(model, seed):
         flops = _run(step, inputs, calls) / calls
     for source in inputs:
@@ -439,7 +441,7 @@ def plan(
         [
             sum(source.seen) / calls,
             *source.measure(ranks),
-            *(source.flops(rank, form, every, calls) for rank in (None, *ranks)),
+            *(source.flops(rank, mode, decor.every, calls) for rank in (None, *ranks)),
         ]
         for source in inputs
     ]
@@ -457,7 +459,7 @@ def plan(
     groups = _groups(
         [source for source in inputs if source.names in measured], measured, ranks, flops, threads
     )
-    return Plan(_choose(groups, budget), budget)
+    return Plan(_choose(groups, budget), budget, decor)
 
 
 def _groups(
