@@ -6,6 +6,7 @@ Each function checks its arguments, then calls an operator registered with `torc
 implementations by shape, dtype and device, a name asks for one and raises where it cannot serve.
 """
 
+from dbpkern.ops.adamw import adamw_
 from dbpkern.ops.apply import apply_
 from dbpkern.ops.correlation import correlation
 from dbpkern.ops.fold import fold
@@ -14,10 +15,12 @@ from dbpkern.ops.lowrank_apply import lowrank_apply_
 from dbpkern.ops.lowrank_fold import lowrank_fold
 from dbpkern.ops.lowrank_statistics import lowrank_statistics
 from dbpkern.ops.lowrank_transform import lowrank_transform
+from dbpkern.ops.maps import map_changes_, map_gradients_
 from dbpkern.ops.transform import transform
 from dbpkern.ops.update import update_
 
 __all__ = [
+    "adamw_",
     "apply_",
     "correlation",
     "fold",
@@ -26,6 +29,8 @@ __all__ = [
     "lowrank_fold",
     "lowrank_statistics",
     "lowrank_transform",
+    "map_changes_",
+    "map_gradients_",
     "transform",
     "update_",
 ]
