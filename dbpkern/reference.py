@@ -23,6 +23,41 @@ def fold(W: Tensor, R: Tensor) -> Tensor:
     return W @ R
 
 
+def map_gradient(g: Tensor, R: Tensor) -> Tensor:
+    """`g R^T`, what an optimizer of `V = W R` takes for the gradient g of V: that of W. `[o, d], [d, d]`."""
+    return g @ R.T
+
+
+def map_change(V: Tensor, before: Tensor, R: Tensor) -> Tensor:
+    """`before + (V - before) R`: a step of W, made on V, as one of V. All `[o, d]`, R `[d, d]`."""
+    return before + (V - before) @ R
+
+
+def adamw(
+    V: Tensor,
+    g: Tensor,
+    R: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """AdamW between the two maps: the new V, first and second moments, all `[o, d]`; `step` counts from 1.
+
+    The decay pulls V itself towards zero, and is mapped with the rest of the change.
+    """
+    g = map_gradient(g, R)
+    exp_avg = beta1 * exp_avg + (1 - beta1) * g
+    exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * g**2
+    m, v = exp_avg / (1 - beta1**step), exp_avg_sq / (1 - beta2**step)
+    D = m / (v.sqrt() + eps) + weight_decay * V
+    return map_change(V - lr * D, V, R), exp_avg, exp_avg_sq
+
+
 def correlation(z: Tensor, kappa: float = 0.0, scale_free: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """M `[L, d, d]`, the mean squares `a [L, d]` and a bound `[L]` from the samples `z [L, n, d]`.
 

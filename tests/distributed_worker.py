@@ -20,6 +20,7 @@ from vits import HuggingFaceViT, captured, decorrelated, everything, images, mlp
 
 import dbpkern
 from dbpkern import DecorPreconditioner, DecorSGD, distributed
+from rules import convert, decor_sgd, precondition
 
 MICRO, STEPS, BATCH = 2, 3, 8
 
@@ -31,8 +32,7 @@ def models() -> dict[str, tuple[nn.Module, list[torch.Tensor]]]:
     """Models and their global batches, the same in every process and in the single one."""
     torch.manual_seed(1)
     vit, lean = (
-        dbpkern.decorrelate(randomise(HuggingFaceViT()), "all", rank=rank)
-        for rank in (None, {"fc2": 6, "qkv": 3})
+        convert(randomise(HuggingFaceViT()), sites="all", rank=rank) for rank in (None, {"fc2": 6, "qkv": 3})
     )
     return {
         "vit, float32": (vit, [images(BATCH) for _ in range(MICRO * STEPS)]),
@@ -58,7 +58,7 @@ def train(
 ) -> dict[str, torch.Tensor]:
     """Data-parallel training: steps of MICRO micro-batches on this process's part of each batch."""
     net = parallel(model, False) if world > 1 else model
-    decor = DecorSGD(net, lr=0.05, kappa=0.1, sample=1.0, limit=None)
+    decor = decor_sgd(net, eta=0.05, kappa=0.1, sample=1.0, limit=None)
     main = torch.optim.SGD(model.parameters(), lr=0.1)
     part = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
     for step in range(STEPS):
@@ -83,7 +83,7 @@ def factors(model: nn.Module) -> dict[str, list[torch.Tensor]]:
 def sampled_step(rank: int) -> dict:
     """Samples of 20 % and a DecorSGD of their statistics, on different data."""
     model = mlp(6, 9, 6, 6)
-    decor = DecorSGD(model, lr=0.05, kappa=0.1, sample=0.2, limit=None)
+    decor = decor_sgd(model, eta=0.05, kappa=0.1, sample=0.2, limit=None)
     torch.manual_seed(rank)
     x = torch.randn(40, 6)
     steps = []
@@ -91,16 +91,16 @@ def sampled_step(rank: int) -> dict:
         before = Rs(model)
         model(x).square().mean().backward()
         rows = {name: r.clone() for name, r in captured(decor).items()}
-        loss = decor.loss()
+        loss = decor.engine.loss()
         decor.step()
         steps.append({"before": before, "rows": rows, "loss": loss, "after": Rs(model)})
-    return {"steps": steps, "index": decor._sampler.index(1000, 0, x.device)}
+    return {"steps": steps, "index": decor.engine.sampler.index(1000, 0, x.device)}
 
 
 def unequal_step(rank: int) -> dict:
     """Another number of rows on every rank; then none on rank 0, and none anywhere for one layer."""
     model = mlp(5, 5, 5, 5, dtype=torch.float64)
-    decor = DecorSGD(model, lr=0.05, sample=1.0, limit=None)
+    decor = decor_sgd(model, eta=0.05, sample=1.0, limit=None)
     torch.manual_seed(rank)
     steps = []
     for step in range(2):
@@ -110,10 +110,16 @@ def unequal_step(rank: int) -> dict:
         elif rank:
             model[:3](torch.randn(rank, 5, dtype=torch.float64)).square().mean().backward()
         rows = {name: r.clone() for name, r in captured(decor).items()}
-        loss = decor.loss()
+        loss = decor.engine.loss()
         decor.step()
         steps.append(
-            {"before": before, "rows": rows, "loss": loss, "after": Rs(model), "loss after": decor.loss()}
+            {
+                "before": before,
+                "rows": rows,
+                "loss": loss,
+                "after": Rs(model),
+                "loss after": decor.engine.loss(),
+            }
         )
     return {"steps": steps}
 
@@ -121,7 +127,7 @@ def unequal_step(rank: int) -> dict:
 def lowrank_step(rank: int) -> dict:
     """Low-rank R: other numbers of rows on every rank; then none on rank 0, none anywhere for one layer."""
     model = mlp(5, 5, 5, 5, dtype=torch.float64, rank=2)
-    decor = DecorSGD(model, lr=0.05, kappa=0.1, sample=1.0, limit=None)
+    decor = decor_sgd(model, eta=0.05, kappa=0.1, sample=1.0, limit=None)
     torch.manual_seed(rank)
     steps = []
     for step in range(2):
@@ -131,7 +137,7 @@ def lowrank_step(rank: int) -> dict:
         elif rank:
             model[:3](torch.randn(6 * rank, 5, dtype=torch.float64)).square().mean().backward()
         rows = {name: r.clone() for name, r in captured(decor).items()}
-        loss = decor.loss()
+        loss = decor.engine.loss()
         decor.step()
         steps.append({"before": before, "rows": rows, "loss": loss, "after": factors(model)})
     return {"steps": steps}
@@ -142,7 +148,7 @@ def messages(broadcast_buffers: bool) -> list[str]:
     model = parallel(mlp(3, 3, 3), broadcast_buffers)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        decor = DecorSGD(model, sample=1.0, limit=None)
+        decor = decor_sgd(model, sample=1.0, limit=None)
         for _ in range(2):
             model(torch.randn(9, 3)).square().mean().backward()
             decor.step()
@@ -157,7 +163,7 @@ def forced(mode: str):
 def operators_of_a_step(low: int | None, mode: str) -> list[str]:
     """What a step runs, after the first, in which the processes compare what they are to do."""
     model = mlp(5, 5, 5, rank=low)
-    decor = DecorSGD(model, sample=1.0)
+    decor = decor_sgd(model, sample=1.0)
     with forced(mode):
         for _ in range(2):
             model(torch.randn(9, 5)).sum().backward()
@@ -207,13 +213,15 @@ def uneven_training(case: str, rank: int = 0, world: int = 1) -> dict:
     model = randomise(Blocks().double())
     options = CASES[case] | {"sample": 1.0}
     if "preconditioner" not in case:
-        dbpkern.decorrelate(model, None, everything, rank=2 if "low rank" in case else None)
+        convert(model, sites=None, filter=everything, rank=2 if "low rank" in case else None)
     net = parallel(model, False) if world > 1 else model
     main = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     if "preconditioner" in case:
-        decor = DecorPreconditioner(model, main, None, everything, **{"rank": None, "every": 1} | options)
+        decor = precondition(
+            model, main, sites=None, filter=everything, **{"rank": None, "every": 1} | options
+        )
     else:
-        decor = DecorSGD(model, **options)
+        decor = decor_sgd(model, **options)
     rates, counts = [], []
     for step, rows in enumerate(ROWS):
         main.zero_grad()
@@ -226,7 +234,7 @@ def uneven_training(case: str, rank: int = 0, world: int = 1) -> dict:
         main.step()
         if "preconditioner" not in case:
             decor.step()
-        rates.append({name: rate.clone() for name, rate in decor.rates().items()})
+        rates.append({name: rate.clone() for name, rate in decor.engine.rates().items()})
     state = {name: value.clone() for name, value in model.state_dict().items()}
     for name, values in decor.state_dict().get("R", {}).items():
         state |= {f"{name}.{i}.R": value.clone() for i, value in enumerate(values)}
@@ -239,7 +247,7 @@ class Separate(nn.Module):
     def __init__(self, low: int | None) -> None:
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(d, 2).double() for d in (4, 4, 4, 7, 7))
-        dbpkern.decorrelate(self, None, everything, rank=low)
+        convert(self, sites=None, filter=everything, rank=low)
 
     def forward(self, xs: list[Tensor]) -> Tensor:
         return sum(layer(x).sum() for layer, x in zip(self.layers, xs, strict=True))
@@ -248,7 +256,7 @@ class Separate(nn.Module):
 def spoilt_steps(rank: int, low: int | None, mode: str) -> dict:
     """In the second step rank 0 has no samples, and the last process' of the second layer are not finite."""
     model = Separate(low)
-    decor = DecorSGD(model, lr=0.05, sample=1.0)
+    decor = decor_sgd(model, eta=0.05, sample=1.0)
     torch.manual_seed(rank)
     steps = []
     with forced(mode):
@@ -262,8 +270,8 @@ def spoilt_steps(rank: int, low: int | None, mode: str) -> dict:
             steps.append(
                 {
                     "factors": factors(model),
-                    "caution": decor.caution(),
-                    "rates": {name: rate.clone() for name, rate in decor.rates().items()},
+                    "caution": decor.engine.caution(),
+                    "rates": {name: rate.clone() for name, rate in decor.engine.rates().items()},
                 }
             )
     return {"steps": steps}
@@ -272,7 +280,7 @@ def spoilt_steps(rank: int, low: int | None, mode: str) -> dict:
 def collectives_of_a_step(low: int | None, mode: str) -> dict:
     """What a step starts and waits for, in order, with the bytes of the larger tensor; and what it counts."""
     model = Separate(low)
-    decor = DecorSGD(model, lr=0.05, sample=1.0)
+    decor = decor_sgd(model, eta=0.05, sample=1.0)
     events: list[tuple[str, int]] = []
 
     def recorded(name):
@@ -286,7 +294,7 @@ def collectives_of_a_step(low: int | None, mode: str) -> dict:
 
         return mock.patch.object(dist, name, start)
 
-    before = decor.traffic()
+    before = decor.engine.traffic()
     with forced(mode), contextlib.ExitStack() as stack:
         for step in range(2):
             model([torch.randn(9, d, dtype=torch.float64) for d in (4, 4, 4, 7, 7)]).backward()
@@ -294,7 +302,7 @@ def collectives_of_a_step(low: int | None, mode: str) -> dict:
                 for name in ("all_reduce", "reduce_scatter_tensor", "all_gather_into_tensor"):
                     stack.enter_context(recorded(name))
             decor.step()
-    return {"before": before, "events": events, "traffic": [tuple(part) for part in decor.traffic()]}
+    return {"before": before, "events": events, "traffic": [tuple(part) for part in decor.engine.traffic()]}
 
 
 def refusals(rank: int) -> dict[str, str]:
@@ -302,7 +310,7 @@ def refusals(rank: int) -> dict[str, str]:
     messages = {}
     for name, width, options in (("widths", 4 + (rank == 1), {}), ("options", 4, {"every": 1 + rank})):
         model = mlp(width, 4, 4)
-        decor = DecorSGD(model, sample=1.0, **options)
+        decor = decor_sgd(model, sample=1.0, **options)
         model(torch.randn(9, width)).sum().backward()
         try:
             decor.step()

@@ -20,8 +20,9 @@ import dbpkern
 import train.checkpoint
 import train.pretrain
 from dbpkern import DecorPreconditioner, DecorSGD
-from dbpkern.nn import DecorLinear
+from dbpkern.layers.modules import DecorLinear
 from train.processes import Processes
+from rules import convert, decor_sgd, precondition
 
 MICRO, STEPS, BATCH = 2, 3, 8
 
@@ -34,21 +35,21 @@ def checkpointed_vit() -> nn.Module:
 
 def frozen_vit() -> nn.Module:
     """A decorrelated layer whose weight rests, behind one that trains."""
-    model = dbpkern.decorrelate(randomise(timm_vit()), "all")
+    model = convert(randomise(timm_vit()), sites="all")
     model.blocks[1].mlp.fc1.weight.requires_grad_(False)
     return model
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    "folded": lambda: dbpkern.decorrelate(make("timm"), "all", form="fold"),
-    "applied": lambda: dbpkern.decorrelate(make("timm"), "all", form="apply"),
-    "shared R, some low rank": lambda: dbpkern.decorrelate(
-        randomise(HuggingFaceViT()), "all", rank={"fc2": 6, "qkv": 3}
+    "folded": lambda: convert(make("timm"), sites="all", form="fold"),
+    "applied": lambda: convert(make("timm"), sites="all", form="apply"),
+    "shared R, some low rank": lambda: convert(
+        randomise(HuggingFaceViT()), sites="all", rank={"fc2": 6, "qkv": 3}
     ),
-    "nn.MultiheadAttention": lambda: dbpkern.decorrelate(
-        make("torchvision"), ("patch_embed", "qkv", "fc1", "fc2"), form="fold"
+    "nn.MultiheadAttention": lambda: convert(
+        make("torchvision"), sites=("patch_embed", "qkv", "fc1", "fc2"), form="fold"
     ),
-    "activation checkpointing": lambda: dbpkern.decorrelate(checkpointed_vit(), "all"),
+    "activation checkpointing": lambda: convert(checkpointed_vit(), sites="all"),
     "a frozen weight": frozen_vit,
 }
 
@@ -81,7 +82,7 @@ def trained(
     """Steps of MICRO micro-batches on this process's part of each batch, with clipped gradients."""
     torch.manual_seed(2)
     batches = [images(BATCH).to(dtype) for _ in range(MICRO * STEPS)]
-    decor = DecorSGD(model, lr=0.02, kappa=0.1, sample=1.0)
+    decor = decor_sgd(model, eta=0.02, kappa=0.1, sample=1.0)
     main = torch.optim.AdamW(model.parameters(), lr=0.003)
     part = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
     losses, norms = [], []
@@ -152,7 +153,7 @@ def chain(form: str) -> nn.Sequential:
     layers = [nn.Linear(d, o) for d, o in itertools.pairwise(widths)]
     model = nn.Sequential(*(nn.Sequential(layer, nn.Tanh()) for layer in layers))
     if form != "stock":
-        dbpkern.decorrelate(model, None, everything, form)
+        convert(model, sites=None, filter=everything, form=form)
     layers[1].weight.requires_grad_(False)
     return model
 
@@ -227,7 +228,9 @@ def refusals() -> dict[str, str]:
         messages["columns"] = str(error)
     stock = fully_shard(nn.Sequential(nn.Linear(4, 6)), shard_placement_fn=lambda p: Shard(p.dim() - 1))
     try:
-        DecorPreconditioner(stock, torch.optim.SGD(stock.parameters(), lr=0.1), None, lambda name, _: True)
+        precondition(
+            stock, torch.optim.SGD(stock.parameters(), lr=0.1), sites=None, filter=lambda name, _: True
+        )
     except ValueError as error:
         messages["around columns"] = str(error)
     gathered = fully_shard(nn.Sequential(DecorLinear.from_linear(nn.Linear(4, 6))))

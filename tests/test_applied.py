@@ -12,6 +12,7 @@ import dbpkern
 from dbpkern import DecorSGD, ops
 from dbpkern.ops import _triton
 from models.mae import MaskedAutoencoder
+from rules import convert, decor_sgd
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -25,14 +26,14 @@ def autoencoder(form, dtype):
         img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, decoder_embed_dim=16, decoder_depth=1,
         decoder_num_heads=2,
     )  # fmt: skip
-    return dbpkern.decorrelate(model.to(DEVICE, dtype), "all", form=form)
+    return convert(model.to(DEVICE, dtype), sites="all", form=form)
 
 
 def train(form, dtype, steps):
     """Losses and R of an autoencoder in training."""
     model = autoencoder(form, dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    decor = DecorSGD(model, lr=0.02, kappa=0.1, sample=0.3, limit=None)
+    decor = decor_sgd(model, eta=0.02, kappa=0.1, sample=0.3, limit=None)
     losses = []
     for step in range(steps):
         generator = torch.Generator().manual_seed(step)
@@ -85,7 +86,7 @@ def pair(*widths, sample=0.5, **kwargs):
     """The same model in the folded and in the applied form, with optimizers of R."""
     models = [mlp(*widths, dtype=torch.float64, form=form) for form in ("fold", "apply")]
     models[1].load_state_dict(models[0].state_dict())
-    return [(model, DecorSGD(model, lr=0.1, sample=sample, **kwargs, limit=None)) for model in models]
+    return [(model, decor_sgd(model, eta=0.1, sample=sample, **kwargs, limit=None)) for model in models]
 
 
 def backward(model, x):
@@ -168,7 +169,7 @@ def test_a_forward_without_a_backward_proposes_nothing():
     model(torch.randn(20, 6, dtype=torch.float64))
     with torch.no_grad():
         model(torch.randn(20, 6, dtype=torch.float64))
-    assert all(site.slot.proposal is None for site in decor._sites)
+    assert all(site.slot.proposal is None for site in decor.engine.sites)
     with pytest.warns(UserWarning, match="sampled no input"):
         decor.step()
     for layer in decorrelated(model).values():
@@ -180,11 +181,11 @@ def test_what_was_proposed_is_let_go():
     x = torch.randn(20, 6, dtype=torch.float64)
     for finish in (decor.step, decor.zero_grad):
         backward(model, x)
-        assert all(site.slot.proposal is not None for site in decor._sites)
+        assert all(site.slot.proposal is not None for site in decor.engine.sites)
         finish()
-        assert all(site.slot.proposal is None for site in decor._sites)
+        assert all(site.slot.proposal is None for site in decor.engine.sites)
     backward(model, x)
-    assert decor.loss().keys() == {"0", "2"}
+    assert decor.engine.loss().keys() == {"0", "2"}
 
 
 def test_frozen_layers_rest_and_eval_proposes_nothing():
@@ -192,10 +193,10 @@ def test_frozen_layers_rest_and_eval_proposes_nothing():
     model[0].weight.requires_grad_(False)
     x = torch.randn(20, 6, dtype=torch.float64, requires_grad=True)
     backward(model, x)
-    assert [site.slot.proposal is not None for site in decor._sites] == [False, True]
-    decor.zero_grad()
+    assert [site.slot.proposal is not None for site in decor.engine.sites] == [False, True]
+    decor.drop_samples()
     backward(model.eval(), x)
-    assert not any(site.slot.pending for site in decor._sites)
+    assert not any(site.slot.pending for site in decor.engine.sites)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 0])
@@ -225,12 +226,14 @@ def test_convolutions_and_attention():
     stock = Patches().double()
     pairs = []
     for form in ("fold", "apply"):
-        model = dbpkern.decorrelate(copy.deepcopy(stock), None, lambda name, _: "out_proj" not in name, form)
-        decor = DecorSGD(model, lr=0.1, sample=0.3, limit=None)
+        model = convert(
+            copy.deepcopy(stock), sites=None, filter=lambda name, _: "out_proj" not in name, form=form
+        )
+        decor = decor_sgd(model, eta=0.1, sample=0.3, limit=None)
         for step in range(3):
             torch.manual_seed(step)
             backward(model, torch.randn(2, 3, 16, 16, dtype=torch.float64))
-            assert all((site.slot.proposal is not None) == (form == "apply") for site in decor._sites)
+            assert all((site.slot.proposal is not None) == (form == "apply") for site in decor.engine.sites)
             decor.step()
         pairs.append((model, decor))
     same_R(pairs)

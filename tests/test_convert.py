@@ -23,8 +23,9 @@ from vits import (
 
 import dbpkern
 from dbpkern import DecorConv2d, DecorLinear, DecorMultiheadAttention, DecorSGD
-from dbpkern.convert import PRESETS
-from dbpkern.convert import SITES as SITE_NAMES
+from dbpkern.sites import PRESETS
+from dbpkern.sites import SITES as SITE_NAMES
+from rules import convert, decor_sgd
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -69,10 +70,10 @@ def test_each_site_finds_its_layers(kind, site):
     model = make(kind)
     if site not in SITES[kind]:
         with pytest.raises(ValueError, match=r"nn.MultiheadAttention applies its output projection inside"):
-            dbpkern.decorrelate(model, site)
+            convert(model, sites=site)
         return
     stock = dict(model.named_modules())
-    assert dbpkern.decorrelate(model, site) is model
+    assert convert(model, sites=site) is model
     converted = decorrelated(model)
     assert list(converted) == SITES[kind][site]
     for name, layer in converted.items():
@@ -84,13 +85,13 @@ def test_each_site_finds_its_layers(kind, site):
 def test_presets(kind):
     assert decorrelated(dbpkern.decorrelate(make(kind))).keys() == names(kind, ("patch_embed", "qkv", "fc1"))
     if kind != "torchvision":
-        model = dbpkern.decorrelate(make(kind), "all")
+        model = convert(make(kind), sites="all")
         assert decorrelated(model).keys() == names(kind, SITES[kind])
 
 
 @pytest.mark.parametrize("sites", [["fc2", "qkv"], ("qkv", "fc2", "qkv"), iter(("fc2", "qkv"))])
 def test_sites_come_in_any_collection_and_order(sites):
-    model = dbpkern.decorrelate(make("timm"), sites)
+    model = convert(make("timm"), sites=sites)
     assert list(decorrelated(model)) == [
         "blocks.0.attn.qkv",
         "blocks.0.mlp.fc2",
@@ -106,7 +107,7 @@ def test_filter_narrows_the_sites():
         seen[name] = type(module)
         return "blocks.1" in name
 
-    model = dbpkern.decorrelate(make("timm"), filter=choose)
+    model = convert(make("timm"), filter=choose)
     assert decorrelated(model).keys() == {"blocks.1.attn.qkv", "blocks.1.mlp.fc1"}
     assert seen.keys() == names("timm", ("patch_embed", "qkv", "fc1"))
     assert seen["patch_embed.proj"] is nn.Conv2d
@@ -124,14 +125,14 @@ def test_filter_alone_chooses_among_all_layers_of_any_model():
         }
     )
     seen = []
-    dbpkern.decorrelate(model, None, lambda name, _: seen.append(name) or not name.endswith("out_proj"))
+    convert(model, sites=None, filter=lambda name, _: seen.append(name) or not name.endswith("out_proj"))
     assert decorrelated(model).keys() == {"linear", "patches", "mixer"}
     assert seen == ["linear", "patches", "mixer", "mixer.out_proj"]
     assert {layer.site for layer in decorrelated(model).values()} == {None}
 
 
 def test_the_site_is_known_also_where_the_filter_alone_chooses():
-    model = dbpkern.decorrelate(make("timm"), None, everything)
+    model = convert(make("timm"), sites=None, filter=everything)
     sites = {name: layer.site for name, layer in decorrelated(model).items()}
     assert sites.pop("head") is None
     assert sites == {name: site for site, found in SITES["timm"].items() for name in found}
@@ -140,7 +141,7 @@ def test_the_site_is_known_also_where_the_filter_alone_chooses():
 def test_a_module_registered_twice_is_converted_once():
     shared = nn.Linear(4, 4)
     model = nn.ModuleDict({"a": shared, "b": nn.ModuleList([shared, nn.Linear(4, 4)])})
-    dbpkern.decorrelate(model, None, lambda name, _: name == "a")
+    convert(model, sites=None, filter=lambda name, _: name == "a")
     assert model["a"] is model["b"][0]
     assert isinstance(model["a"], DecorLinear)
     assert type(model["b"][1]) is nn.Linear
@@ -151,7 +152,7 @@ def test_a_module_registered_twice_is_converted_once():
 
 def test_models_inside_wrappers_are_found():
     model = nn.ModuleDict({"module": make("timm")})
-    dbpkern.decorrelate(model, "qkv")
+    convert(model, sites="qkv")
     assert list(decorrelated(model)) == ["module.blocks.0.attn.qkv", "module.blocks.1.attn.qkv"]
 
 
@@ -164,12 +165,12 @@ def test_conversion_leaves_outputs_bit_identical(kind, form):
     model, x = make(kind), images()
     expected = model(x)
     assert expected.abs().max() > 0.1
-    dbpkern.decorrelate(model, sites_of(kind), form=form)
+    convert(model, sites=sites_of(kind), form=form)
     assert {layer.form for layer in decorrelated(model).values()} == {form}
     if form == "apply":  # the convolution becomes a product of patches: another order of sums
         torch.testing.assert_close(model(x), expected)
         dbpkern.fuse(model)
-        dbpkern.decorrelate(model, tuple(s for s in sites_of(kind) if s != "patch_embed"), form=form)
+        convert(model, sites=tuple(s for s in sites_of(kind) if s != "patch_embed"), form=form)
     identical(model(x), expected)
 
 
@@ -178,7 +179,7 @@ def test_parameters_stay_the_same_objects(kind):
     model = make(kind)
     before = dict(model.named_parameters())
     main = torch.optim.SGD(model.parameters(), lr=0.1)
-    dbpkern.decorrelate(model, sites_of(kind))
+    convert(model, sites=sites_of(kind))
     after = dict(model.named_parameters())
     assert list(after) == list(before)
     assert all(after[name] is parameter for name, parameter in before.items())
@@ -193,8 +194,8 @@ def test_parameters_stay_the_same_objects(kind):
 @pytest.mark.parametrize("kind", MODELS)
 def test_training_moves_every_R_and_fusing_keeps_the_outputs(kind):
     stock, model, x = make(kind), make(kind), images()
-    dbpkern.decorrelate(model, sites_of(kind))
-    decor = DecorSGD(model, lr=0.05, sample=0.5)
+    convert(model, sites=sites_of(kind))
+    decor = decor_sgd(model, eta=0.05, sample=0.5)
     steps(model, decor, 1)
     for name, layer in decorrelated(model).items():
         assert not torch.equal(layer.R, torch.eye(len(layer.R))), name
@@ -220,7 +221,7 @@ def test_training_moves_every_R_and_fusing_keeps_the_outputs(kind):
 @pytest.mark.parametrize("training", [False, True])
 def test_fusing_the_folded_form_is_bit_identical(kind, training):
     model, x = make(kind), images()
-    shake(dbpkern.decorrelate(model, "all", form="fold"))
+    shake(convert(model, sites="all", form="fold"))
     with torch.no_grad():
         expected = model.train(training)(x)
         identical(dbpkern.fuse(model)(x), expected)
@@ -229,7 +230,7 @@ def test_fusing_the_folded_form_is_bit_identical(kind, training):
 def test_fusing_torchvisions_folded_form_is_bit_identical_in_training():
     """In eval mode the stock attention takes another path, whose sums come in another order."""
     model, x = make("torchvision"), images()
-    shake(dbpkern.decorrelate(model, sites_of("torchvision"), form="fold"))
+    shake(convert(model, sites=sites_of("torchvision"), form="fold"))
     expected = model(x)
     identical(dbpkern.fuse(model)(x), expected)
     with torch.no_grad():
@@ -263,7 +264,7 @@ def test_fusing_stops_the_optimizer():
 @pytest.mark.parametrize("kind", MODELS)
 def test_stock_checkpoints_load_strictly_and_reset_R(kind, assign):
     stock, x = make(kind), images()
-    model = shake(dbpkern.decorrelate(make(kind), sites_of(kind), form="fold"))
+    model = shake(convert(make(kind), sites=sites_of(kind), form="fold"))
     state = {k: v.clone() for k, v in stock.state_dict().items()}
     result = model.load_state_dict(state, strict=True, assign=assign)
     assert not result.missing_keys
@@ -277,8 +278,8 @@ def test_stock_checkpoints_load_strictly_and_reset_R(kind, assign):
 @pytest.mark.parametrize("kind", MODELS)
 def test_converted_checkpoints_round_trip(kind, assign):
     model, other, x = (make(kind) for _ in range(2)), None, images()
-    model, other = (dbpkern.decorrelate(m, sites_of(kind)) for m in model)
-    decor = DecorSGD(model, lr=0.05, sample=0.5)
+    model, other = (convert(m, sites=sites_of(kind)) for m in model)
+    decor = decor_sgd(model, eta=0.05, sample=0.5)
     steps(model, decor, 1)
     state = copy.deepcopy(model.state_dict())
     assert {f"{name}.R" for name in decorrelated(model)} <= state.keys()
@@ -287,7 +288,7 @@ def test_converted_checkpoints_round_trip(kind, assign):
     for name, layer in decorrelated(other).items():
         identical(layer.R, decorrelated(model)[name].R)
     # Its DecorSGD takes the loaded R over, whatever storage they are in.
-    steps(other, DecorSGD(other, lr=0.05, sample=0.5), 1, start=1)
+    steps(other, decor_sgd(other, eta=0.05, sample=0.5), 1, start=1)
     steps(model, decor, 1, start=1)
     other.load_state_dict(state, strict=True, assign=assign)
     for name, layer in decorrelated(other).items():
@@ -295,12 +296,12 @@ def test_converted_checkpoints_round_trip(kind, assign):
 
 
 def test_loading_between_steps_keeps_the_optimizer_going():
-    stock, model = make("huggingface"), dbpkern.decorrelate(make("huggingface"), "all")
-    decor = DecorSGD(model, lr=0.05, sample=1.0)
+    stock, model = make("huggingface"), convert(make("huggingface"), sites="all")
+    decor = decor_sgd(model, eta=0.05, sample=1.0)
     steps(model, decor, 2)
     model.load_state_dict(stock.state_dict(), assign=True)
-    fresh = dbpkern.decorrelate(copy.deepcopy(stock), "all")
-    assert steps(model, decor, 3) == steps(fresh, DecorSGD(fresh, lr=0.05, sample=1.0), 3)
+    fresh = convert(copy.deepcopy(stock), sites="all")
+    assert steps(model, decor, 3) == steps(fresh, decor_sgd(fresh, eta=0.05, sample=1.0), 3)
     for name, layer in decorrelated(fresh).items():
         identical(decorrelated(model)[name].R, layer.R)
 
@@ -318,10 +319,10 @@ def shares_R(model):
 
 
 def test_separate_projections_share_one_R():
-    model = dbpkern.decorrelate(make("huggingface"), "all")
+    model = convert(make("huggingface"), sites="all")
     assert shares_R(model)
-    decor = DecorSGD(model, lr=0.05, sample=1.0)
-    assert [name for name in decor.names if "attention.attention" in name] == [
+    decor = decor_sgd(model, eta=0.05, sample=1.0)
+    assert [name for name in decor.engine.names if "attention.attention" in name] == [
         f"encoder.layer.{i}.attention.attention.query" for i in (0, 1)
     ]
     steps(model, decor, 1)
@@ -343,26 +344,26 @@ COPIES = {
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("how", COPIES)
 def test_shared_R_stay_shared(how, trained):
-    model = dbpkern.decorrelate(make("huggingface"), "all")
+    model = convert(make("huggingface"), sites="all")
     if trained:
-        steps(model, DecorSGD(model, lr=0.05), 1)
+        steps(model, decor_sgd(model, eta=0.05), 1)
     before = {name: layer.R.clone() for name, layer in decorrelated(model).items()}
     model = COPIES[how](model)
     for name, layer in decorrelated(model).items():
         identical(layer.R, before[name].to(layer.R.dtype))
     if how != "double":
         assert shares_R(model)
-    decor = DecorSGD(model, lr=0.05, sample=1.0)
+    decor = decor_sgd(model, eta=0.05, sample=1.0)
     assert shares_R(model)
-    assert len(decor.names) == 1 + 2 * 4
+    assert len(decor.engine.names) == 1 + 2 * 4
     model(images().to(next(model.parameters()).dtype)).square().mean().backward()
     decor.step()
     assert shares_R(model)
 
 
 def test_shared_R_go_through_a_checkpoint():
-    model, other = (dbpkern.decorrelate(make("huggingface"), "all") for _ in range(2))
-    steps(model, DecorSGD(model, lr=0.05), 1)
+    model, other = (convert(make("huggingface"), sites="all") for _ in range(2))
+    steps(model, decor_sgd(model, eta=0.05), 1)
     other.load_state_dict(model.state_dict())
     assert shares_R(other)
     for name, layer in decorrelated(other).items():
@@ -370,9 +371,9 @@ def test_shared_R_go_through_a_checkpoint():
 
 
 def test_shared_R_get_one_sample_from_a_projection_that_trains():
-    model = dbpkern.decorrelate(make("huggingface"), "qkv")
+    model = convert(make("huggingface"), sites="qkv")
     model.encoder.layer[0].attention.attention.query.requires_grad_(False)
-    decor = DecorSGD(model, lr=0.05, sample=1.0)
+    decor = decor_sgd(model, eta=0.05, sample=1.0)
     model(images()).square().mean().backward()
     rows = captured(decor)
     assert len(rows) == 2
@@ -382,7 +383,7 @@ def test_shared_R_get_one_sample_from_a_projection_that_trains():
 def test_projections_of_other_inputs_keep_their_own_R():
     block = nn.ModuleDict({"q": nn.Linear(4, 4), "k": nn.Linear(6, 4), "v": nn.Linear(6, 4)})
     model = nn.ModuleDict({"attn": block, "other": nn.ModuleDict({"attn": copy.deepcopy(block)})})
-    dbpkern.decorrelate(model, "qkv")
+    convert(model, sites="qkv")
     assert block["k"].R is block["v"].R
     assert block["q"].R is not block["k"].R
     assert model["other"]["attn"]["k"].R is not block["k"].R
@@ -394,8 +395,8 @@ def test_projections_of_other_inputs_keep_their_own_R():
 @pytest.mark.parametrize("order", ["model first", "optimizer first"])
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
 def test_a_copied_run_goes_on_like_the_original(duplicate, order):
-    model = dbpkern.decorrelate(make("huggingface"), "all")
-    decor = DecorSGD(model, lr=0.05, kappa=0.1, sample=0.3, seed=5)
+    model = convert(make("huggingface"), sites="all")
+    decor = decor_sgd(model, eta=0.05, kappa=0.1, sample=0.3, seed=5)
     steps(model, decor, 2)
     if order == "model first":
         twin, other = duplicate((model, decor))
@@ -415,7 +416,7 @@ def test_a_copied_run_goes_on_like_the_original(duplicate, order):
 
 def test_a_copied_optimizer_alone_leaves_the_original_at_work():
     model = dbpkern.decorrelate(make("timm"))
-    decor = DecorSGD(model, sample=1.0)
+    decor = decor_sgd(model, sample=1.0)
     copy.deepcopy(decor)
     model(images()).square().mean().backward()
     assert captured(decor).keys() == decorrelated(model).keys()
@@ -533,7 +534,7 @@ def test_refusals_say_why_and_leave_the_model_alone(case):
     modules = list(model.modules())
     state = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(ValueError, match=match):
-        dbpkern.decorrelate(model, **arguments)
+        convert(model, **arguments)
     assert len(modules) == len(list(model.modules()))
     assert all(one is other for one, other in zip(model.modules(), modules, strict=True))
     assert model.state_dict().keys() == state.keys()
@@ -542,7 +543,7 @@ def test_refusals_say_why_and_leave_the_model_alone(case):
 
 def test_cross_attention_can_be_kept_out():
     model = nn.TransformerDecoderLayer(8, 2, 16)
-    dbpkern.decorrelate(model, None, lambda name, _: name == "self_attn")
+    convert(model, sites=None, filter=lambda name, _: name == "self_attn")
     x = torch.randn(3, 2, 8)
     assert model(x, torch.randn(5, 2, 8)).shape == x.shape
 

@@ -14,7 +14,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 import dbpkern
-from dbpkern.nn import Decorrelated
+from dbpkern.layers.modules import Decorrelated
 from models import diffusion
 from models.darl import (
     DARL,
@@ -29,6 +29,7 @@ from models.darl import (
     two_stream_mask,
 )
 from models.vit import patchify, sincos_positions
+from rules import convert, decor_sgd, precondition
 
 # A grid of 3 by 5 patches: nothing is square, so swapped axes do not go unnoticed.
 SMALL = {"img_size": (24, 60), "patch_size": (8, 12), "embed_dim": 48, "depth": 2, "num_heads": 3}
@@ -1125,14 +1126,14 @@ def test_decorrelated_layers(options, names):
     model, imgs = small(**options), images()
     extra = arguments(model, imgs)
     expected, keys = model(imgs, **extra), list(model.state_dict())
-    assert dbpkern.decorrelate(model, "all") is model
+    assert convert(model, sites="all") is model
     layers = {name: m for name, m in model.named_modules() if isinstance(m, Decorrelated)}
     assert layers.keys() == names
     for found, wanted in zip(model(imgs, **extra), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
 
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    decor = dbpkern.DecorSGD(model, lr=0.05, sample=1.0)
+    decor = decor_sgd(model, eta=0.05, sample=1.0)
     for _ in range(2):
         assert step(model, optimizer, imgs).isfinite()
         decor.step()
@@ -1158,7 +1159,7 @@ def test_preconditioned_layers(options, names):
     extra = arguments(model, imgs)
     expected, keys = model(imgs, **extra), list(model.state_dict())
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    decor = dbpkern.DecorPreconditioner(model, optimizer, rank=None, sample=1.0, every=1)
+    decor = precondition(model, optimizer, rank=None, sample=1.0, every=1)
     assert decor.layers.keys() == names
     assert list(model.state_dict()) == keys
     for found, wanted in zip(model(imgs, **extra), expected, strict=True):

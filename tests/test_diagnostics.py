@@ -11,6 +11,7 @@ from vits import MODELS, decorrelated, everything, images, make, mlp, shake
 
 import dbpkern
 from dbpkern import DecorPreconditioner, DecorSGD, diagnostics
+from rules import convert, decor_sgd, precondition
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -62,7 +63,7 @@ def test_statistics_by_their_definition(kind, method):
         held = decorrelated(model)
     elif method == "around":
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        held = DecorPreconditioner(model, optimizer, "sublayers").layers
+        held = precondition(model, optimizer, sites="sublayers").layers
         for layer in held.values():
             for factor in layer.factors:
                 factor.add_(0.1 * torch.randn_like(factor))
@@ -167,7 +168,7 @@ def test_dead_features_have_no_correlation():
 
 def test_decorrelation_shows():
     model, x = mlp(6, 4), torch.randn(200, 6) @ torch.randn(6, 6)
-    decor = DecorSGD(model, lr=0.01, sample=1.0)
+    decor = decor_sgd(model, eta=0.01, sample=1.0)
     for _ in range(100):
         model(x).sum().backward()
         decor.step()
@@ -210,7 +211,7 @@ def test_refusals_leave_no_hook(make_model, arguments, match):
 @pytest.fixture(scope="module")
 def observed():
     torch.manual_seed(0)
-    model = shake(dbpkern.decorrelate(make("timm"), "all"))
+    model = shake(convert(make("timm"), sites="all"))
     with torch.no_grad(), diagnostics.observe(model) as layers:
         model(images(4))
     return layers

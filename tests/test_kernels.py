@@ -179,7 +179,7 @@ def test_correlation(small_tiles, L, n, d, dtype, kappa):
     as_good(M, exact, peer)
     as_good(a, exact_a, peer_a)
     if d:
-        as_good(loss, reference.loss(z.double(), kappa), reference.loss(z.float(), kappa))
+        as_good(loss, reference.engine.loss(z.double(), kappa), reference.engine.loss(z.float(), kappa))
     assert torch.equal(M, M.mT)
     again, _ = ops.correlation(z, kappa, backend="triton")
     assert torch.equal(M, again)
@@ -653,6 +653,7 @@ import sys
 sys.modules["triton"] = None
 import torch
 from dbpkern import ops
+from rules import convert, decor_sgd
 R, z = torch.eye(3)[None].clone(), torch.randn(1, 9, 3)
 ops.update_(R, z, 0.1)
 assert (R != torch.eye(3)).any()
@@ -685,8 +686,8 @@ def test_operands():
 def trained(widths, rows, **autocast):
     """A model after a backward, with the optimizer of its R."""
     layers = [nn.Linear(d, o, device=DEVICE) for d, o in itertools.pairwise(widths)]
-    model = decorrelate(nn.Sequential(*layers), None, lambda *_: True, form="fold")
-    decor = DecorSGD(model, lr=torch.tensor(0.01, device=DEVICE), sample=0.5)
+    model = convert(nn.Sequential(*layers), sites=None, filter=lambda *_: True, form="fold")
+    decor = decor_sgd(model, eta=torch.tensor(0.01, device=DEVICE), sample=0.5)
 
     def backward():
         with torch.autocast(DEVICE.type, torch.bfloat16):
@@ -833,7 +834,7 @@ def test_a_step_in_a_cuda_graph(monkeypatch):
     expected = [layer.R.clone() for layer in model]
     for layer, R in zip(model, start, strict=True):
         layer.R.copy_(R)
-    for site in decor._sites:
+    for site in decor.engine.sites:
         site.slot.pending = True
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -40,6 +40,7 @@ from dbpkern.ops.lowrank_statistics import (
     lowrank_statistics,
 )
 from dbpkern.ops.lowrank_transform import lowrank_transform
+from rules import convert, decor_sgd
 
 pytestmark = [
     # The exception is opcheck's own.
@@ -1305,7 +1306,7 @@ def test_conversion_changes_no_output_and_fusing_gives_the_stock_model_back(kind
     stock, x = make(kind), images()
     # The applied convolution becomes a product of patches: another order of sums.
     sites = ("patch_embed", "qkv", "fc1") if form == "fold" else ("qkv", "fc1")
-    model = dbpkern.decorrelate(copy.deepcopy(stock), sites, form=form, rank=3)
+    model = convert(copy.deepcopy(stock), sites=sites, form=form, rank=3)
     assert {layer.structure.rank for layer in decorrelated(model).values()} == {3}
     identical(model(x), stock(x))
     shake(model)
@@ -1324,24 +1325,24 @@ def structures(model):
 
 
 def test_ranks_by_site():
-    model = dbpkern.decorrelate(make("timm"), "all", rank={"fc2": 5, "qkv": 2})
+    model = convert(make("timm"), sites="all", rank={"fc2": 5, "qkv": 2})
     for name, rank in structures(model).items():
         assert rank == (5 if name.endswith("fc2") else 2 if name.endswith("qkv") else None)
-    model = dbpkern.decorrelate(
-        make("timm"), None, lambda name, _: name.startswith("blocks"), rank={"fc1": 24}
+    model = convert(
+        make("timm"), sites=None, filter=lambda name, _: name.startswith("blocks"), rank={"fc1": 24}
     )
     assert {rank for name, rank in structures(model).items() if name.endswith("fc1")} == {24}
     assert {rank for name, rank in structures(model).items() if not name.endswith("fc1")} == {None}
 
 
 def test_ranks_as_parts_of_the_width_are_multiples_of_eight():
-    model = dbpkern.decorrelate(make("timm"), "all", rank=0.125)
+    model = convert(make("timm"), sites="all", rank=0.125)
     for name, layer in decorrelated(model).items():
         d = layer.weight[0].numel()
         rank = structures(model)[name]
         assert rank % 8 == 0
         assert rank - 8 < d / 8 <= rank
-    model = dbpkern.decorrelate(make("timm"), "all", rank={"fc2": 0.99, "blocks.0.attn.qkv": 0.2, "qkv": 3})
+    model = convert(make("timm"), sites="all", rank={"fc2": 0.99, "blocks.0.attn.qkv": 0.2, "qkv": 3})
     for name, rank in structures(model).items():
         if name.endswith("fc2"):
             assert rank is None  # the whole width
@@ -1377,7 +1378,7 @@ def test_refusals_of_conversion_leave_the_model_alone(arguments, error, match):
     model = make("timm")
     modules = list(model.modules())
     with pytest.raises(error, match=match):
-        dbpkern.decorrelate(model, **arguments)
+        convert(model, **arguments)
     assert all(one is other for one, other in zip(model.modules(), modules, strict=True))
 
 
@@ -1393,10 +1394,10 @@ def shares(model):
 
 @pytest.mark.parametrize("how", ["trained", "deepcopy", "pickle", "bfloat16"])
 def test_projections_of_one_input_share_Q_and_S(how):
-    model = dbpkern.decorrelate(make("huggingface"), "all", rank=3)
+    model = convert(make("huggingface"), sites="all", rank=3)
     assert shares(model)
-    decor = DecorSGD(model, lr=0.05, sample=1.0)
-    assert len(decor.names) == 1 + 2 * 4
+    decor = decor_sgd(model, eta=0.05, sample=1.0)
+    assert len(decor.engine.names) == 1 + 2 * 4
     model(images()).square().mean().backward()
     decor.step()
     if how == "deepcopy":
@@ -1444,9 +1445,9 @@ def mixed(*widths, ranks, dtype=torch.float64):
 @pytest.mark.parametrize("sizes", [(30,), (16, 14), (8, 3, 19), (1, 0, 29)])
 def test_steps_of_mixed_models_with_accumulation(sizes, kappa):
     model = mixed(5, 5, 5, 5, 5, 7, ranks=(2, None, 2, 3, 2))
-    decor = DecorSGD(model, lr=0.05, kappa=kappa, sample=1.0)
-    assert decor.names == ["0", "2", "4", "6", "8"]
-    assert sorted(len(stack.sites) for stack in decor._stacks) == [1, 1, 3]
+    decor = decor_sgd(model, eta=0.05, kappa=kappa, sample=1.0)
+    assert decor.engine.names == ["0", "2", "4", "6", "8"]
+    assert sorted(len(stack.sites) for stack in decor.engine.stacks()) == [1, 1, 3]
     assert len(decor.param_groups[0]["params"]) == 9
     for _ in range(3):
         for n in sizes:
@@ -1461,31 +1462,31 @@ def test_steps_of_mixed_models_with_accumulation(sizes, kappa):
 @pytest.mark.parametrize("kappa", KAPPAS)
 def test_loss_is_that_of_the_reference_before_and_after_the_step(kappa, n):
     model = shake(mixed(5, 9, 5, 9, ranks=(2, None, 3)))
-    decor = DecorSGD(model, lr=0.05, kappa=kappa, sample=1.0)
-    assert decor.loss() == {}
+    decor = decor_sgd(model, eta=0.05, kappa=kappa, sample=1.0)
+    assert decor.engine.loss() == {}
     for rows_of in (n, n // 2):
         model(torch.randn(rows_of, 5, **DOUBLE)).square().mean().backward()
         rows = captured(decor)
 
         def expected(rows=rows):
             return {
-                name: reference.loss((r @ decorrelated(model)[name].dense_R().mT)[None], kappa)[0]
+                name: reference.engine.loss((r @ decorrelated(model)[name].dense_R().mT)[None], kappa)[0]
                 for name, r in rows.items()
             }
 
-        exact(decor.loss(), expected())
+        exact(decor.engine.loss(), expected())
         decor.step()
-        exact(decor.loss(), expected())
+        exact(decor.engine.loss(), expected())
 
 
 def test_decorrelation_loss_falls():
     model = mlp(16, 4, rank=3, dtype=torch.float64)
     x = torch.randn(400, 16, **DOUBLE) @ torch.linalg.cholesky(spiked(16, 3, 20.0)).mT
-    decor = DecorSGD(model, lr=0.01, sample=1.0)
+    decor = decor_sgd(model, eta=0.01, sample=1.0)
     losses = []
     for _ in range(150):
         model(x).square().mean().backward()
-        losses.append(decor.loss()["0"].item())
+        losses.append(decor.engine.loss()["0"].item())
         decor.step()
     assert losses[-1] < 0.02 * losses[0]
 
@@ -1503,7 +1504,7 @@ NEW_STORAGE = {
 @pytest.mark.parametrize("change", NEW_STORAGE)
 def test_factors_may_get_new_storage_at_any_time(change, when):
     model = shake(mlp(6, 6, 6, rank=2))
-    decor = DecorSGD(model, lr=0.05, sample=1.0)
+    decor = decor_sgd(model, eta=0.05, sample=1.0)
     for i in range(3):
         if i == 1 and when == "between steps":
             NEW_STORAGE[change](model)
@@ -1514,7 +1515,7 @@ def test_factors_may_get_new_storage_at_any_time(change, when):
         decor.step()
         rows = {name: r.to(model[0].Q.dtype) for name, r in rows.items()}
         check_step(model, before, rows, 0.05, tolerance=2e-4)
-    (Q, S), (stack,) = model[2].factors, decor._stacks
+    (Q, S), (stack,) = model[2].factors, decor.engine.stacks()
     assert [p is f for p, f in zip(decor.param_groups[0]["params"][2:], (Q, S), strict=True)] == [True, True]
     assert Q.data_ptr() == stack.factors[0][1].data_ptr()
     assert S.data_ptr() == stack.factors[1][1].data_ptr()
@@ -1522,13 +1523,13 @@ def test_factors_may_get_new_storage_at_any_time(change, when):
 
 def test_in_the_steady_state_nothing_moves():
     model = mlp(6, 6, 6, rank=2)
-    decor = DecorSGD(model, lr=0.01, sample=0.5)
+    decor = decor_sgd(model, eta=0.01, sample=0.5)
     places = [f.data_ptr() for f in decor.param_groups[0]["params"]]
     rooms = []
     for n in (20, 20, 7, 20):
         model(torch.randn(n, 6)).square().mean().backward()
         decor.step()
-        rooms.append([site.slot.room.data_ptr() for site in decor._sites])
+        rooms.append([site.slot.room.data_ptr() for site in decor.engine.sites])
     assert rooms[1:] == rooms[:-1]
     assert [f.data_ptr() for layer in decorrelated(model).values() for f in layer.factors] == places
 
@@ -1537,7 +1538,7 @@ def test_in_the_steady_state_nothing_moves():
 def test_rows_of_other_dtypes_than_Q(rows):
     """Rows sampled before `.float()`, or under autocast."""
     model = mlp(6, 6, rank=2, dtype=torch.float64 if rows == torch.float64 else torch.float32)
-    decor, x = DecorSGD(model, lr=0.05, sample=1.0), torch.randn(30, 6)
+    decor, x = decor_sgd(model, eta=0.05, sample=1.0), torch.randn(30, 6)
     with torch.autocast("cpu", torch.bfloat16, enabled=rows == torch.bfloat16):
         y = model(x.double() if rows == torch.float64 else x)
     y.float().square().mean().backward()
@@ -1553,7 +1554,7 @@ def test_a_step_never_reads_a_value_and_its_work_does_not_grow_with_the_layers(r
     counts = []
     for layers in (2, 5):
         model = mlp(*[8] * (layers + 1), rank=3)
-        decor = DecorSGD(model, lr=rate, kappa=0.1, sample=1.0)
+        decor = decor_sgd(model, eta=rate, kappa=0.1, sample=1.0)
         for _ in range(2):
             model(torch.randn(20, 8)).square().mean().backward()
             names = operators(decor.step)
@@ -1573,7 +1574,7 @@ def test_a_step_never_reads_a_value_and_its_work_does_not_grow_with_the_layers(r
 def test_a_step_waits_for_nothing_and_runs_in_a_cuda_graph(dtype, permit):
     permit("high")  # so that the step has a precision to suspend
     model = shake(mlp(64, 64, 64, 96, 32, rank=16)).cuda()
-    decor = DecorSGD(model, lr=torch.tensor(0.01, device="cuda"), sample=0.5)
+    decor = decor_sgd(model, eta=torch.tensor(0.01, device="cuda"), sample=0.5)
 
     def backward():
         with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -1594,7 +1595,7 @@ def test_a_step_waits_for_nothing_and_runs_in_a_cuda_graph(dtype, permit):
     expected = [factor.clone() for factor in factors]
     for factor, before in zip(factors, start, strict=True):
         factor.copy_(before)
-    for site in decor._sites:
+    for site in decor.engine.sites:
         site.slot.pending = True
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -1614,14 +1615,14 @@ def test_a_copied_run_goes_on_like_the_original(duplicate):
             decor.step()
 
     model = mlp(5, 5, 4, rank=2)
-    decor = DecorSGD(model, lr=0.05, kappa=0.1, sample=0.3, seed=5)
+    decor = decor_sgd(model, eta=0.05, kappa=0.1, sample=0.3, seed=5)
     steps(model, decor, 0, 2)
     twin, other = duplicate((model, decor))
     state = copy.deepcopy((model.state_dict(), decor.state_dict()))
     for pair in ((model, decor), (twin, other)):
         steps(*pair, 2, 5)
     resumed = mlp(5, 5, 4, rank=2)
-    third = DecorSGD(resumed, sample=0.3)
+    third = decor_sgd(resumed, sample=0.3)
     resumed.load_state_dict(state[0])
     third.load_state_dict(state[1])
     steps(resumed, third, 2, 5)
@@ -1639,7 +1640,7 @@ def test_compiled_training_never_recompiles_and_equals_eager(form):
     with torch._dynamo.config.patch(error_on_recompile=True):
         for model, backend in zip(models, ("eager", "aot_eager"), strict=True):
             run = torch.compile(model, fullgraph=True, backend=backend) if backend != "eager" else model
-            decor = DecorSGD(model, lr=0.05, sample=0.5)
+            decor = decor_sgd(model, eta=0.05, sample=0.5)
             main = torch.optim.SGD(model.parameters(), lr=0.01)
             for x in batches:
                 main.zero_grad()
@@ -1657,12 +1658,14 @@ def test_diagnostics_see_the_R_that_the_factors_make():
         model(x)
     R = model[0].dense_R()
     exact(layers["0"].after, R @ (x.mT @ x / 40) @ R.mT)
-    assert math.isclose(layers["0"].loss_after, reference.loss((x @ R.mT)[None])[0].item(), rel_tol=1e-9)
+    assert math.isclose(
+        layers["0"].loss_after, reference.engine.loss((x @ R.mT)[None])[0].item(), rel_tol=1e-9
+    )
 
 
 def test_layers_work_in_a_filtered_model_of_any_kind():
     model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2))
-    dbpkern.decorrelate(model, sites=None, filter=everything, rank=6)
+    convert(model, sites=None, filter=everything, rank=6)
     x = torch.randn(9, 6)
     with FlopCounterMode(display=False) as counter:
         y = model(x)

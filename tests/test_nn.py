@@ -18,6 +18,7 @@ from vits import images as vit_images
 
 import dbpkern
 from dbpkern import DecorConv2d, DecorLinear, DecorMultiheadAttention, DecorSGD
+from rules import decor_sgd
 
 pytestmark = pytest.mark.filterwarnings(
     "error",
@@ -476,7 +477,7 @@ def test_rows_are_copies():
 def test_the_backward_samples_the_input(make_layer, form):
     layer = make_layer(form=form)
     model = nn.ModuleDict({"layer": layer})
-    decor = DecorSGD(model, sample=1.0)
+    decor = decor_sgd(model, sample=1.0)
     x = torch.randn((2, 2, 6, 6) if make_layer is conv else (2, 3, layer.R.shape[0]), **DOUBLE)
     y = layer(x, x, x)[0] if make_layer is attention else layer(x)
     assert captured(decor) == {}
@@ -488,8 +489,8 @@ def test_without_a_DecorSGD_nothing_is_captured():
     model, x = mlp(5, 4, 3), torch.randn(6, 5)
     model(x).sum().backward()
     assert all(layer.slot_key is None for layer in decorrelated(model).values())
-    decor = DecorSGD(model, sample=1.0)
-    slots = [weakref.ref(site.slot) for site in decor._sites]
+    decor = decor_sgd(model, sample=1.0)
+    slots = [weakref.ref(site.slot) for site in decor.engine.sites]
     del decor
     gc.collect()
     assert [slot() for slot in slots] == [None, None]
@@ -501,7 +502,7 @@ def test_without_a_DecorSGD_nothing_is_captured():
 )
 def test_nothing_is_captured_where_nothing_trains(how):
     model, x = mlp(5, 4, 3), torch.randn(6, 5).requires_grad_()
-    decor = DecorSGD(model, sample=1.0)
+    decor = decor_sgd(model, sample=1.0)
     if how in ("no_grad", "inference_mode"):
         with getattr(torch, how)():
             model(x)
@@ -523,7 +524,7 @@ def test_nothing_is_captured_where_nothing_trains(how):
 
 def test_only_the_frozen_layer_rests():
     model, x = mlp(5, 4, 3), torch.randn(6, 5)
-    decor = DecorSGD(model, sample=1.0)
+    decor = decor_sgd(model, sample=1.0)
     model[0].requires_grad_(False)
     model(x).sum().backward()
     assert captured(decor).keys() == {"2"}
@@ -545,12 +546,12 @@ CHECKPOINTS = {"reentrant": {"use_reentrant": True}, "not reentrant": {"use_reen
 @pytest.mark.parametrize("case", CHECKPOINTS)
 def test_activation_checkpointing_samples_once_per_backward(case, backend):
     model, x = mlp(5, 4, 3), torch.randn(6, 5).requires_grad_()
-    decor = DecorSGD(model, sample=0.5)
+    decor = decor_sgd(model, sample=0.5)
     model(x).square().sum().backward()
     plain = captured(decor)
     assert [len(rows) for rows in plain.values()] == [3, 3]
-    decor.zero_grad()
-    decor._sampler.seek(0, 0)
+    decor.drop_samples()
+    decor.engine.sampler.seek(0, 0)
     wrapped = Checkpointed(model, **CHECKPOINTS[case])
     call = torch.compile(wrapped, backend=backend, fullgraph=True) if backend else wrapped
     call(x).square().sum().backward()
@@ -582,7 +583,7 @@ def train(model, decor, call, batches, double=False):
 def compare_with_eager(model, batches, backend, tolerance=1e-5, **kwargs):
     twin = copy.deepcopy(model)
     arguments = {"lr": 0.05, "sample": 0.5, "kappa": 0.1}
-    decor, other = DecorSGD(model, **arguments), DecorSGD(twin, **arguments)
+    decor, other = decor_sgd(model, **arguments), decor_sgd(twin, **arguments)
     train(twin, other, twin, batches, **kwargs)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
@@ -619,7 +620,7 @@ def test_compiled_vision_transformers_equal_eager(kind):
 @pytest.mark.parametrize("backend", [None, "aot_eager"])
 def test_a_step_under_autocast(dtype, form, backend):
     model, x = mlp(8, 8, 8, form=form), torch.randn(16, 8)
-    decor = DecorSGD(model, lr=0.1, sample=0.5)
+    decor = decor_sgd(model, eta=0.1, sample=0.5)
     call = torch.compile(model, backend=backend, fullgraph=True) if backend else model
     with torch.autocast("cpu", dtype):
         loss = call(x).square().mean()
@@ -638,7 +639,7 @@ def test_a_step_under_autocast(dtype, form, backend):
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_a_copy_does_not_feed_the_originals_optimizer(duplicate):
     model, x = mlp(5, 4, 3), torch.randn(6, 5)
-    decor = DecorSGD(model, sample=1.0)
+    decor = decor_sgd(model, sample=1.0)
     twin = duplicate(model)
     twin(x).sum().backward()
     assert captured(decor) == {}
@@ -649,7 +650,7 @@ def test_a_copy_does_not_feed_the_originals_optimizer(duplicate):
 
 def test_calling_a_layer_twice_counts_both_inputs():
     layer, one, other = linear(), torch.randn(4, 5, **DOUBLE), torch.randn(3, 5, **DOUBLE)
-    decor = DecorSGD(layer, sample=1.0)
+    decor = decor_sgd(layer, sample=1.0)
     (layer(one).sum() + layer(other).sum()).backward()
     rows = captured(decor)[""]
     exact(rows.sort(0).values, torch.cat([one, other]).sort(0).values)

@@ -14,7 +14,8 @@ from vits import captured, decorrelated, everything, images, make, mlp, shake
 
 import dbpkern
 from dbpkern import DecorSGD, distributed, reference
-from dbpkern.sampling import Sampler
+from dbpkern.capture import Sampler
+from rules import convert, decor_sgd
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -79,7 +80,7 @@ def test_training_equals_the_published_rule(optimizer, sample, kappa, form):
         optimizer(model.parameters()),
         optimizer([p for pair in zip(Ws, bs, strict=True) for p in pair]),
     )
-    decor = DecorSGD(model, lr=eta, kappa=kappa, sample=sample, limit=None)
+    decor = decor_sgd(model, eta=eta, kappa=kappa, sample=sample, limit=None)
     mixing = torch.randn(7, 7, dtype=torch.float64)
     for _ in range(20):
         x = torch.randn(4, 6, 7, dtype=torch.float64) @ mixing
@@ -87,7 +88,7 @@ def test_training_equals_the_published_rule(optimizer, sample, kappa, form):
         main.zero_grad()
         loss = F.mse_loss(model(x), target)
         loss.backward()
-        index = decor._sampler.index(24, 0, CPU)
+        index = decor.engine.sampler.index(24, 0, CPU)
         main.step()
         decor.step()
 
@@ -160,20 +161,20 @@ def test_draws_do_not_touch_the_global_generator():
 
 def test_layers_with_equal_token_counts_share_the_index():
     model = nn.ModuleList([nn.Linear(5, 5) for _ in range(3)])
-    dbpkern.decorrelate(model, None, everything)
-    decor = DecorSGD(model, sample=0.3, limit=None)
+    convert(model, sites=None, filter=everything)
+    decor = decor_sgd(model, sample=0.3, limit=None)
     x, y = torch.randn(2, 20, 5), torch.randn(30, 5)
     (model[0](x).sum() + model[1](x.view(4, 10, 5)).sum() + model[2](y).sum()).backward()
     rows = captured(decor)
     assert {name: len(r) for name, r in rows.items()} == {"0": 12, "1": 12, "2": 9}
     identical(rows["0"], rows["1"])
-    identical(rows["0"], x.view(40, 5)[decor._sampler.index(40, 0, CPU)])
-    identical(rows["2"], y[decor._sampler.index(30, 0, CPU)])
+    identical(rows["0"], x.view(40, 5)[decor.engine.sampler.index(40, 0, CPU)])
+    identical(rows["2"], y[decor.engine.sampler.index(30, 0, CPU)])
 
 
 def test_steps_and_micro_batches_draw_anew():
     model, x = linears(1, 5), torch.randn(1000, 5)
-    decor = DecorSGD(model, sample=0.01, limit=None)
+    decor = decor_sgd(model, sample=0.01, limit=None)
     drawn = []
     for _ in range(3):
         for _ in range(2):
@@ -187,7 +188,7 @@ def test_steps_and_micro_batches_draw_anew():
 @pytest.mark.parametrize("sizes", [(8, 8), (8, 8, 8), (4, 12, 7), (1, 0, 9), (12, 3)])
 def test_accumulation_gives_the_statistic_of_all_samples(sizes):
     model = linears(2, 5, torch.float64)
-    decor = DecorSGD(model, lr=0.1, kappa=0.2, sample=1.0, limit=None)
+    decor = decor_sgd(model, eta=0.1, kappa=0.2, sample=1.0, limit=None)
     for _ in range(3):  # the second and third step reuse the room of the first
         before, xs = Rs(model), [torch.randn(n, 5, dtype=torch.float64) for n in sizes]
         for x in xs:
@@ -201,7 +202,7 @@ def test_accumulation_gives_the_statistic_of_all_samples(sizes):
 def test_micro_batches_of_other_sizes_from_step_to_step():
     """Rows that outgrow their room, shrink again, and layers that sample unequally."""
     model = linears(2, 4, torch.float64)
-    decor = DecorSGD(model, lr=0.1, sample=1.0, limit=None)
+    decor = decor_sgd(model, eta=0.1, sample=1.0, limit=None)
     for step, sizes in enumerate([(6,), (9,), (2,), (2, 2), (12, 1), (3,), (13,)]):
         before, total = Rs(model), {"0": [], "2": []}
         for n in sizes:
@@ -217,7 +218,7 @@ def test_micro_batches_of_other_sizes_from_step_to_step():
         for name, R in Rs(model).items():
             exact(R, reference.published_step(before[name], torch.cat(total[name]), 0.1))
         # Buffers that were outgrown are not kept.
-        spans = sorted(decor._stacks[0].samples)
+        spans = sorted(decor.engine.stacks()[0].samples)
         assert all(one[1] <= other[0] for one, other in itertools.pairwise(spans))
 
 
@@ -237,7 +238,7 @@ NEW_STORAGE = {
 @pytest.mark.parametrize("change", NEW_STORAGE)
 def test_R_may_get_new_storage_at_any_time(change, when):
     model = linears(3, 5)
-    decor = DecorSGD(model, lr=0.1, sample=1.0, limit=None)
+    decor = decor_sgd(model, eta=0.1, sample=1.0, limit=None)
     for i in range(3):
         if i == 1 and when == "between steps":
             NEW_STORAGE[change](model)
@@ -255,7 +256,7 @@ def test_R_may_get_new_storage_at_any_time(change, when):
 
 def test_in_the_steady_state_nothing_moves():
     model = linears(3, 6)
-    decor = DecorSGD(model, lr=0.01, sample=0.5, limit=None)
+    decor = decor_sgd(model, eta=0.01, sample=0.5, limit=None)
     R_places = {name: layer.R.data_ptr() for name, layer in decorrelated(model).items()}
     x = torch.randn(20, 6)
     backward(model, x)
@@ -263,13 +264,13 @@ def test_in_the_steady_state_nothing_moves():
     places = None
     for n in (20, 20, 7, 20):
         backward(model, x[:n])
-        slots = [site.slot for site in decor._sites]
+        slots = [site.slot for site in decor.engine.sites]
         assert all(slot.used == round(n / 2) and not slot.spill for slot in slots)
         new = [slot.room.data_ptr() for slot in slots]
         decor.step()
         assert places is None or new == places
         places = new
-    (stack,) = decor._stacks[0].factors
+    (stack,) = decor.engine.stacks()[0].factors
     assert [layer.R.data_ptr() for layer in decorrelated(model).values()] == [R.data_ptr() for R in stack]
     assert R_places == {name: layer.R.data_ptr() for name, layer in decorrelated(model).items()}
 
@@ -278,7 +279,7 @@ def test_in_the_steady_state_nothing_moves():
 def test_rows_of_mixed_dtypes(order):
     """bfloat16 or float32 by layer and step, as autocast over parts of the work gives: kept as they came."""
     model = linears(2, 6)
-    decor = DecorSGD(model, lr=0.1, sample=1.0, limit=None)
+    decor = decor_sgd(model, eta=0.1, sample=1.0, limit=None)
     for step in order.split():
         before, x = Rs(model), torch.randn(9, 6)
         for layer, kind in zip((model[0], model[2]), step, strict=True):
@@ -296,13 +297,13 @@ def test_rows_of_mixed_dtypes(order):
 
 def test_a_second_DecorSGD_takes_over():
     model, x = linears(2, 5), torch.randn(9, 5)
-    first = DecorSGD(model, limit=None)
+    first = decor_sgd(model, limit=None)
     backward(model, x)
     first.step()
-    second = DecorSGD(model, limit=None)
+    second = decor_sgd(model, limit=None)
     backward(model, x)
     assert captured(first) == {}
-    for method in (first.step, first.loss):
+    for method in (first.step, first.engine.loss):
         with pytest.raises(RuntimeError, match="samples of 0 no longer come here: another DecorSGD"):
             method()
     before = Rs(model)
@@ -312,7 +313,7 @@ def test_a_second_DecorSGD_takes_over():
 
 def test_a_DecorSGD_is_freed():
     model = linears(1, 5)
-    decor = DecorSGD(model, limit=None)
+    decor = decor_sgd(model, limit=None)
     backward(model, torch.randn(9, 5))
     decor.step()
     gone = weakref.ref(decor)
@@ -324,7 +325,7 @@ def test_a_DecorSGD_is_freed():
 def test_layers_that_never_sampled_are_named_once():
     model = linears(3, 5)
     model[2].requires_grad_(False)
-    decor = DecorSGD(model, limit=None)
+    decor = decor_sgd(model, limit=None)
     backward(model, torch.randn(20, 5))
     with pytest.warns(UserWarning, match="1 of 3 layers sampled no input before the first step.*: 2. Frozen"):
         decor.step()
@@ -342,8 +343,8 @@ def test_a_model_that_reads_weights_without_calling_the_layer_is_warned_of():
         def forward(self, x):
             return F.linear(x, self.inner.weight)
 
-    model = dbpkern.decorrelate(Reader(), None, everything)
-    decor = DecorSGD(model, limit=None)
+    model = convert(Reader(), sites=None, filter=everything)
+    decor = decor_sgd(model, limit=None)
     backward(model, torch.randn(3, 4))
     with pytest.warns(UserWarning, match="1 of 1 layers sampled no input.*inner.*without calling its layer"):
         decor.step()
@@ -358,7 +359,7 @@ def test_learning_rate_schedulers_take_effect():
         (lambda d: torch.optim.lr_scheduler.CosineAnnealingLR(d, 2), [0.2, 0.1, 0.0]),
     ):
         model = linears(2, 5, torch.float64)
-        decor = DecorSGD(model, lr=0.2, sample=1.0, limit=None)
+        decor = decor_sgd(model, eta=0.2, sample=1.0, limit=None)
         scheduler = make_scheduler(decor)
         for rate in rates:
             before, x = Rs(model)["0"], torch.randn(9, 5, dtype=torch.float64)
@@ -371,7 +372,7 @@ def test_learning_rate_schedulers_take_effect():
 def test_rate_as_a_tensor_changes_in_place():
     lr = torch.tensor(0.2, dtype=torch.float64)
     model = linears(1, 5, torch.float64)
-    decor = DecorSGD(model, lr=lr, sample=1.0, limit=None)
+    decor = decor_sgd(model, eta=lr, sample=1.0, limit=None)
     for rate in (0.2, 0.05):
         lr.fill_(rate)
         before, x = Rs(model)["0"], torch.randn(9, 5, dtype=torch.float64)
@@ -382,7 +383,7 @@ def test_rate_as_a_tensor_changes_in_place():
 
 def test_a_rate_of_zero_changes_nothing():
     model = linears(2, 5)
-    decor = DecorSGD(model, lr=0.0, limit=None)
+    decor = decor_sgd(model, eta=0.0, limit=None)
     backward(model, torch.randn(9, 5))
     decor.step()
     for R in Rs(model).values():
@@ -391,8 +392,8 @@ def test_a_rate_of_zero_changes_nothing():
 
 def test_mixed_widths_and_dtypes_each_follow_the_rule():
     model = nn.Sequential(mlp(5, 7, 5, 7), mlp(7, 5, dtype=torch.float64), mlp(5, 5, dtype=torch.float64))
-    decor = DecorSGD(model, lr=0.1, sample=1.0, limit=None)
-    assert decor.names == ["0.0", "0.2", "0.4", "1.0", "2.0"]
+    decor = decor_sgd(model, eta=0.1, sample=1.0, limit=None)
+    assert decor.engine.names == ["0.0", "0.2", "0.4", "1.0", "2.0"]
     inputs = {}
     for name, layer in decorrelated(model).items():
         layer.register_forward_pre_hook(lambda _, args, name=name: inputs.__setitem__(name, args[0].detach()))
@@ -405,7 +406,7 @@ def test_mixed_widths_and_dtypes_each_follow_the_rule():
             expected = reference.published_step(before[name], inputs[name], 0.1)
             torch.testing.assert_close(R, expected)
             assert R.dtype == before[name].dtype
-    assert sorted(len(stack.sites) for stack in decor._stacks) == [1, 1, 1, 2]
+    assert sorted(len(stack.sites) for stack in decor.engine.stacks()) == [1, 1, 1, 2]
 
 
 @pytest.mark.parametrize("interrupted", [1, 3])
@@ -423,7 +424,7 @@ def test_resuming_from_checkpoints_gives_the_same_run(interrupted):
     def build(seed, lr, kappa):
         torch.manual_seed(3)
         model = linears(3, 6)
-        decor = DecorSGD(model, lr=lr, kappa=kappa, sample=0.1, seed=seed, limit=None)
+        decor = decor_sgd(model, eta=lr, kappa=kappa, sample=0.1, seed=seed, limit=None)
         main = torch.optim.AdamW(model.parameters(), 0.01)
         return model, main, decor, torch.optim.lr_scheduler.CosineAnnealingLR(decor, 10)
 
@@ -448,11 +449,11 @@ def test_resuming_from_checkpoints_gives_the_same_run(interrupted):
 
 def test_checkpoints_go_through_a_file(tmp_path):
     model = linears(2, 5)
-    decor = DecorSGD(model, lr=torch.tensor(0.1), kappa=0.5, seed=4, limit=None)
+    decor = decor_sgd(model, eta=torch.tensor(0.1), kappa=0.5, seed=4, limit=None)
     backward(model, torch.randn(9, 5))
     decor.step()
     torch.save(decor.state_dict(), tmp_path / "decor.pt")
-    other = DecorSGD(linears(2, 5), limit=None)
+    other = decor_sgd(linears(2, 5), limit=None)
     other.load_state_dict(torch.load(tmp_path / "decor.pt", weights_only=True))
     assert other.param_groups[0]["lr"] == torch.tensor(0.1)
     assert other.param_groups[0]["kappa"] == 0.5
@@ -463,11 +464,11 @@ def test_checkpoints_go_through_a_file(tmp_path):
     ("state", "match"),
     [
         (lambda: torch.optim.SGD([torch.ones(1)], 0.1).state_dict(), "expected the state of a DecorSGD"),
-        (lambda: DecorSGD(linears(3, 5), limit=None).state_dict(), "doesn't match the size"),
+        (lambda: decor_sgd(linears(3, 5), limit=None).state_dict(), "doesn't match the size"),
     ],
 )
 def test_foreign_checkpoints_are_refused(state, match):
-    decor = DecorSGD(linears(2, 5), lr=0.25, limit=None)
+    decor = decor_sgd(linears(2, 5), eta=0.25, limit=None)
     with pytest.raises(ValueError, match=match):
         decor.load_state_dict(state())
     assert decor.param_groups[0]["lr"] == 0.25
@@ -476,7 +477,7 @@ def test_foreign_checkpoints_are_refused(state, match):
 
 def test_a_step_without_a_backward_changes_nothing():
     model = linears(2, 5)
-    decor = DecorSGD(model, lr=0.1, limit=None)
+    decor = decor_sgd(model, eta=0.1, limit=None)
     backward(model, torch.randn(9, 5))
     decor.step()
     before = Rs(model)
@@ -487,13 +488,13 @@ def test_a_step_without_a_backward_changes_nothing():
 
 def test_zero_grad_drops_the_rows():
     model = linears(2, 5, torch.float64)
-    decor = DecorSGD(model, lr=0.1, sample=1.0, limit=None)
+    decor = decor_sgd(model, eta=0.1, sample=1.0, limit=None)
     for _ in range(2):
         before, x = Rs(model)["0"], torch.randn(9, 5, dtype=torch.float64)
         backward(model, torch.randn(9, 5, dtype=torch.float64) * 1e6)
-        decor.zero_grad()
+        decor.drop_samples()
         assert captured(decor) == {}
-        assert decor.loss() == {}
+        assert decor.engine.loss() == {}
         backward(model, x)
         decor.step()
         exact(Rs(model)["0"], reference.published_step(before, x, 0.1))
@@ -502,12 +503,12 @@ def test_zero_grad_drops_the_rows():
 @pytest.mark.parametrize("kappa", [0.0, 0.3, 1.0])
 def test_loss_is_that_of_the_reference_before_and_after_the_step(kappa):
     model = shake(mlp(5, 7, 5, 7, dtype=torch.float64))
-    decor = DecorSGD(model, lr=0.1, kappa=kappa, sample=0.5, limit=None)
-    assert decor.loss() == {}
+    decor = decor_sgd(model, eta=0.1, kappa=kappa, sample=0.5, limit=None)
+    assert decor.engine.loss() == {}
 
     def expected(rows):
         return {
-            name: reference.loss(reference.transform(r, decorrelated(model)[name].R)[None], kappa)[0]
+            name: reference.engine.loss(reference.transform(r, decorrelated(model)[name].R)[None], kappa)[0]
             for name, r in rows.items()
         }
 
@@ -515,11 +516,11 @@ def test_loss_is_that_of_the_reference_before_and_after_the_step(kappa):
         backward(model, torch.randn(n, 5, dtype=torch.float64))
         rows = captured(decor)
         assert [len(r) for r in rows.values()] == [n // 2] * 3
-        before = decor.loss()
-        assert list(before) == decor.names == ["0", "2", "4"]
+        before = decor.engine.loss()
+        assert list(before) == decor.engine.names == ["0", "2", "4"]
         exact(before, expected(rows))
         decor.step()
-        after = decor.loss()
+        after = decor.engine.loss()
         exact(after, expected(rows))
         assert all(after[name] < before[name] for name in before)
         assert all(value.shape == () for value in after.values())
@@ -527,16 +528,16 @@ def test_loss_is_that_of_the_reference_before_and_after_the_step(kappa):
 
 def test_loss_after_a_step_counts_no_older_rows():
     model = linears(2, 5)
-    decor = DecorSGD(model, sample=1.0, limit=None)
+    decor = decor_sgd(model, sample=1.0, limit=None)
     backward(model, torch.randn(9, 5))
     decor.step()
-    assert decor.loss().keys() == {"0", "2"}
+    assert decor.engine.loss().keys() == {"0", "2"}
     model[0](torch.randn(9, 5)).sum().backward()
-    assert decor.loss().keys() == {"0"}
+    assert decor.engine.loss().keys() == {"0"}
     decor.step()
-    assert decor.loss().keys() == {"0"}
+    assert decor.engine.loss().keys() == {"0"}
     decor.step()
-    assert decor.loss() == {}
+    assert decor.engine.loss() == {}
 
 
 # What a step costs.
@@ -569,7 +570,7 @@ def test_the_measure_of_operators_sees_inside_operators():
 def test_step_never_reads_a_value(form, n, rate):
     """Reading a value on the host waits for the device."""
     model = mlp(5, 5, 7, 5, 5, form=form)
-    decor = DecorSGD(model, lr=rate, kappa=0.1, sample=1.0, limit=None)
+    decor = decor_sgd(model, eta=rate, kappa=0.1, sample=1.0, limit=None)
     for _ in range(2):
         backward(model, torch.randn(n, 5))
         names = operators(decor.step)
@@ -583,7 +584,7 @@ def test_the_work_of_a_step_does_not_grow_with_the_number_of_layers(n):
     counts = []
     for layers in (2, 6):
         model = linears(layers, 12)
-        decor = DecorSGD(model, lr=0.1, sample=1.0, limit=None)
+        decor = decor_sgd(model, eta=0.1, sample=1.0, limit=None)
         for _ in range(2):
             backward(model, torch.randn(n, 12))
             names = operators(decor.step)
@@ -609,11 +610,11 @@ def correlated(n, d, dtype=torch.float64):
 def test_decorrelation_loss_falls_and_the_determinant_stays():
     model = mlp(8, 4, dtype=torch.float64)
     eta, x = 0.05, correlated(400, 8)
-    decor = DecorSGD(model, lr=eta, sample=1.0, limit=None)
+    decor = decor_sgd(model, eta=eta, sample=1.0, limit=None)
     losses, logdet = [], 0.0
     for _ in range(200):
         backward(model, x)
-        losses.append(decor.loss()["0"].item())
+        losses.append(decor.engine.loss()["0"].item())
         z = reference.transform(x, model[0].R)
         M, _, _ = reference.correlation(z[None])
         decor.step()
@@ -632,7 +633,7 @@ def test_decorrelation_loss_falls_and_the_determinant_stays():
 def test_with_kappa_the_variances_go_to_one():
     model = mlp(6, 4, dtype=torch.float64)
     x = 2 * correlated(400, 6)
-    decor = DecorSGD(model, lr=0.1, kappa=0.5, sample=1.0, limit=None)
+    decor = decor_sgd(model, eta=0.1, kappa=0.5, sample=1.0, limit=None)
     for _ in range(800):
         backward(model, x)
         decor.step()
@@ -642,13 +643,13 @@ def test_with_kappa_the_variances_go_to_one():
 
 @pytest.mark.parametrize("sample", [0.1, 1.0])
 def test_decorrelation_of_a_vision_transformer(sample):
-    model = dbpkern.decorrelate(make("timm"), "all")
-    decor = DecorSGD(model, lr=2e-3, sample=sample, limit=None)
+    model = convert(make("timm"), sites="all")
+    decor = decor_sgd(model, eta=2e-3, sample=sample, limit=None)
     x = images(4)
     losses = []
     for _ in range(12):
         backward(model, x)
-        losses.append(decor.loss())
+        losses.append(decor.engine.loss())
         decor.step()
     assert losses[0].keys() == decorrelated(model).keys()
     falls = [losses[-1][name] < losses[0][name] for name in losses[0]]
@@ -675,20 +676,20 @@ NAN, INF = float("nan"), float("inf")
 def test_numbers_out_of_range_are_refused(arguments, match):
     model = linears(2, 5)
     with pytest.raises(ValueError, match=match):
-        DecorSGD(model, **arguments, limit=None)
+        decor_sgd(model, **arguments, limit=None)
     assert all(layer.slot_key is None for layer in decorrelated(model).values())
 
 
 def test_models_without_layers_are_refused():
     with pytest.raises(ValueError, match=r"decorrelated layers; call decorrelate\(model\) first"):
-        DecorSGD(nn.Linear(3, 3), limit=None)
+        decor_sgd(nn.Linear(3, 3), limit=None)
     with pytest.raises(TypeError, match="expected a model, got generator"):
-        DecorSGD(linears(1, 3).parameters(), limit=None)
+        decor_sgd(linears(1, 3).parameters(), limit=None)
 
 
 def test_a_closure_is_refused():
     model = linears(1, 3)
-    decor = DecorSGD(model, limit=None)
+    decor = decor_sgd(model, limit=None)
     backward(model, torch.randn(9, 3))
     with pytest.raises(ValueError, match="expected no closure"):
         decor.step(lambda: None)
@@ -699,7 +700,7 @@ def test_a_closure_is_refused():
 def test_a_step_with_a_number_out_of_range_is_refused(name, value):
     """Schedulers and users write into param_groups."""
     model = linears(2, 3)
-    decor = DecorSGD(model, limit=None)
+    decor = decor_sgd(model, limit=None)
     backward(model, torch.randn(9, 3))
     decor.param_groups[0][name] = value
     with pytest.raises(ValueError, match=f"{name}: expected"):

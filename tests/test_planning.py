@@ -24,6 +24,7 @@ import dbpkern
 from dbpkern import DecorPreconditioner, planning
 from train import pretrain
 from train.run_folder import RunFolder
+from rules import convert, precondition
 
 ROOT = Path(__file__).parent.parent
 FREE = planning.Price(ratio=1.0, entry=0.0, each=0.0, group=0.0)
@@ -184,9 +185,9 @@ def test_equal_layers_of_all_blocks_are_one_group_and_shared_inputs_have_one_R()
     assert (projections.width, projections.outputs, len(projections.layers)) == (24, 72, 2)
     assert "encoder.layer.*.output.dense" in groups
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    decor = DecorPreconditioner(model, optimizer, None, plan.accepts, plan.ranks)
+    decor = precondition(model, optimizer, sites=None, filter=plan.accepts, rank=plan.ranks)
     assert set(decor.layers) == plan.ranks.keys()
-    assert len(decor.names) == len(plan.ranks) - 2 * 2
+    assert len(decor.engine.names) == len(plan.ranks) - 2 * 2
 
 
 @pytest.mark.parametrize("form", planning.FORMS)
@@ -202,11 +203,11 @@ def test_a_plan_serves_both_forms(form):
     )
     assert set(plan.ranks.values()) == {3, None}
     if form == "layers":
-        dbpkern.decorrelate(model, None, plan.accepts, rank=plan.ranks)
+        convert(model, sites=None, filter=plan.accepts, rank=plan.ranks)
         layers = decorrelated(model)
     else:
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
-        layers = DecorPreconditioner(model, optimizer, None, plan.accepts, plan.ranks).layers
+        layers = precondition(model, optimizer, sites=None, filter=plan.accepts, rank=plan.ranks).layers
     assert {name: getattr(layer.structure, "rank", None) for name, layer in layers.items()} == plan.ranks
 
 
@@ -232,7 +233,7 @@ def test_costs_are_those_of_a_real_step(flops_alone, rank):
     with FlopCounterMode(display=False) as plain:
         stepper(model)()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    keep = DecorPreconditioner(model, optimizer, None, only["filter"], rank, sample=0.25, every=1)
+    keep = precondition(model, optimizer, sites=None, filter=only["filter"], rank=rank, sample=0.25, every=1)
     with FlopCounterMode(display=False) as counter:
         optimizer.zero_grad()
         stepper(model)()
@@ -318,7 +319,7 @@ def trained(interrupt=None) -> tuple[nn.Module, DecorPreconditioner]:
     torch.manual_seed(0)
     model = Net()
     optimizer = torch.optim.AdamW(model.parameters(), 0.01)
-    decor = DecorPreconditioner(model, optimizer, None, everything, None, sample=0.3, every=2)
+    decor = precondition(model, optimizer, sites=None, filter=everything, rank=None, sample=0.3, every=2)
     for seed in range(6):
         if seed == 3 and interrupt is not None:
             interrupt(model, decor)
@@ -445,7 +446,7 @@ def test_the_table_shows_every_group_and_the_running_total():
 
 def test_a_layer_s_own_rank_goes_before_its_site_s():
     given = {"fc2": 3, "blocks.1.mlp.fc2": 5, "blocks.0.mlp.fc1": 2}
-    model = dbpkern.decorrelate(timm_vit(), "all", rank=given)
+    model = convert(timm_vit(), sites="all", rank=given)
     ranks = {name: getattr(layer.structure, "rank", None) for name, layer in decorrelated(model).items()}
     assert {name: rank for name, rank in ranks.items() if rank} == {
         "blocks.0.mlp.fc1": 2,
@@ -457,7 +458,7 @@ def test_a_layer_s_own_rank_goes_before_its_site_s():
 def test_layers_that_share_an_R_have_one_rank():
     name = "encoder.layer.0.attention.attention"
     with pytest.raises(ValueError, match=rf"one rank for layers that read one input, got {name}.query: 3"):
-        dbpkern.decorrelate(HuggingFaceViT(), "all", rank={f"{name}.query": 3})
+        convert(HuggingFaceViT(), sites="all", rank={f"{name}.query": 3})
 
 
 # Other layers in the middle of a run.
@@ -494,8 +495,8 @@ def test_shared_R_survive_and_the_optimizer_keeps_its_moments():
     model = HuggingFaceViT()
     optimizer = torch.optim.AdamW(model.parameters(), 0.01)
     name = "encoder.layer.0.attention.attention"
-    decor = DecorPreconditioner(
-        model, optimizer, None, lambda n, m: n.startswith(f"{name}.v"), None, sample=1.0
+    decor = precondition(
+        model, optimizer, sites=None, filter=lambda n, m: n.startswith(f"{name}.v"), rank=None, sample=1.0
     )
     model(images()).square().mean().backward()
     optimizer.step()

@@ -15,7 +15,8 @@ from vits import MODELS, decorrelated, everything, images, make
 
 import dbpkern
 from dbpkern import DecorPreconditioner, DecorSGD
-from dbpkern.nn import structure_of
+from dbpkern.layers.modules import structure_of
+from rules import convert, decor_sgd, precondition
 
 D = 12
 ETA = 0.05
@@ -39,7 +40,7 @@ def loss_of(model, x):
 def precondition(model, optimizer, **options):
     options = {"lr": ETA, "sample": 1.0} | options
     options = {"rank": None, "every": 1} | options
-    return DecorPreconditioner(model, optimizer, None, everything, **options)
+    return precondition(model, optimizer, sites=None, filter=everything, **options)
 
 
 def train(model, optimizer, steps, start=0):
@@ -70,8 +71,8 @@ def test_it_trains_like_decorrelated_layers_whose_function_R_does_not_change(opt
     make_optimizer = OPTIMIZERS[optimizer]
     here, there = make_optimizer(plain.parameters()), make_optimizer(layered.parameters())
     decor = precondition(plain, here, rank=rank, sample=sample)
-    dbpkern.decorrelate(layered, None, everything, rank=rank)
-    reference = DecorSGD(layered, ETA, sample=sample, scale_free=True)
+    convert(layered, sites=None, filter=everything, rank=rank)
+    reference = decor_sgd(layered, eta=ETA, sample=sample, scale_free=True)
     for step in range(12):
         x = batch(step)
         losses = []
@@ -135,7 +136,7 @@ def test_it_decorrelates():
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     decor = precondition(model, optimizer)
     train(model, optimizer, 1)
-    start = decor.loss()["0"] / batch(0).square().mean() ** 2
+    start = decor.engine.loss()["0"] / batch(0).square().mean() ** 2
     train(model, optimizer, 150, 1)
     R = decor.layers["0"].factors[0]
     z = batch(0) @ R.T
@@ -184,7 +185,7 @@ def test_the_model_stays_stock():
 def test_every_kind_of_vit_trains(kind):
     model = make(kind)
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
-    decor = DecorPreconditioner(model, optimizer, "sublayers", sample=1.0, every=1)
+    decor = precondition(model, optimizer, sites="sublayers", sample=1.0, every=1)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     output = model(images())
     (output if isinstance(output, torch.Tensor) else output[0]).square().mean().backward()
@@ -225,7 +226,7 @@ def test_a_copy_of_the_model_sends_no_samples():
     decor = precondition(model, optimizer)
     twin = copy.deepcopy(model)
     loss_of(twin, batch(0)).backward()
-    assert all(not site.slot.pending for site in decor._sites)
+    assert all(not site.slot.pending for site in decor.engine.sites)
 
 
 def test_it_is_freed_with_its_optimizer():
@@ -254,7 +255,7 @@ def test_accumulation_and_skipped_steps():
             (loss_of(parts, piece) / 4).backward()
         if step == 2:  # as for a loss that is not finite
             for decor in decors:
-                decor.zero_grad()
+                decor.drop_samples()
             continue
         for optimizer in optimizers:
             optimizer.step()
@@ -382,7 +383,7 @@ def test_schedulers_attach():
     scheduler = torch.optim.lr_scheduler.StepLR(decor, 1, 0.5)
     for step in range(3):
         train(model, optimizer, 1, step)
-        assert float(decor.rates()["0"]) == pytest.approx(ETA * 0.5**step)
+        assert float(decor.engine.rates()["0"]) == pytest.approx(ETA * 0.5**step)
         scheduler.step()
 
 
@@ -452,7 +453,7 @@ def test_bad_arguments_are_refused_and_leave_no_hooks(change, error, match):
     model = network()
     arguments, options = change(model)
     with pytest.raises(error, match=match):
-        DecorPreconditioner(*arguments, None, everything, **options)
+        precondition(*arguments, None, everything, **options)
     assert all(not m._forward_hooks for m in model.modules())
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
     assert train(model, optimizer, 2)
@@ -463,7 +464,7 @@ def test_weights_that_another_optimizer_steps_are_refused():
     first = torch.optim.SGD(model[0].parameters(), 0.1)
     with pytest.raises(ValueError, match=r"it lacks 1 of 2 \(2, ...\)"):
         precondition(model, first)
-    decor = DecorPreconditioner(model, first, None, lambda name, module: name == "0")
+    decor = precondition(model, first, sites=None, filter=lambda name, module: name == "0")
     with pytest.raises(ValueError, match="it lacks 1 of 2"):
         decor.replan(model, None, everything, None)
     assert list(decor.layers) == ["0"]
@@ -483,7 +484,7 @@ def test_tied_and_converted_models_are_refused():
     model[0].weight = model[2].weight
     with pytest.raises(ValueError, match="tied"):
         precondition(model, torch.optim.SGD(model.parameters(), 0.1))
-    model = dbpkern.decorrelate(network(), None, everything)
+    model = convert(network(), sites=None, filter=everything)
     with pytest.raises(ValueError, match="decorrelated already"):
         precondition(model, torch.optim.SGD(model.parameters(), 0.1))
 
@@ -565,7 +566,7 @@ def test_cross_attention_is_refused():
     attention = nn.MultiheadAttention(8, 2, batch_first=True)
     model = nn.ModuleDict({"attention": attention})
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
-    DecorPreconditioner(model, optimizer, None, lambda name, module: name == "attention")
+    precondition(model, optimizer, sites=None, filter=lambda name, module: name == "attention")
     x = torch.randn(2, 3, 8)
     attention(x, x, x)[0].sum().backward()
     optimizer.step()
@@ -579,7 +580,7 @@ def test_dropping_the_rows_in_every_step_does_not_stop_R(every):
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
     decor = precondition(model, optimizer, every=every)
     for step in range(6):
-        decor.zero_grad()
+        decor.drop_samples()
         train(model, optimizer, 1, step)
     assert (decor.layers["0"].factors[0] - torch.eye(D)).abs().max() > 0.01
 
@@ -605,9 +606,9 @@ def test_by_default_R_is_full_for_qkv_and_low_rank_elsewhere_and_moves_in_every_
 
 def test_low_ranks_everywhere():
     model = make("timm")
-    low = DecorPreconditioner(model, torch.optim.SGD(model.parameters(), 0.01), rank="low")
+    low = precondition(model, torch.optim.SGD(model.parameters(), 0.01), rank="low")
     assert {layer.factors[0].shape[1] for name, layer in low.layers.items() if "blocks" in name} == {8}
     low.remove()
     with pytest.raises(ValueError, match=r"rank: expected .* one of \('mixed', 'low'\), got 'high'"):
-        DecorPreconditioner(model, torch.optim.SGD(model.parameters(), 0.01), rank="high")
+        precondition(model, torch.optim.SGD(model.parameters(), 0.01), rank="high")
     assert not any(module._forward_hooks for module in model.modules())

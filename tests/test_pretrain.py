@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train.data
 import train.loop
-from dbpkern.precondition import PreconditionedLayer
+from dbpkern.stock import StockLayer
 from train import checkpoint, pretrain
 from train.processes import Processes
 from train.run_folder import RunFolder
@@ -282,7 +282,7 @@ def test_a_single_bad_step_is_skipped_counted_and_logged(tmp_path, monkeypatch):
 
 
 def test_samples_that_are_not_finite_halve_their_layers_eta_and_are_logged(tmp_path, monkeypatch):
-    real = PreconditionedLayer.take_rows
+    real = StockLayer.take_rows
     seen = []
 
     def once_overflown(self, x, index):
@@ -293,7 +293,7 @@ def test_samples_that_are_not_finite_halve_their_layers_eta_and_are_logged(tmp_p
                 return torch.full_like(rows, torch.inf)
         return rows
 
-    monkeypatch.setattr(PreconditionedLayer, "take_rows", once_overflown)
+    monkeypatch.setattr(StockLayer, "take_rows", once_overflown)
     pretrain.main([*TINY, "--decor.enable=true", "--decor.every=1", f"--out={tmp_path / 'run'}"])
     records = list(RunFolder(tmp_path / "run").records())
     logged = {r["step"]: r.get("caution") for r in records if r["kind"] == "eval"}

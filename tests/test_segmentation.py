@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import dbpkern
-from dbpkern.convert import find_sites
-from dbpkern.precondition import preconditioned
+from dbpkern.sites import find_sites
+from dbpkern.stock import preconditioned
 from models import darl, mae
 from models.classifier import (
     Architecture,
@@ -38,6 +38,7 @@ from models.segmentation import (
     segmenter_state_dict,
     sliding_logits,
 )
+from rules import convert, decor_sgd, precondition
 
 SIZES = {"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
 MAE = Architecture("mae_vit_tiny", 32, SIZES)
@@ -560,8 +561,10 @@ def test_the_sites_are_the_encoders(head, architecture):
         assert list(found[site]) == [f"encoder.{name}" for name in layers], site
         assert layers
     # Heads have no layers that a filter alone would take.
-    dbpkern.decorrelate(model, sites=None, filter=lambda name, module: True)
-    changed = [name for name, m in model.named_modules() if isinstance(m, dbpkern.nn.Decorrelated)]
+    convert(model, sites=None, filter=lambda name, module: True)
+    changed = [
+        name for name, m in model.named_modules() if isinstance(m, dbpkern.layers.modules.Decorrelated)
+    ]
     assert len(changed) == sum(map(len, expected.values()))
     assert all(name.startswith("encoder.") for name in changed)
 
@@ -578,8 +581,8 @@ def test_training_with_decorrelation_leaves_a_stock_model(head, architecture, op
     model = build(head, architecture)
     stock = build(head, architecture)
     start = segmenter_state_dict(model)
-    dbpkern.decorrelate(model, "all")
-    decor = dbpkern.DecorSGD(model, lr=0.02, sample=1.0, seed=1)
+    convert(model, sites="all")
+    decor = decor_sgd(model, eta=0.02, sample=1.0, seed=1)
     steps = optimizer(model.parameters(), 1e-3)
     images, target = torch.randn(4, 3, 40, 33), torch.randint(5, (4, 40, 33))
     for _ in range(4):
@@ -590,7 +593,7 @@ def test_training_with_decorrelation_leaves_a_stock_model(head, architecture, op
     assert all(
         (layer.dense_R() - torch.eye(len(layer.dense_R()))).abs().max() > 1e-4
         for layer in model.modules()
-        if isinstance(layer, dbpkern.nn.Decorrelated)
+        if isinstance(layer, dbpkern.layers.modules.Decorrelated)
     )
     expected = model.eval()(images).logits
     dbpkern.fuse(model)
@@ -607,9 +610,9 @@ def test_training_with_decorrelation_leaves_a_stock_model(head, architecture, op
 def test_a_preconditioner_serves_the_encoder():
     model = build("upernet")
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    decor = dbpkern.DecorPreconditioner(model, optimizer, sites="all", lr=0.02, every=1)
+    decor = precondition(model, optimizer, sites="all", eta=0.02, every=1)
     expected = {m for found in find_sites(model.encoder).values() for m in found.values()}
-    assert {m for m in model.modules() if preconditioned(m)} == expected
+    assert {m for m in model.modules() if stock_layer(m)} == expected
     images, target = torch.randn(2, 3, 32, 32), torch.randint(5, (2, 32, 32))
     losses = []
     for _ in range(6):

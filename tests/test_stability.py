@@ -11,6 +11,7 @@ from vits import decorrelated, mlp
 import dbpkern
 from dbpkern import DecorSGD, reference
 from dbpkern.optim import eigenvalue_bound, scale_free_
+from rules import decor_sgd
 
 D = 24
 
@@ -70,13 +71,13 @@ def test_the_bound_is_above_the_largest_eigenvalue(shape):
 def test_no_step_exceeds_the_limit(n, kappa):
     limit, eta = 0.3, 5.0
     model = one_layer()
-    decor = DecorSGD(model, eta, kappa, sample=1.0, limit=limit)
+    decor = decor_sgd(model, eta=eta, kappa=kappa, sample=1.0, limit=limit)
     for step in range(5):
         x = ill_conditioned(n, seed=step) * 3
         before = R_of(model).clone()
         M, _, _ = reference.correlation(reference.transform(x, before)[None], kappa)
         feed(model, decor, x)
-        (rate,) = decor.rates().values()
+        (rate,) = decor.engine.rates().values()
         largest = torch.linalg.eigvalsh(M[0]).abs().max()
         assert 0 < rate * largest <= limit * (1 + 1e-9)
         assert rate < eta
@@ -85,7 +86,7 @@ def test_no_step_exceeds_the_limit(n, kappa):
 
 def test_a_rate_below_the_limit_is_left_alone():
     plain, limited = one_layer(), one_layer()
-    decors = DecorSGD(plain, 1e-3, limit=None, sample=1.0), DecorSGD(limited, 1e-3, sample=1.0)
+    decors = decor_sgd(plain, eta=1e-3, limit=None, sample=1.0), decor_sgd(limited, eta=1e-3, sample=1.0)
     for step in range(3):
         for model, decor in zip((plain, limited), decors, strict=True):
             feed(model, decor, ill_conditioned(100, seed=step))
@@ -98,7 +99,7 @@ def test_an_ill_conditioned_stream_diverges_without_and_converges_with_the_limit
     def after(limit, scale_free, eta, steps):
         """Root mean square of the correlations left, and the largest entry of R."""
         model = one_layer(dtype=dtype)
-        decor = DecorSGD(model, eta, sample=1.0, limit=limit, scale_free=scale_free)
+        decor = decor_sgd(model, eta=eta, sample=1.0, limit=limit, scale_free=scale_free)
         for step in range(steps):
             feed(model, decor, 10 * ill_conditioned(256, dtype=dtype, seed=step))
         z = reference.transform(10 * ill_conditioned(4096, dtype=dtype, seed=-1), R_of(model))
@@ -129,7 +130,7 @@ def test_scale_free_steps_do_not_depend_on_the_scale():
     results = []
     for scale in (1.0, 1e-3):
         model = one_layer()
-        decor = DecorSGD(model, 0.05, sample=1.0, scale_free=True)
+        decor = decor_sgd(model, eta=0.05, sample=1.0, scale_free=True)
         for step in range(20):
             feed(model, decor, scale * ill_conditioned(100, condition=100, seed=step))
         results.append(R_of(model).clone())
@@ -142,7 +143,7 @@ def test_near_a_diagonal_correlations_shrink_by_eta_whatever_the_variances():
     L = torch.linalg.cholesky(torch.eye(3, dtype=torch.float64) + 1e-4 * (1 - torch.eye(3)))
     x = torch.linalg.qr(torch.randn(200, 3, dtype=torch.float64)).Q * 200**0.5 @ L.T * scales
     model = one_layer(3)
-    decor = DecorSGD(model, eta, sample=1.0, scale_free=True)
+    decor = decor_sgd(model, eta=eta, sample=1.0, scale_free=True)
     before = correlations(x)
     feed(model, decor, x)
     after = correlations(reference.transform(x, R_of(model)))
@@ -153,7 +154,7 @@ def test_near_a_diagonal_correlations_shrink_by_eta_whatever_the_variances():
 def test_without_it_small_variances_stall():
     def left(scale_free, eta):
         model = one_layer()
-        decor = DecorSGD(model, eta, sample=1.0, scale_free=scale_free)
+        decor = decor_sgd(model, eta=eta, sample=1.0, scale_free=scale_free)
         for step in range(200):
             feed(model, decor, 0.03 * ill_conditioned(200, condition=10, seed=step))
         z = reference.transform(0.03 * ill_conditioned(4000, condition=10, seed=-1), R_of(model))
@@ -166,7 +167,7 @@ def test_scale_free_low_rank_steps_do_not_depend_on_the_scale():
     results = []
     for scale in (1.0, 1e-2):
         model = one_layer(rank=6)
-        decor = DecorSGD(model, 0.05, sample=1.0, scale_free=True)
+        decor = decor_sgd(model, eta=0.05, sample=1.0, scale_free=True)
         for step in range(20):
             feed(model, decor, scale * ill_conditioned(100, condition=100, seed=step))
         (layer,) = decorrelated(model).values()
@@ -176,13 +177,13 @@ def test_scale_free_low_rank_steps_do_not_depend_on_the_scale():
 
 def test_low_rank_steps_stay_below_the_limit():
     model = one_layer(rank=6)
-    decor = DecorSGD(model, 100.0, sample=1.0, limit=0.5)
+    decor = decor_sgd(model, eta=100.0, sample=1.0, limit=0.5)
     for step in range(100):
         feed(model, decor, 10 * ill_conditioned(100, seed=step))
     (layer,) = decorrelated(model).values()
     assert layer.dense_R().isfinite().all()
     assert layer.dense_R().abs().max() < 100
-    assert float(next(iter(decor.rates().values()))) < 1.0
+    assert float(next(iter(decor.engine.rates().values()))) < 1.0
 
 
 # Cadence.
@@ -190,8 +191,8 @@ def test_low_rank_steps_stay_below_the_limit():
 
 def test_every_third_step_updates_with_three_times_the_rate():
     model, alone = one_layer(), one_layer()
-    sparse = DecorSGD(model, 0.01, sample=1.0, every=3)
-    dense = DecorSGD(alone, 0.03, sample=1.0)
+    sparse = decor_sgd(model, eta=0.01, sample=1.0, every=3)
+    dense = decor_sgd(alone, eta=0.03, sample=1.0)
     for step in range(7):
         x = ill_conditioned(64, condition=10, seed=step)
         before = R_of(model).clone()
@@ -205,8 +206,8 @@ def test_every_third_step_updates_with_three_times_the_rate():
 
 def test_between_updates_nothing_is_sampled(monkeypatch):
     model = one_layer()
-    decor = DecorSGD(model, 0.01, every=2)
-    (site,) = decor._sites
+    decor = decor_sgd(model, eta=0.01, every=2)
+    (site,) = decor.engine.sites
     drawn = []
     take = site.slot.layer.take_rows
     monkeypatch.setattr(site.slot.layer, "take_rows", lambda *a: drawn.append(step) or take(*a))
@@ -217,16 +218,16 @@ def test_between_updates_nothing_is_sampled(monkeypatch):
 
 def test_cadence_survives_a_checkpoint():
     straight = one_layer()
-    decor = DecorSGD(straight, 0.01, every=3)
+    decor = decor_sgd(straight, eta=0.01, every=3)
     for step in range(8):
         feed(straight, decor, ill_conditioned(64, seed=step))
     model = one_layer()
-    decor = DecorSGD(model, 0.01, every=3)
+    decor = decor_sgd(model, eta=0.01, every=3)
     for step in range(4):
         feed(model, decor, ill_conditioned(64, seed=step))
     saved = copy.deepcopy((model.state_dict(), decor.state_dict()))
     model = one_layer()
-    decor = DecorSGD(model, 0.01, every=3)
+    decor = decor_sgd(model, eta=0.01, every=3)
     model.load_state_dict(saved[0])
     decor.load_state_dict(saved[1])
     for step in range(4, 8):
@@ -241,7 +242,7 @@ def test_cadence_survives_a_checkpoint():
 def test_eta_follows_the_schedule_of_the_main_optimizer(library):
     model = one_layer()
     optimizer = torch.optim.SGD(model.parameters(), 0.4)
-    decor = DecorSGD(model, 0.01, sample=1.0, follow=optimizer)
+    decor = decor_sgd(model, eta=0.01, sample=1.0, follow=True, optimizer=optimizer)
     if library == "torch":
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
         advance = scheduler.step
@@ -255,14 +256,14 @@ def test_eta_follows_the_schedule_of_the_main_optimizer(library):
         optimizer.step()
         decor.step()
         factors.append(optimizer.param_groups[0]["lr"] / 0.4)
-        assert float(next(iter(decor.rates().values()))) == pytest.approx(0.01 * factors[-1])
+        assert float(next(iter(decor.engine.rates().values()))) == pytest.approx(0.01 * factors[-1])
         advance()
     assert len(set(factors)) > 3
 
 
 def test_following_an_optimizer_without_a_schedule_is_an_error():
     model = one_layer()
-    decor = DecorSGD(model, follow=torch.optim.SGD(model.parameters(), 0.1))
+    decor = decor_sgd(model, follow=True, optimizer=torch.optim.SGD(model.parameters(), 0.1))
     with pytest.raises(RuntimeError, match="initial_lr"):
         feed(model, decor, ill_conditioned(64))
 
@@ -281,33 +282,33 @@ def test_samples_that_are_not_finite_leave_R_alone_and_halve_its_rate(value, opt
     rank = {"rank": options["rank"]} if "rank" in options else {}
     rule = {k: v for k, v in options.items() if k != "rank"}
     model = one_layer(**rank)
-    decor = DecorSGD(model, 0.01, sample=1.0, **rule)
+    decor = decor_sgd(model, eta=0.01, sample=1.0, **rule)
     (layer,) = decorrelated(model).values()
     feed(model, decor, ill_conditioned(n))
-    assert decor.caution() == {}
+    assert decor.engine.caution() == {}
     kept = layer.dense_R().clone()
     x = ill_conditioned(n, seed=1)
     x[3, 5] = value
     feed(model, decor, x)
     assert torch.equal(layer.dense_R(), kept)
-    assert decor.caution() == dict.fromkeys(decor.names, 0.5)
+    assert decor.engine.caution() == dict.fromkeys(decor.engine.names, 0.5)
     feed(model, decor, ill_conditioned(n, seed=2))
     assert not torch.equal(layer.dense_R(), kept)
     assert layer.dense_R().isfinite().all()
-    assert float(decor.rates()[decor.names[0]]) <= 0.005 * (1 + 1e-12)
+    assert float(decor.engine.rates()[decor.engine.names[0]]) <= 0.005 * (1 + 1e-12)
 
 
 def test_an_R_made_in_the_forward_is_not_taken_over_if_it_is_not_finite():
     torch.manual_seed(0)
     model = mlp(D, 64, dtype=torch.float64, form="apply")
-    decor = DecorSGD(model, 0.01, sample=1.0, limit=None)
+    decor = decor_sgd(model, eta=0.01, sample=1.0, limit=None)
     feed(model, decor, ill_conditioned(32))
     kept = R_of(model).clone()
     bad = ill_conditioned(32)
     bad[0] = torch.inf
     feed(model, decor, bad)
     assert torch.equal(R_of(model), kept)
-    assert list(decor.caution().values()) == [0.5]
+    assert list(decor.engine.caution().values()) == [0.5]
     x = ill_conditioned(32, seed=1)
     feed(model, decor, x)
     expected = reference.update(kept[None], reference.transform(x, kept)[None], 0.005)[0]
@@ -316,13 +317,13 @@ def test_an_R_made_in_the_forward_is_not_taken_over_if_it_is_not_finite():
 
 def test_one_layer_alone_is_careful():
     model = nn.ModuleDict({"a": mlp(D, 4, form="fold"), "b": mlp(D, 4, form="fold")})
-    decor = DecorSGD(model, 0.01, sample=1.0)
+    decor = decor_sgd(model, eta=0.01, sample=1.0)
     good, bad = ill_conditioned(64).float(), ill_conditioned(64).float()
     bad[0, 0] = torch.nan
     (model["a"](good).sum() + model["b"](bad).nan_to_num().sum()).backward()
     decor.step()
-    assert list(decor.caution().values()) == [0.5]
-    assert next(iter(decor.caution())).startswith("b.")
+    assert list(decor.engine.caution().values()) == [0.5]
+    assert next(iter(decor.engine.caution())).startswith("b.")
     R = [layer.R for layer in decorrelated(model).values()]
     assert not torch.equal(R[0], torch.eye(D))
     assert torch.equal(R[1], torch.eye(D))
@@ -330,7 +331,7 @@ def test_one_layer_alone_is_careful():
 
 def test_caution_is_kept_in_checkpoints_and_new_storage():
     model = one_layer(dtype=torch.float32)
-    decor = DecorSGD(model, 0.01, sample=1.0)
+    decor = decor_sgd(model, eta=0.01, sample=1.0)
     bad = ill_conditioned(64, dtype=torch.float32)
     bad[0] = torch.nan
     for _ in range(2):
@@ -338,11 +339,11 @@ def test_caution_is_kept_in_checkpoints_and_new_storage():
         decor.step()
     model.double()
     feed(model, decor, ill_conditioned(64))
-    assert list(decor.caution().values()) == [0.25]
+    assert list(decor.engine.caution().values()) == [0.25]
     other = one_layer()
-    again = DecorSGD(other, 0.01)
+    again = decor_sgd(other, eta=0.01)
     again.load_state_dict(decor.state_dict())
-    assert list(again.caution().values()) == [0.25]
+    assert list(again.engine.caution().values()) == [0.25]
 
 
 @pytest.mark.parametrize(
@@ -359,5 +360,5 @@ def test_caution_is_kept_in_checkpoints_and_new_storage():
 def test_options_out_of_range_are_refused(arguments, error, match):
     model = one_layer()
     with pytest.raises(error, match=match):
-        DecorSGD(model, **arguments)
+        decor_sgd(model, **arguments)
     assert dbpkern.DecorSGD(model).rates()

@@ -10,6 +10,7 @@ from distributed_worker import CASES, KINDS, ROWS
 from torch.multiprocessing import start_processes
 
 from dbpkern import DecorSGD, distributed
+from rules import decor_sgd
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -156,10 +157,10 @@ def test_processes_that_have_different_things_to_do_are_told(ranks):
 
 def test_one_process_sends_nothing():
     model = distributed_worker.mlp(4, 4)
-    decor = DecorSGD(model, sample=1.0)
+    decor = decor_sgd(model, sample=1.0)
     model(torch.randn(9, 4)).sum().backward()
     decor.step()
-    assert decor.traffic() == []
+    assert decor.engine.traffic() == []
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 import dbpkern
-from dbpkern.nn import Decorrelated
+from dbpkern.layers.modules import Decorrelated
+from rules import convert
 
 WIDTH, HEADS, CLASSES, PIXELS = 24, 3, 5, 32
 
@@ -153,7 +154,7 @@ def mlp(
     """Decorrelated linear layers with tanh in between."""
     layers = [nn.Linear(d, o, dtype=dtype) for d, o in itertools.pairwise(widths)]
     model = nn.Sequential(*(m for layer in layers for m in (layer, nn.Tanh())))[:-1]
-    return dbpkern.decorrelate(model, sites=None, filter=everything, form=form, rank=rank)
+    return convert(model, sites=None, filter=everything, form=form, rank=rank)
 
 
 def decorrelated(model: nn.Module) -> dict[str, Decorrelated]:
@@ -172,7 +173,7 @@ def shake(model: nn.Module, size: float = 0.1) -> nn.Module:
 
 def captured(decor: dbpkern.DecorSGD) -> dict[str, torch.Tensor]:
     """The rows sampled since the last step, by layer."""
-    return {site.name: site.slot.gather() for site in decor._sites if site.slot.count()}
+    return {site.name: site.slot.gather() for site in decor.engine.sites if site.slot.count()}
 
 
 def random_like(parameters) -> list[torch.Tensor]:

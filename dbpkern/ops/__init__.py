@@ -6,6 +6,7 @@ Each function checks its arguments, then calls an operator registered with `torc
 implementations by shape, dtype and device, a name asks for one and raises where it cannot serve.
 """
 
+from dbpkern.ops.adamw import adamw_
 from dbpkern.ops.apply import apply_
 from dbpkern.ops.correlation import correlation
 from dbpkern.ops.fold import fold
@@ -14,12 +15,14 @@ from dbpkern.ops.lowrank_fold import lowrank_fold
 from dbpkern.ops.lowrank_statistics import lowrank_statistics
 from dbpkern.ops.lowrank_step import lowrank_step_
 from dbpkern.ops.lowrank_transform import lowrank_transform
+from dbpkern.ops.maps import map_changes_, map_gradients_
 from dbpkern.ops.rates import choose_rates_
 from dbpkern.ops.sample_rows import sample_patches_, sample_rows_
 from dbpkern.ops.transform import transform
 from dbpkern.ops.update import update_
 
 __all__ = [
+    "adamw_",
     "apply_",
     "choose_rates_",
     "correlation",
@@ -29,6 +32,8 @@ __all__ = [
     "lowrank_statistics",
     "lowrank_step_",
     "lowrank_transform",
+    "map_changes_",
+    "map_gradients_",
     "sample_patches_",
     "sample_rows_",
     "transform",

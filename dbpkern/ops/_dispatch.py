@@ -118,6 +118,7 @@ def triton_refusal(device: torch.device, *dtypes: torch.dtype) -> str | None:
 
 AUTOMATIC: dict[str, str] = {
     "choose_rates_": "triton",
+    "adamw_": "triton",
     "correlation": "triton",
     "fold": "triton",
     "fused_step": "triton",
@@ -128,6 +129,8 @@ AUTOMATIC: dict[str, str] = {
     "orthogonalize": "triton",
     "sample_patches_": "triton",
     "sample_rows_": "triton",
+    "map_changes_": "triton",
+    "map_gradients_": "triton",
     "transform": "triton",
 }
 """The backend that serves an op by itself on a GPU, if not eager. An op that is not listed, and fp32 or TF32
@@ -188,6 +191,12 @@ TILES: dict[tuple[str, str], dict[tuple[int, int], Tiles]] = {
     ("correlation", "16bit"): _TENSOR_CORES,
     ("correlation", "tf32"): _TENSOR_CORES,
     ("correlation", "ieee"): _IEEE,
+    # By the width, an odd one where rows are not aligned.
+    ("map", "16bit"): {(0, 1): Tiles(64, 64, 32, 4, 3), (0, 16): Tiles(128, 128, 64, 8, 3)},
+    ("adamw", "16bit"): {(0, 1): Tiles(64, 64, 32, 4, 3), (0, 16): Tiles(64, 128, 64, 8, 3)},
+    # By the rank, likewise.
+    ("lowrank_map", "16bit"): {(0, 1): Tiles(32, 32, 32, 4, 2), (0, 16): Tiles(64, 64, 64, 8, 3)},
+    ("lowrank_adamw", "16bit"): {(0, 1): Tiles(32, 32, 32, 4, 2), (0, 16): Tiles(64, 64, 32, 8, 3)},
     # By the rank.
     ("lowrank", "16bit"): {
         (0, 1): Tiles(64, 32, 32, 8, 2),

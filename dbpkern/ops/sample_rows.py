@@ -31,7 +31,9 @@ def store_rows(out, x, place, f, exists, COUNT, D, out_n, EMULATE: tl.constexpr)
     """Store `x [ROWS, BLOCK]` as features f of the rows `place`; NaN for rows that do not exist."""
     x = tl.where(exists[:, None], x.to(tl.float32), float("nan"))
     inside = (place < COUNT)[:, None] & (f < D)[None, :]
-    tl.store(out + place[:, None] * out_n + f[None, :], rounded(x, out.dtype.element_ty, EMULATE), mask=inside)
+    tl.store(
+        out + place[:, None] * out_n + f[None, :], rounded(x, out.dtype.element_ty, EMULATE), mask=inside
+    )
 
 
 @jit
@@ -123,7 +125,8 @@ def patch_grid(
     left, right, top, bottom = padding
     sizes = (x.shape[2] + top + bottom, x.shape[3] + left + right)
     return tuple(
-        (size - d * (k - 1) - 1) // s + 1 for size, k, s, d in zip(sizes, kernel, stride, dilation, strict=True)
+        (size - d * (k - 1) - 1) // s + 1
+        for size, k, s, d in zip(sizes, kernel, stride, dilation, strict=True)
     )
 
 

@@ -104,8 +104,8 @@ def step_engine(engine: Engine, optimizer: torch.optim.Optimizer) -> None:
 class Maps:
     """Gradients and changes of an engine's weights, on their way around an optimizer's step.
 
-        g = dV R^T              before: what backpropagation through `z = R x`, `y = W z` would give for W
-        V <- V_old + (V - V_old) R      after: the change that the optimizer made of g, as a change of V
+    g = dV R^T              before: what backpropagation through `z = R x`, `y = W z` would give for W
+    V <- V_old + (V - V_old) R      after: the change that the optimizer made of g, as a change of V
     """
 
     def __init__(self, engine: Engine) -> None:

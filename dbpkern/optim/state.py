@@ -89,7 +89,9 @@ def split(
             got = _shapes({PREFIX + k: v for k, v in entry.items()})
             if expected != got:
                 where = "a layer without R" if site is None else site.name
-                raise ValueError(f"load_state_dict: R of {where}: expected {expected or None}, got {got or None}")
+                raise ValueError(
+                    f"load_state_dict: R of {where}: expected {expected or None}, got {got or None}"
+                )
             found.append((site, entry))
     return {**state_dict, "state": own}, found
 

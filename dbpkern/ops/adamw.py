@@ -1,0 +1,400 @@
+"""AdamW between the two maps of DBP, in one pass over a group of weights.
+
+A program owns a block of rows. It reads gradient, weight and moments from memory once, and what it needs of
+them again from L2, in the order in which it comes there last.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from dbpkern.ops import _dispatch
+from dbpkern.ops._common import FLOATS, autocast_off, operator
+from dbpkern.ops._matmul import dot, dtype_name, rounded
+from dbpkern.ops._table import address
+from dbpkern.ops._triton import jit, tl
+from dbpkern.ops.lowrank_fold import ieee_products
+from dbpkern.ops.maps import (
+    Factors,
+    Table,
+    add_deviation,
+    as_matrix,
+    check_like,
+    checked_factors,
+    distinct,
+    grouped,
+    locate,
+    map_flops,
+    mapped_gradient,
+    matrix,
+    nested,
+    rank_block,
+    served_by,
+    strip_product,
+    times_S,
+)
+
+
+@jit
+def correction(table, log_beta, count, weight, COLUMN: tl.constexpr):
+    """`1 - beta^step` of a weight, whose step has its address in a column of the table."""
+    step = tl.load(tl.load(table + COLUMN * count + weight).to(tl.pointer_type(tl.float32)))
+    # In 64 bits: little is left of 1 - 0.999.
+    return (1.0 - tl.exp(step.to(tl.float64) * log_beta)).to(tl.float32)
+
+
+@jit
+def load_tile(matrix, n, inside):
+    """BLOCK_N columns of the rows that `matrix [BLOCK_M, 1]` points to, in fp32."""
+    return tl.load(matrix + n[None, :], mask=inside, other=0.0).to(tl.float32)
+
+
+@jit
+def new_moment(matrix, n, inside, target, weight, EMULATE: tl.constexpr):
+    """Move a tile of a moment towards `target` by `weight`, and store it: as it is stored, in fp32."""
+    old = load_tile(matrix, n, inside)
+    new = rounded(old + (target - old) * weight, matrix.dtype.element_ty, EMULATE)
+    tl.store(matrix + n[None, :], new, mask=inside)
+    return new.to(tl.float32)
+
+
+@jit
+def direction(V, exp_avg, exp_avg_sq, inside, correction1, correction2, eps, weight_decay):
+    """A tile of what AdamW subtracts from V, divided by lr; zero outside."""
+    denominator = tl.sqrt(exp_avg_sq) / tl.sqrt(correction2) + eps
+    return tl.where(inside, exp_avg / correction1 / denominator + weight_decay * V, 0.0)
+
+
+@jit
+def load_lr(lr, LR_TENSOR: tl.constexpr):
+    """The rate of the weights, a number or a tensor that the device may change between launches."""
+    if LR_TENSOR:
+        rate = tl.load(lr).to(tl.float32)
+    else:
+        rate = lr
+    return rate
+
+
+@jit
+def adamw_kernel(
+    table, deviation, strips, direction_strips, lr, count, blocks, D, padded,
+    weight1, weight2, log_beta1, log_beta2, eps, weight_decay,
+    LR_TENSOR: tl.constexpr, V_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr, SPAN: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The step of the weights of a table with full R.
+
+    The table's matrices are V, g and the moments; then R's number in `deviation`, and the step's address. g and
+    the direction wait in 16 bits in strips of scratch. weight1 is `1 - beta1`, weight2 `1 - beta2`.
+    """
+    rate = load_lr(lr, LR_TENSOR)
+    offset = tl.program_id(0).to(tl.int64) * BLOCK_M * padded + tl.arange(0, BLOCK_M)[:, None] * padded
+    strips += offset
+    direction_strips += offset
+    for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
+        weight, m, m_in = locate(table, block, count, SPAN, BLOCK_M)
+        V, V_m = matrix(table, weight, count, 0, V_DTYPE, ALIGNED)
+        g, g_m = matrix(table, weight, count, 1, G_DTYPE, ALIGNED)
+        exp_avg, exp_avg_m = matrix(table, weight, count, 2, V_DTYPE, ALIGNED)
+        exp_avg_sq, exp_avg_sq_m = matrix(table, weight, count, 3, V_DTYPE, ALIGNED)
+        V += m * V_m
+        g += m * g_m
+        exp_avg += m * exp_avg_m
+        exp_avg_sq += m * exp_avg_sq_m
+        R = deviation + tl.load(table + 10 * count + weight) * padded * padded
+        correction1 = correction(table, log_beta1, count, weight, 11)
+        correction2 = correction(table, log_beta2, count, weight, 11)
+        for start in range(0, padded, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            tile = load_tile(g, k, m_in & (k < D)[None, :])
+            tl.store(strips + k[None, :], rounded(tile, OPERAND, EMULATE))
+        tl.debug_barrier()
+        for start in range(0, padded, BLOCK_N):
+            mapped = strip_product(
+                strips, R, padded, start, True, OPERAND, PRECISION, EMULATE, BLOCK_M, BLOCK_N, BLOCK_K
+            )
+            n = start + tl.arange(0, BLOCK_N)
+            inside = m_in & (n < D)[None, :]
+            mapped += load_tile(g, n, inside)
+            first = new_moment(exp_avg, n, inside, mapped, weight1, EMULATE)
+            second = new_moment(exp_avg_sq, n, inside, mapped * mapped, weight2, EMULATE)
+            tile = load_tile(V, n, inside)
+            tile = direction(tile, first, second, inside, correction1, correction2, eps, weight_decay)
+            tl.store(direction_strips + n[None, :], rounded(tile, OPERAND, EMULATE))
+        tl.debug_barrier()
+        for start in range(0, D, BLOCK_N):
+            change = strip_product(
+                direction_strips,
+                R,
+                padded,
+                start,
+                False,
+                OPERAND,
+                PRECISION,
+                EMULATE,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_K,
+            )
+            n = start + tl.arange(0, BLOCK_N)
+            inside = m_in & (n < D)[None, :]
+            first = load_tile(exp_avg, n, inside)
+            second = load_tile(exp_avg_sq, n, inside)
+            tile = load_tile(V, n, inside)
+            change += direction(tile, first, second, inside, correction1, correction2, eps, weight_decay)
+            tl.store(V + n[None, :], rounded(tile - rate * change, V_DTYPE, EMULATE), mask=inside)
+        tl.debug_barrier()  # the next block overwrites the strips
+
+
+@jit
+def lowrank_adamw_kernel(
+    table, lr, count, D, RANK, weight1, weight2, log_beta1, log_beta2, eps, weight_decay,
+    LR_TENSOR: tl.constexpr, V_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr, SPAN: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """`adamw_kernel` for `R = I + Q S Q^T`; a block of rows on axis 0.
+
+    The table's matrices are V, g, the moments, Q and S; then the step's address. The products with Q stay in
+    registers; the second pass runs in reverse, so that it begins with what the first read last.
+    """
+    rate = load_lr(lr, LR_TENSOR)
+    weight, m, m_in = locate(table, tl.program_id(0), count, SPAN, BLOCK_M)
+    V, V_m = matrix(table, weight, count, 0, V_DTYPE, ALIGNED)
+    g, g_m = matrix(table, weight, count, 1, G_DTYPE, ALIGNED)
+    exp_avg, exp_avg_m = matrix(table, weight, count, 2, V_DTYPE, ALIGNED)
+    exp_avg_sq, exp_avg_sq_m = matrix(table, weight, count, 3, V_DTYPE, ALIGNED)
+    Q, q_d = matrix(table, weight, count, 4, tl.float32, ALIGNED)
+    V += m * V_m
+    g += m * g_m
+    exp_avg += m * exp_avg_m
+    exp_avg_sq += m * exp_avg_sq_m
+    correction1 = correction(table, log_beta1, count, weight, 14)
+    correction2 = correction(table, log_beta2, count, weight, 14)
+    rank = tl.arange(0, BLOCK_R)
+    rank_in = rank < RANK
+    t = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for start in range(0, D, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        tile = tl.load(g + k[None, :], mask=m_in & (k < D)[None, :], other=0.0)
+        factor = tl.load(
+            Q + k[:, None] * q_d + rank[None, :], mask=(k < D)[:, None] & rank_in[None, :], other=0.0
+        )
+        t = dot(tile, factor, t, OPERAND, PRECISION, EMULATE)
+    t = times_S(t, table, weight, count, RANK, 5, ALIGNED, True, OPERAND, PRECISION, EMULATE, BLOCK_R)
+    p = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    steps = tl.cdiv(D, BLOCK_N)
+    for step in range(steps):
+        n = (steps - 1 - step) * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside = m_in & (n < D)[None, :]
+        factor = tl.load(
+            Q + n[:, None] * q_d + rank[None, :], mask=(n < D)[:, None] & rank_in[None, :], other=0.0
+        )
+        factor = rounded(factor, OPERAND, EMULATE)
+        mapped = dot(t, tl.trans(factor), load_tile(g, n, inside), OPERAND, PRECISION, EMULATE)
+        first = new_moment(exp_avg, n, inside, mapped, weight1, EMULATE)
+        second = new_moment(exp_avg_sq, n, inside, mapped * mapped, weight2, EMULATE)
+        tile = load_tile(V, n, inside)
+        tile = direction(tile, first, second, inside, correction1, correction2, eps, weight_decay)
+        p = dot(tile, factor, p, OPERAND, PRECISION, EMULATE)
+    p = times_S(p, table, weight, count, RANK, 5, ALIGNED, False, OPERAND, PRECISION, EMULATE, BLOCK_R)
+    tl.debug_barrier()  # the moments are written
+    for start in range(0, D, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        inside = m_in & (n < D)[None, :]
+        first = load_tile(exp_avg, n, inside)
+        second = load_tile(exp_avg_sq, n, inside)
+        tile = load_tile(V, n, inside)
+        change = direction(tile, first, second, inside, correction1, correction2, eps, weight_decay)
+        factor = tl.load(
+            Q + n[None, :] * q_d + rank[:, None], mask=rank_in[:, None] & (n < D)[None, :], other=0.0
+        )
+        change = dot(p, factor, change, OPERAND, PRECISION, EMULATE)
+        tl.store(V + n[None, :], rounded(tile - rate * change, V_DTYPE, EMULATE), mask=inside)
+
+
+Rule = tuple[Tensor, float, float, float, float]
+"""lr, beta1, beta2, eps, weight_decay."""
+
+
+def triton_adamw(
+    matrices: Sequence[Sequence[Tensor]],
+    steps: Sequence[Tensor],
+    factors: Sequence[Sequence[Tensor]],
+    rule: Rule,
+) -> None:
+    """The step by the kernels; layouts they do not know in eager. `matrices`: V, g and moments of each weight."""
+    lr, beta1, beta2, eps, weight_decay = rule
+    on_host = lr.device.type == "cpu" and steps[0].device.type != "cpu"
+    numbers = {
+        "lr": float(lr) if on_host else lr, "weight1": 1 - beta1, "weight2": 1 - beta2,
+        "log_beta1": math.log(beta1) if beta1 else -math.inf,
+        "log_beta2": math.log(beta2) if beta2 else -math.inf,
+        "eps": eps, "weight_decay": weight_decay,
+    }  # fmt: skip
+    groups, rest = grouped(matrices, factors)
+    for (full, d, r, V_dtype, g_dtype, *_), members in groups.items():
+        own = [[as_matrix(t) for t in matrices[i]] for i in members]
+        constants = {
+            "LR_TENSOR": not on_host, "V_DTYPE": dtype_name(V_dtype), "G_DTYPE": dtype_name(g_dtype),
+        }  # fmt: skip
+        places = [address(steps[i]) for i in members]
+        if full:
+            Rs, indices = distinct([factors[i][0] for i in members])
+            table = Table(own, list(zip(indices, places, strict=True)), "adamw", d)
+            grid, scratch = table.scratch(Rs, ["strips", "direction_strips"])
+            table.launch(adamw_kernel, grid, numbers | scratch, constants)
+        else:
+            own = [[*ts, *factors[i]] for ts, i in zip(own, members, strict=True)]
+            table = Table(own, [(place,) for place in places], "lowrank_adamw", r)
+            table.launch(lowrank_adamw_kernel, table.blocks, numbers | {"RANK": r}, constants | rank_block(r))
+    for i in rest:
+        eager_adamw(*matrices[i], steps[i], factors[i], rule)
+
+
+def eager_adamw(
+    V: Tensor,
+    g: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    factors: Sequence[Tensor],
+    rule: Rule,
+) -> None:
+    """The step of one weight in the order of operations of PyTorch's AdamW, in the dtype of R."""
+    lr, beta1, beta2, eps, weight_decay = rule
+    compute = torch.promote_types(V.dtype, factors[0].dtype)
+    factors = [f.to(compute) for f in factors]
+    mapped = mapped_gradient(as_matrix(g).to(compute), factors).view(V.shape).to(exp_avg.dtype)
+    exp_avg.lerp_(mapped, 1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(mapped, mapped, value=1 - beta2)
+    # Numbers of 64 bits, which combine with tensors of any dtype without widening them.
+    step = step.double()
+    correction1, correction2 = 1 - beta1**step, 1 - beta2**step
+    denominator = (exp_avg_sq.to(compute).sqrt() / correction2.sqrt()).add_(eps)
+    change = (
+        (exp_avg.to(compute) / denominator).mul_(lr / correction1).addcmul_(V.to(compute), lr * weight_decay)
+    )
+    old, change = as_matrix(V).to(compute), as_matrix(change)
+    V.copy_(add_deviation(old - change, -change, factors).view(V.shape))
+
+
+@operator("adamw_", mutates=("weights", "exp_avgs", "exp_avg_sqs"))
+def _adamw(
+    weights: list[Tensor],
+    gradients: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    factors: list[Tensor],
+    sizes: list[int],
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    backend: str,
+) -> None:
+    device = weights[0].device
+    refusal = None if all(t.device == device for t in steps) else "it reads the steps on the weights' device"
+    matrices = list(zip(weights, gradients, exp_avgs, exp_avg_sqs, strict=True))
+    pairs = nested(factors, sizes)
+    rule = (lr, beta1, beta2, eps, weight_decay)
+    with autocast_off(device), ieee_products(device):
+        if served_by("adamw_", [*weights, *gradients], factors, backend, refusal) == "triton":
+            triton_adamw(matrices, steps, pairs, rule)
+            return
+        for own, step, pair in zip(matrices, steps, pairs, strict=True):
+            eager_adamw(*own, step, pair, rule)
+
+
+@_adamw.register_fake
+def _(
+    weights: list[Tensor],
+    gradients: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    factors: list[Tensor],
+    sizes: list[int],
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    backend: str,
+) -> None:
+    return None
+
+
+@register_flop_formula(torch.ops.dbpkern.adamw_)
+def _flops(weights, gradients, exp_avgs, exp_avg_sqs, steps, factors, sizes, *args, **kwargs) -> int:
+    return 2 * map_flops(weights, factors, sizes)
+
+
+def adamw_(
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    factors: Sequence[Factors],
+    lr: float | Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    *,
+    backend: str | None = None,
+) -> None:
+    """One step of AdamW on fused weights in place, with the maps of DBP before and after it.
+
+    The same as `map_gradients_`, `torch.optim.AdamW` and `map_changes_`, but for what these round in between:
+    `g <- g R^T`, both moments, `D = m_hat / (sqrt(v_hat) + eps) + weight_decay V`, `V <- V - lr D R`. The decay
+    (Loshchilov and Hutter, arXiv 1711.05101) is mapped with the rest of the change.
+
+    Args:
+        weights: V, `[o, ...]` each, taken as `[o, d]`; changed in place.
+        gradients: of V, in any floating-point dtype; not changed.
+        exp_avgs: first moments of the mapped gradients, of V's shape and dtype; changed in place.
+        exp_avg_sqs: second moments, likewise.
+        steps: 0-d fp32 tensors, the number of the step being made, from 1 on.
+        factors: as for `map_gradients_`.
+        lr: a number, or a 0-d tensor, which is read on its device: a CUDA graph freezes a number.
+        beta1: how much of the first moment stays.
+        beta2: how much of the second moment stays.
+        eps: added to the root of the second moment.
+        weight_decay: the share of V, times lr, that each step takes away.
+        backend: as for `map_gradients_`. Triton needs the steps on the device of V.
+
+    Raises:
+        TypeError: not floating-point tensors, dtypes other than those.
+        ValueError: shapes, lengths or devices that do not fit, a backend that cannot serve the call.
+    """
+    flat, sizes = checked_factors("weights", weights, factors, (*gradients, *exp_avgs, *exp_avg_sqs))
+    check_like("gradients", gradients, weights, dtype=False)
+    check_like("exp_avgs", exp_avgs, weights)
+    check_like("exp_avg_sqs", exp_avg_sqs, weights)
+    if len(steps) != len(weights):
+        raise ValueError(f"steps: expected {len(weights)} tensors, got {len(steps)}")
+    for i, step in enumerate(steps):
+        if step.dim() or step.dtype != torch.float32:
+            raise ValueError(
+                f"steps[{i}]: expected a 0-d float32 tensor, got {list(step.shape)} {step.dtype}"
+            )
+    if not isinstance(lr, Tensor):
+        lr = torch.tensor(lr, dtype=torch.float64)
+    if lr.dim() or lr.dtype not in FLOATS:
+        raise ValueError(f"lr: expected a number or a 0-d tensor, got {list(lr.shape)} {lr.dtype}")
+    _dispatch.check_backend(backend)
+    if weights:
+        torch.ops.dbpkern.adamw_(
+            list(weights), list(gradients), list(exp_avgs), list(exp_avg_sqs), list(steps), flat, sizes,
+            lr, beta1, beta2, eps, weight_decay, backend or "",
+        )  # fmt: skip

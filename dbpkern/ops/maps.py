@@ -1,0 +1,536 @@
+"""The maps around a step of the weights, for all layers in a few launches: `g R^T` before, `dV R` after it.
+
+Both are written with `R - I`: what R is multiplied with is added as it is, so the 16-bit operands of the tensor
+cores count only in what R differs from the identity. A program owns a block of rows over their whole width;
+nothing it reads is written by another, so the matrices change in place and no program waits.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from dbpkern.ops import _dispatch, _triton
+from dbpkern.ops._common import autocast_off, check_matrix, check_tensor, operator
+from dbpkern.ops._dispatch import Operands, Tiles
+from dbpkern.ops._matmul import cdiv, dot, dtype_name, less_identity, operand_constants, product_loop, rounded
+from dbpkern.ops._table import address, address_table
+from dbpkern.ops._triton import jit, tl
+from dbpkern.ops.lowrank_fold import check_factors, ieee_products, lowrank_flops
+
+Factors = tuple[Tensor] | tuple[Tensor, Tensor]
+
+MAX_RANK = 128
+"""The widest S that fits into shared memory as an operand."""
+
+PROGRAMS = 2
+"""Programs of a kernel with scratch on each multiprocessor."""
+
+OPERANDS = operand_constants(Operands(torch.bfloat16, "ieee"))
+
+
+@jit
+def locate(table, block, count, SPAN: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Which weight a block of rows belongs to, the numbers of its rows, and which of them exist `[BLOCK_M, 1]`.
+
+    Columns 0 and 1 of the table: the number of each weight's first block, and its rows.
+    """
+    i = tl.arange(0, SPAN)
+    firsts = tl.load(table + i, mask=i < count, other=2**62)
+    weight = tl.sum((firsts <= block).to(tl.int32), 0) - 1
+    m = (block - tl.load(table + weight)) * BLOCK_M + tl.arange(0, BLOCK_M)  # 64 bits, like the table
+    return weight, m[:, None], (m < tl.load(table + count + weight))[:, None]
+
+
+@jit
+def matrix(table, weight, count, SLOT: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Address and row stride of a weight's matrix number SLOT, from columns 2 + 2 SLOT and 3 + 2 SLOT."""
+    entry = table + (2 + 2 * SLOT) * count + weight
+    pointer = tl.load(entry).to(tl.pointer_type(DTYPE))
+    stride = tl.load(entry + count)
+    if ALIGNED:  # so that 16 bytes are loaded at a time
+        pointer = tl.multiple_of(pointer, 16)
+        stride = tl.multiple_of(stride, 128 // DTYPE.primitive_bitwidth)
+    return pointer, stride
+
+
+@jit
+def deviation_kernel(table, deviation, D, padded, EMULATE: tl.constexpr, BLOCK: tl.constexpr):
+    """`R - I` in 16 bits, `[*, padded, padded]` with zeros beyond D; rows on axis 0, columns on 1, an R on 2."""
+    R = tl.program_id(2)
+    pointer = tl.load(table + R).to(tl.pointer_type(tl.float32))
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    stride = tl.load(table + tl.num_programs(2) + R)
+    inside = (i < D)[:, None] & (j < D)[None, :]
+    tile = tl.load(pointer + i[:, None] * stride + j[None, :], mask=inside, other=0.0)
+    tile = tl.where(inside, less_identity(tile, i, j), 0.0)
+    deviation += R.to(tl.int64) * padded * padded + i[:, None] * padded + j[None, :]
+    tl.store(
+        deviation, rounded(tile, tl.bfloat16, EMULATE), mask=(i < padded)[:, None] & (j < padded)[None, :]
+    )
+
+
+@jit
+def strip_product(
+    strip, deviation, padded, start, TRANSPOSED: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N columns from `start` on of a strip `[BLOCK_M, padded]` times R - I, or its transpose."""
+    if TRANSPOSED:
+        d_k, d_n = 1, padded
+    else:
+        d_k, d_n = padded, 1
+    n = start + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    # Zeros fill what lies beyond a matrix, so nothing is masked.
+    return product_loop(
+        strip + k[None, :], deviation + (k[:, None] * d_k + n[None, :] * d_n),
+        tl.full((BLOCK_M, 1), True, tl.int1), tl.full((1, BLOCK_N), True, tl.int1), padded, 1, d_k, n,
+        False, OPERAND, PRECISION, EMULATE, True, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+
+
+@jit
+def map_kernel(
+    table, deviation, strips, count, blocks, D, padded,
+    CHANGE: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, SPAN: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """`x += x (R - I)^T`, or with CHANGE `x += (x - before) (R - I)`, for the weights of a table.
+
+    The table's matrices are x and, with CHANGE, before; its last column is R's number in `deviation`. What is
+    multiplied waits in 16 bits in the program's own strip of scratch, since x is overwritten tile by tile.
+    """
+    n = tl.arange(0, BLOCK_N)
+    strip = strips + tl.program_id(0).to(tl.int64) * BLOCK_M * padded
+    strip += tl.arange(0, BLOCK_M)[:, None] * padded
+    for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
+        weight, m, m_in = locate(table, block, count, SPAN, BLOCK_M)
+        x, stride = matrix(table, weight, count, 0, DTYPE, ALIGNED)
+        x += m * stride
+        if CHANGE:
+            before, before_stride = matrix(table, weight, count, 1, DTYPE, ALIGNED)
+            before += m * before_stride
+        R = tl.load(table + (4 + 2 * CHANGE) * count + weight)
+        for start in range(0, padded, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            inside = m_in & (k < D)[None, :]
+            tile = tl.load(x + k[None, :], mask=inside, other=0.0).to(tl.float32)
+            if CHANGE:
+                tile -= tl.load(before + k[None, :], mask=inside, other=0.0).to(tl.float32)
+            tl.store(strip + k[None, :], rounded(tile, OPERAND, EMULATE))
+        tl.debug_barrier()
+        for start in range(0, D, BLOCK_N):
+            acc = strip_product(
+                strip, deviation + R * padded * padded, padded, start, not CHANGE,
+                OPERAND, PRECISION, EMULATE, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+            inside = m_in & (start + n < D)[None, :]
+            acc += tl.load(x + (start + n)[None, :], mask=inside, other=0.0).to(tl.float32)
+            tl.store(x + (start + n)[None, :], rounded(acc, DTYPE, EMULATE), mask=inside)
+        tl.debug_barrier()  # the next block overwrites the strip
+
+
+@jit
+def times_S(
+    t, table, weight, count, RANK, SLOT: tl.constexpr, ALIGNED: tl.constexpr, TRANSPOSED: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """`t S`, or `t S^T`, for `t [*, BLOCK_R]`: rounded to be the operand of the next product."""
+    S, stride = matrix(table, weight, count, SLOT, tl.float32, ALIGNED)
+    rank = tl.arange(0, BLOCK_R)
+    inside = (rank < RANK)[:, None] & (rank < RANK)[None, :]
+    if TRANSPOSED:
+        S += rank[None, :] * stride + rank[:, None]
+    else:
+        S += rank[:, None] * stride + rank[None, :]
+    t = dot(t, tl.load(S, mask=inside, other=0.0), tl.zeros_like(t), OPERAND, PRECISION, EMULATE)
+    return rounded(t, OPERAND, EMULATE)
+
+
+@jit
+def lowrank_map_kernel(
+    table, count, D, RANK,
+    CHANGE: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, SPAN: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """`map_kernel` for `R = I + Q S Q^T`; a block of rows on axis 0.
+
+    The table's matrices are x, with CHANGE before, Q and S. The first pass over the columns gives `x Q`, which
+    stays in registers; the second takes them in reverse, the last ones read being those still in L2.
+    """
+    weight, m, m_in = locate(table, tl.program_id(0), count, SPAN, BLOCK_M)
+    x, stride = matrix(table, weight, count, 0, DTYPE, ALIGNED)
+    x += m * stride
+    if CHANGE:
+        before, before_stride = matrix(table, weight, count, 1, DTYPE, ALIGNED)
+        before += m * before_stride
+    Q, q_d = matrix(table, weight, count, 1 + CHANGE, tl.float32, ALIGNED)
+    rank = tl.arange(0, BLOCK_R)
+    rank_in = rank < RANK
+    t = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for start in range(0, D, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        inside = m_in & (k < D)[None, :]
+        tile = tl.load(x + k[None, :], mask=inside, other=0.0)
+        if CHANGE:
+            tile = tile.to(tl.float32) - tl.load(before + k[None, :], mask=inside, other=0.0).to(tl.float32)
+        factor = tl.load(
+            Q + k[:, None] * q_d + rank[None, :], mask=(k < D)[:, None] & rank_in[None, :], other=0.0
+        )
+        t = dot(tile, factor, t, OPERAND, PRECISION, EMULATE)
+    t = times_S(
+        t, table, weight, count, RANK, 2 + CHANGE, ALIGNED, not CHANGE, OPERAND, PRECISION, EMULATE, BLOCK_R
+    )
+    tl.debug_barrier()  # every thread has read x
+    steps = tl.cdiv(D, BLOCK_N)
+    for step in range(steps):
+        n = (steps - 1 - step) * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside = m_in & (n < D)[None, :]
+        acc = tl.load(x + n[None, :], mask=inside, other=0.0).to(tl.float32)
+        factor = tl.load(
+            Q + n[None, :] * q_d + rank[:, None], mask=rank_in[:, None] & (n < D)[None, :], other=0.0
+        )
+        acc = dot(t, factor, acc, OPERAND, PRECISION, EMULATE)
+        tl.store(x + n[None, :], rounded(acc, DTYPE, EMULATE), mask=inside)
+
+
+def as_matrix(t: Tensor) -> Tensor:
+    """t as `[o, d]`: a view where its strides allow one, otherwise a copy."""
+    return t.reshape(len(t), t.shape[1:].numel())
+
+
+class Table:
+    """The pointers of a group of weights, and how its kernels are compiled.
+
+    Args:
+        matrices: for each weight its matrices, rows as long as the group's width in the first.
+        extra: for each weight numbers that follow them.
+        kernel: which rows of the table of tiles.
+        key: the group's width or rank, by which the tiles go.
+    """
+
+    def __init__(
+        self, matrices: Sequence[Sequence[Tensor]], extra: Sequence[Sequence[int]], kernel: str, key: int
+    ):
+        slots = [[(address(t), t.stride(0)) for t in slot] for slot in zip(*matrices, strict=True)]
+        sizes = [slot[0].itemsize for slot in zip(*matrices, strict=True)]
+        aligned = all(
+            a % 16 == 0 and stride * size % 16 == 0
+            for slot, size in zip(slots, sizes, strict=True)
+            for a, stride in slot
+        )
+        self.tiles = _dispatch.tiles(kernel, "16bit", key if aligned else key | 1)
+        rows = [len(own[0]) for own in matrices]
+        firsts = list(itertools.accumulate((cdiv(o, self.tiles.m) for o in rows), initial=0))
+        self.blocks = firsts.pop()
+        columns = [firsts, rows]
+        for slot in slots:
+            columns += zip(*slot, strict=True)
+        columns += zip(*extra, strict=True)
+        x = matrices[0][0]
+        self.device = x.device
+        self.args = {
+            "table": address_table(columns, x.device), "count": len(rows), "D": x.shape[1],
+        }  # fmt: skip
+        self.constants = {
+            "ALIGNED": aligned, "SPAN": 1 << (len(rows) - 1).bit_length(), **OPERANDS, **blocks_of(self.tiles),
+        }  # fmt: skip
+
+    def launch(
+        self, kernel: Callable, grid: int, args: dict[str, object], constants: dict[str, object]
+    ) -> None:
+        """Launch a kernel on the group."""
+        tiles = self.tiles
+        _triton.launch(
+            kernel, (grid,), self.args | args, self.constants | constants, tiles.warps, tiles.stages
+        )
+
+    def scratch(self, Rs: Sequence[Tensor], strips: Sequence[str]) -> tuple[int, dict[str, object]]:
+        """The grid of a kernel with strips of scratch, and its arguments; launches `deviation_kernel`."""
+        tiles, D = self.tiles, self.args["D"]
+        wide = max(tiles.n, tiles.k)
+        padded = cdiv(D, wide) * wide
+        deviation = torch.empty(len(Rs), padded, padded, dtype=torch.bfloat16, device=self.device)
+        columns = [[address(R) for R in Rs], [R.stride(0) for R in Rs]]
+        _triton.launch(
+            deviation_kernel,
+            (cdiv(padded, 64), cdiv(padded, 64), len(Rs)),
+            {"table": address_table(columns, self.device), "deviation": deviation, "D": D, "padded": padded},
+            {"EMULATE": _triton.INTERPRETED, "BLOCK": 64},
+            4,
+            1,
+        )
+        grid = min(self.blocks, PROGRAMS * _dispatch.processors(self.device))
+        args = {"deviation": deviation, "blocks": self.blocks, "padded": padded}
+        for name in strips:
+            args[name] = torch.empty(grid, tiles.m, padded, dtype=torch.bfloat16, device=self.device)
+        return grid, args
+
+
+def blocks_of(tiles: Tiles) -> dict[str, int]:
+    """The block sizes as a kernel's constants."""
+    return {"BLOCK_M": tiles.m, "BLOCK_N": tiles.n, "BLOCK_K": tiles.k}
+
+
+def rank_block(r: int) -> dict[str, int]:
+    """The block of ranks as a kernel's constant."""
+    return {"BLOCK_R": max(16, 1 << (r - 1).bit_length())}
+
+
+def distinct(Rs: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
+    """The different ones among some R, and the number of each in that list."""
+    keys = [address(R) or id(R) for R in Rs]
+    found = dict(zip(keys, Rs, strict=True))
+    numbers = {key: i for i, key in enumerate(found)}
+    return list(found.values()), [numbers[key] for key in keys]
+
+
+def grouped(
+    matrices: Sequence[Sequence[Tensor]], factors: Sequence[Sequence[Tensor]]
+) -> tuple[dict[tuple, list[int]], list[int]]:
+    """The numbers of the weights that one launch serves, by rank (0 for a full R) and dtypes; then the rest.
+
+    Kernels want matrices whose rows lie in one piece each, and ranks up to MAX_RANK.
+    """
+    groups, rest = {}, []
+    for i, (own, factor) in enumerate(zip(matrices, factors, strict=True)):
+        o, d = own[0].shape[0], own[0].shape[1:].numel()
+        if not o * d:
+            continue
+        r = factor[0].shape[1] if len(factor) == 2 else 0
+        try:
+            views = [t.view(o, d) for t in own]
+        except RuntimeError:
+            views = []
+        if views and all(t.stride(1) == 1 for t in (*views, *factor) if t.shape[1] > 1) and r <= MAX_RANK:
+            key = (len(factor) == 1, d, r, *(t.dtype for t in own))
+            groups.setdefault(key, []).append(i)
+        else:
+            rest.append(i)
+    return groups, rest
+
+
+def triton_maps(
+    xs: Sequence[Tensor], before: Sequence[Tensor] | None, factors: Sequence[Sequence[Tensor]]
+) -> None:
+    """Map gradients, or with `before` changes, in place by the kernels; layouts they do not know in eager."""
+    matrices = [(x,) for x in xs] if before is None else list(zip(xs, before, strict=True))
+    groups, rest = grouped(matrices, factors)
+    for (full, d, r, dtype, *_), members in groups.items():
+        own = [[as_matrix(t) for t in matrices[i]] for i in members]
+        constants = {"CHANGE": before is not None, "DTYPE": dtype_name(dtype)}
+        if full:
+            Rs, numbers = distinct([factors[i][0] for i in members])
+            table = Table(own, [(number,) for number in numbers], "map", d)
+            grid, scratch = table.scratch(Rs, ["strips"])
+            table.launch(map_kernel, grid, scratch, constants)
+        else:
+            own = [[*ts, *factors[i]] for ts, i in zip(own, members, strict=True)]
+            table = Table(own, [()] * len(own), "lowrank_map", r)
+            table.launch(lowrank_map_kernel, table.blocks, {"RANK": r}, constants | rank_block(r))
+    for i in rest:
+        eager_map(xs[i], None if before is None else before[i], factors[i])
+
+
+def add_deviation(base: Tensor, x: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    """`base + x (R - I)` by PyTorch's products, all of one dtype."""
+    if len(factors) == 1:
+        (R,) = factors
+        return torch.addmm(base, x, R - torch.eye(len(R), dtype=R.dtype, device=R.device))
+    Q, S = factors
+    return torch.addmm(base, (x @ Q) @ S, Q.mT)
+
+
+def mapped_gradient(g: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    """`g R^T`: R^T has the factors of R but the last, which is transposed."""
+    return add_deviation(g, g, [*factors[:-1], factors[-1].mT])
+
+
+def eager_map(x: Tensor, before: Tensor | None, factors: Sequence[Tensor]) -> None:
+    """Map a gradient, or with `before` a change, in place by PyTorch's products in the dtype of R."""
+    compute = torch.promote_types(x.dtype, factors[0].dtype)
+    factors = [f.to(compute) for f in factors]
+    X = as_matrix(x).to(compute)
+    if before is None:
+        mapped = mapped_gradient(X, factors)
+    else:
+        mapped = add_deviation(X, X - as_matrix(before).to(compute), factors)
+    x.copy_(mapped.view(x.shape))
+
+
+def nested(factors: Sequence[Tensor], sizes: Sequence[int]) -> list[list[Tensor]]:
+    """The factors of each R, from a flat list and how many each R has."""
+    parts = iter(factors)
+    return [list(itertools.islice(parts, size)) for size in sizes]
+
+
+def served_by(
+    op: str, tensors: Sequence[Tensor], factors: Sequence[Tensor], backend: str, more: str | None = None
+) -> str:
+    """The backend of a call; `more` is a further reason against Triton."""
+    device = tensors[0].device
+    # float16 beside bfloat16 is no obstacle: every operand is bfloat16.
+    refusal = _dispatch.triton_refusal(device, *({t.dtype for t in tensors} - {torch.float16})) or more
+    if any(f.dtype != torch.float32 for f in factors):
+        refusal = refusal or "it serves R of float32"
+    return _dispatch.choose(op, backend, {"triton": refusal}, _dispatch.preferred(op, device))
+
+
+def _maps(
+    op: str,
+    xs: list[Tensor],
+    before: list[Tensor] | None,
+    factors: list[Tensor],
+    sizes: list[int],
+    backend: str,
+) -> None:
+    pairs = nested(factors, sizes)
+    device = xs[0].device
+    with autocast_off(device), ieee_products(device):
+        if served_by(op, xs, factors, backend) == "triton":
+            triton_maps(xs, before, pairs)
+            return
+        for i, x in enumerate(xs):
+            eager_map(x, None if before is None else before[i], pairs[i])
+
+
+@operator("map_gradients_", mutates=("gradients",))
+def _map_gradients(gradients: list[Tensor], factors: list[Tensor], sizes: list[int], backend: str) -> None:
+    _maps("map_gradients_", gradients, None, factors, sizes, backend)
+
+
+@operator("map_changes_", mutates=("weights",))
+def _map_changes(
+    weights: list[Tensor], before: list[Tensor], factors: list[Tensor], sizes: list[int], backend: str
+) -> None:
+    _maps("map_changes_", weights, before, factors, sizes, backend)
+
+
+@_map_gradients.register_fake
+def _(gradients: list[Tensor], factors: list[Tensor], sizes: list[int], backend: str) -> None:
+    return None
+
+
+@_map_changes.register_fake
+def _(
+    weights: list[Tensor], before: list[Tensor], factors: list[Tensor], sizes: list[int], backend: str
+) -> None:
+    return None
+
+
+def map_flops(shapes: Sequence[Sequence[int]], factor_shapes: Sequence, sizes: Sequence[int]) -> int:
+    """Operations of one map of each weight."""
+    total = 0
+    for (o, *width), own in zip(shapes, nested(factor_shapes, sizes), strict=True):
+        d = math.prod(width)
+        total += 2 * o * d**2 if len(own) == 1 else lowrank_flops(o, d, own[0][1])
+    return total
+
+
+@register_flop_formula(torch.ops.dbpkern.map_gradients_)
+def _(gradients_shapes, factor_shapes, sizes, *args, **kwargs) -> int:
+    return map_flops(gradients_shapes, factor_shapes, sizes)
+
+
+@register_flop_formula(torch.ops.dbpkern.map_changes_)
+def _(weights_shapes, before_shapes, factor_shapes, sizes, *args, **kwargs) -> int:
+    return map_flops(weights_shapes, factor_shapes, sizes)
+
+
+def check_like(name: str, tensors: Sequence[Tensor], weights: Sequence[Tensor], dtype: bool = True) -> None:
+    """Raise unless the tensors have the shapes, and the dtypes, of the weights."""
+    if len(tensors) != len(weights):
+        raise ValueError(f"{name}: expected {len(weights)} tensors, got {len(tensors)}")
+    for i, (t, V) in enumerate(zip(tensors, weights, strict=True)):
+        check_tensor(f"{name}[{i}]", t, "[o, ...]", (V.dim(),))
+        if t.shape != V.shape:
+            raise ValueError(f"{name}[{i}]: expected shape {list(V.shape)}, got {list(t.shape)}")
+        if dtype and t.dtype != V.dtype:
+            raise TypeError(f"{name}[{i}]: expected {V.dtype}, got {t.dtype}")
+
+
+def checked_factors(
+    name: str, xs: Sequence[Tensor], factors: Sequence[Factors], others: Sequence[Tensor] = ()
+) -> tuple[list[Tensor], list[int]]:
+    """The factors as a flat list and how many each R has; raises unless they fit the matrices `xs`."""
+    if len(factors) != len(xs):
+        raise ValueError(f"factors: expected one for each of {len(xs)} {name}, got {len(factors)}")
+    for i, (x, own) in enumerate(zip(xs, factors, strict=True)):
+        check_tensor(f"{name}[{i}]", x, "[o, ...]", (2, 3, 4, 5))
+        d = x.shape[1:].numel()
+        if len(own) == 1:
+            check_tensor("R", own[0], "[d, d]", (2,))
+            check_matrix("R", own[0], d, "[d, d]")
+        elif len(own) == 2:
+            check_factors(*own, d)
+        else:
+            raise ValueError(f"factors[{i}]: expected (R,) or (Q, S), got {len(own)} tensors")
+    flat = [f for own in factors for f in own]
+    devices = {t.device for t in (*xs, *flat, *others)}
+    if len(devices) > 1:
+        raise ValueError(f"expected all tensors on one device, got {', '.join(sorted(map(str, devices)))}")
+    return flat, [len(own) for own in factors]
+
+
+def map_gradients_(
+    gradients: Sequence[Tensor], factors: Sequence[Factors], *, backend: str | None = None
+) -> None:
+    """Map the gradients of fused weights in place, before the step of an optimizer: `g <- g R^T`.
+
+    A step of W along the gradient `g R^T` of W is one of `V = W R` along `g R^T R`, with `map_changes_`
+    after it (arXiv 2510.14657, Eq. 3: the layer `y = W R x`). On a GPU one launch serves all low-rank R of a
+    width and rank, and two all full R of a width.
+
+    Args:
+        gradients: `[o, ...]` each, taken as `[o, d]`: a linear layer's, or a convolution's `[o, C, kh, kw]`.
+            Any floating-point dtypes; changed in place.
+        factors: for each gradient `(R,)`, `[d, d]`, or `(Q, S)`, `[d, r]` and `[r, r]`, of
+            `R = I + Q S Q^T`. Several may share one.
+        backend: None for the automatic choice, "eager" or "triton". Eager forms the products in the wider
+            dtype of gradient and R. Triton takes R in fp32, writes the map as `g + g (R - I)^T`, rounds the
+            operands to bf16 and sums in fp32; matrices without contiguous rows, and ranks above 128, are left to
+            eager.
+
+    Raises:
+        TypeError: not floating-point tensors, Q and S of unequal dtypes.
+        ValueError: shapes, lengths or devices that do not fit, a backend that cannot serve the call.
+    """
+    flat, sizes = checked_factors("gradients", gradients, factors)
+    _dispatch.check_backend(backend)
+    if gradients:
+        torch.ops.dbpkern.map_gradients_(list(gradients), flat, sizes, backend or "")
+
+
+def map_changes_(
+    weights: Sequence[Tensor],
+    before: Sequence[Tensor],
+    factors: Sequence[Factors],
+    *,
+    backend: str | None = None,
+) -> None:
+    """Map what a step changed in fused weights, in place: `V <- V_old + (V - V_old) R`.
+
+    Args:
+        weights: V after the step, `[o, ...]` each, taken as `[o, d]`; changed in place.
+        before: V before it, of equal shapes and dtypes.
+        factors: as for `map_gradients_`.
+        backend: as for `map_gradients_`; Triton writes the map as `V + (V - V_old) (R - I)`. V is rounded
+            once.
+
+    Raises:
+        TypeError: not floating-point tensors, unequal dtypes of V and V_old, or of Q and S.
+        ValueError: shapes, lengths or devices that do not fit, a backend that cannot serve the call.
+    """
+    flat, sizes = checked_factors("weights", weights, factors, before)
+    check_like("before", before, weights)
+    _dispatch.check_backend(backend)
+    if weights:
+        torch.ops.dbpkern.map_changes_(list(weights), list(before), flat, sizes, backend or "")
