@@ -31,6 +31,7 @@ class Holder(RowSource, Protocol):
     """The tensors that hold R: one, or Q and S."""
     shared: object | None
     """Layers that hold the same object read one input and have one R."""
+    weight: Tensor
     trains: bool
     """Whether the weight is trained; R rests where it is not."""
     slot_key: Tensor | None
@@ -192,7 +193,9 @@ class Stack:
             self.samples[where.start, where.stop] = buffer
             for site, part in zip(sites, buffer.unbind(), strict=True):
                 site.slot.house(part)
-        return buffer[:, :count]
+        rows, like = buffer[:, :count], self.factors[0]
+        # As they are in 16 bits. Otherwise in R's dtype, which may have changed since they were sampled.
+        return rows if rows.dtype in HALVES else rows.to(like.device, like.dtype)
 
 
 class FullStack(Stack):
@@ -443,6 +446,10 @@ class Engine:
         if idle and together and not self._checked:
             idle = not distributed.any_process(self.sampler.seen, self.sites[0].factors[0].device)
         if idle and not (together and self._checked):
+            # Loaders of checkpoints make a step with gradients of zero. Others should have given samples.
+            gradients = [layer.weight.grad for layer in self.layers.values()]
+            if not self._checked and any(g is not None and bool(g.any()) for g in gradients):
+                self._warn_of_silent_layers()
             return
         if not self.sampler.due:
             self.sampler.advance()

@@ -51,5 +51,7 @@ def count_patches(conv: nn.Conv2d, x: Tensor) -> int:
 
 def take_patches(out: Tensor, conv: nn.Conv2d, x: Tensor, index: Tensor | None) -> None:
     """Write the patches `index` (all of them for None) of the images x into `out [n_s, C kh kw]`."""
-    x = pad(conv, x if x.dim() == 4 else x[None])
-    ops.sample_patches_(out, x, index, conv.kernel_size, conv.stride, (0, 0), conv.dilation)
+    margins = _margins(conv)
+    if conv.padding_mode != "zeros":
+        x, margins = pad(conv, x), (0, 0, 0, 0)
+    ops.sample_patches_(out, x, index, conv.kernel_size, conv.stride, margins, conv.dilation)

@@ -21,6 +21,6 @@ def convert(model, sites="sublayers", filter=None, form="auto", rank=None):
     return dbpkern.decorrelate(model, Decor(sites=sites, filter=filter, rank=rank), form)
 
 
-def precondition(model, optimizer, **changes):
+def preconditioner(model, optimizer, **changes):
     """`DecorPreconditioner` with changes to `Decor()`."""
     return dbpkern.DecorPreconditioner(model, optimizer, Decor(**changes))

@@ -1094,7 +1094,7 @@ def full_twin(layer):
     twin.__dict__.update(copy.deepcopy(layer).fused().__dict__)
     twin = type(layer)._from_stock(twin, layer.form, None)
     with torch.no_grad():
-        twin._weight.copy_(layer._weight)
+        twin.weight.copy_(layer.weight)
         twin.R.copy_(layer.dense_R())
     return twin
 

@@ -374,7 +374,7 @@ def test_fused_is_the_stock_layer_with_the_product_of_the_weights(make_layer):
     layer = make_layer(form="fold")
     x = torch.randn((2, 2, 3, 6) if make_layer is conv else (2, 3, layer.R.shape[0]), **DOUBLE)
     arguments = (x, x, x) if make_layer is attention else (x,)
-    expected, weight = layer(*arguments), layer._weight
+    expected, weight = layer(*arguments), layer.weight
     product = layer._matrix() @ layer.R
     stock = layer.fused()
     assert type(stock) is layer.stock
@@ -592,7 +592,7 @@ def compare_with_eager(model, batches, backend, tolerance=1e-5, **kwargs):
     for name, layer in decorrelated(model).items():
         reference = decorrelated(twin)[name]
         torch.testing.assert_close(layer.R, reference.R, rtol=tolerance, atol=tolerance)
-        torch.testing.assert_close(layer._weight, reference._weight, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(layer.weight, reference.weight, rtol=tolerance, atol=tolerance)
         assert not torch.equal(layer.R, torch.eye(len(layer.R)))
 
 

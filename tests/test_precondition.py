@@ -16,7 +16,7 @@ from vits import MODELS, decorrelated, everything, images, make
 import dbpkern
 from dbpkern import DecorPreconditioner, DecorSGD
 from dbpkern.layers.modules import structure_of
-from rules import convert, decor_sgd, precondition
+from rules import convert, decor_sgd, preconditioner
 
 D = 12
 ETA = 0.05
@@ -38,9 +38,8 @@ def loss_of(model, x):
 
 
 def precondition(model, optimizer, **options):
-    options = {"lr": ETA, "sample": 1.0} | options
-    options = {"rank": None, "every": 1} | options
-    return precondition(model, optimizer, sites=None, filter=everything, **options)
+    options = {"eta": ETA, "sample": 1.0, "rank": None, "every": 1} | options
+    return preconditioner(model, optimizer, sites=None, filter=everything, **options)
 
 
 def train(model, optimizer, steps, start=0):

@@ -10,7 +10,7 @@ from vits import decorrelated, mlp
 
 import dbpkern
 from dbpkern import DecorSGD, reference
-from dbpkern.optim import eigenvalue_bound, scale_free_
+from dbpkern.engine import eigenvalue_bound, scale_free_
 from rules import decor_sgd
 
 D = 24

@@ -82,8 +82,8 @@ class Decorrelated(nn.Module):
 
     def _start(self) -> tuple[Tensor, ...]:
         """Buffers of R = I as the weight would have them."""
-        dtype = torch.promote_types(self._weight.dtype, torch.float32)
-        return self.structure.start(self._matrix().shape[1], dtype, self._weight.device)
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        return self.structure.start(self._matrix().shape[1], dtype, self.weight.device)
 
     @property
     def factors(self) -> tuple[Tensor, ...]:
@@ -107,13 +107,9 @@ class Decorrelated(nn.Module):
         """`x R^T` for `x [*, d]`."""
         return self.structure.transform(x, *self.factors)
 
-    @property
-    def _weight(self) -> nn.Parameter:
-        return getattr(self, self.weight_name)
-
     def _matrix(self) -> Tensor:
         """The weight as `[o, d]`."""
-        return self._weight
+        return self.weight
 
     def count_rows(self, x: Tensor) -> int:
         """Number of rows in the input x: its tokens."""
@@ -129,8 +125,8 @@ class Decorrelated(nn.Module):
     def _tapped(self, x: Tensor) -> Tensor:
         """The weight, tied to x so that its backward samples x, where anyone asked for samples."""
         if self._key is None or not self.training or not torch.is_grad_enabled():
-            return self._weight
-        return Tap.apply(self._weight, x.detach(), self._key)
+            return self.weight
+        return Tap.apply(self.weight, x.detach(), self._key)
 
     def _drop(self, folded: Tensor, weight: Tensor, x: Tensor, *outputs: Tensor | None) -> None:
         """Free `folded`, the W R that made `outputs` from x, until their backward, which folds again.
@@ -178,7 +174,7 @@ class Decorrelated(nn.Module):
             index = torch.arange(len(flat), device=flat.device)
         (R,) = self.factors
         z, new, _ = ops.fused_step(flat, R, index, 1.0, slot.kappa)
-        weight = MovedTap.apply(self._weight, x.detach(), index, new - R, self._key)
+        weight = MovedTap.apply(self.weight, x.detach(), index, new - R, self._key)
         return z.view(rows.shape), weight
 
     def _linear_slot(self, rows: Tensor) -> Slot | None:
@@ -193,7 +189,7 @@ class Decorrelated(nn.Module):
     @property
     def trains(self) -> bool:
         """Whether the weight is trained; R rests where it is not."""
-        return self._weight.requires_grad
+        return self.weight.requires_grad
 
     @property
     def slot_key(self) -> Tensor | None:
@@ -206,7 +202,7 @@ class Decorrelated(nn.Module):
 
     def reset_R(self) -> None:
         """Set R to the identity, in place."""
-        if any(b.is_meta for b in self.factors) and not self._weight.is_meta:
+        if any(b.is_meta for b in self.factors) and not self.weight.is_meta:
             self.factors = self._start()  # after load_state_dict(assign=True) on a meta model
         with torch.no_grad():
             self.structure.reset(*self.factors)
@@ -233,7 +229,7 @@ class Decorrelated(nn.Module):
 
     def _own_rows(self) -> Tensor:
         """The rows of the weight that lie in this process."""
-        weight = self._weight
+        weight = self.weight
         if not is_sharded(self):
             return weight
         if not hasattr(weight, "to_local"):
@@ -400,6 +396,11 @@ class DecorMultiheadAttention(Decorrelated, nn.MultiheadAttention):
 
     stock = nn.MultiheadAttention
     weight_name = "in_proj_weight"
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """Of q, k and v, `[3 d, d]`: what R acts on."""
+        return self.in_proj_weight
 
     @classmethod
     def from_attention(
