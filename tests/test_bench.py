@@ -50,7 +50,7 @@ class TestPublished:
         rows = x.reshape(10, 6)[[3, 0, 3, 9]]
         loss = layer.update(0.05, kappa)
         torch.testing.assert_close(layer.R, reference.published_step(R, rows, 0.05, kappa))
-        torch.testing.assert_close(loss, reference.engine.loss((rows @ R.T)[None], kappa)[0])
+        torch.testing.assert_close(loss, reference.loss((rows @ R.T)[None], kappa)[0])
 
     def test_convolution(self, kappa: float):
         stock = nn.Conv2d(3, 4, (2, 3), stride=(2, 3)).double()
@@ -63,7 +63,7 @@ class TestPublished:
         rows = patches[[2, 0, 0]].flatten(0, 1)
         loss = layer.update(0.05, kappa)
         torch.testing.assert_close(layer.R, reference.published_step(R, rows, 0.05, kappa))
-        torch.testing.assert_close(loss, reference.engine.loss((rows @ R.T)[None], kappa)[0])
+        torch.testing.assert_close(loss, reference.loss((rows @ R.T)[None], kappa)[0])
 
     def test_model(self, kappa: float):
         model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)).double()
@@ -79,7 +79,7 @@ class TestPublished:
             torch.testing.assert_close(layer.R, reference.published_step(eye, rows, 0.05, kappa))
         assert isinstance(loss, float)
         assert loss == pytest.approx(
-            sum(reference.engine.loss(rows.detach()[None], kappa).item() for rows in inputs)
+            sum(reference.loss(rows.detach()[None], kappa).item() for rows in inputs)
         )
 
 

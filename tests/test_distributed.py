@@ -86,7 +86,7 @@ def test_losses_are_those_of_all_rows_together(ranks, part, kappa):
                     for name, loss in step[when].items():
                         rows = torch.cat([other["rows"][name] for other in steps if name in other["rows"]])
                         z = reference.transform(rows, step[Rs][name])
-                        torch.testing.assert_close(loss, reference.engine.loss(z[None], kappa)[0])
+                        torch.testing.assert_close(loss, reference.loss(z[None], kappa)[0])
 
 
 def test_low_rank_steps_and_losses_are_those_of_all_rows_together(ranks):
@@ -101,7 +101,7 @@ def test_low_rank_steps_and_losses_are_those_of_all_rows_together(ranks):
                 assert (name in step["loss"]) == bool(len(rows))
                 if len(rows):
                     z = reference.lowrank_transform(rows, Q, S)
-                    torch.testing.assert_close(step["loss"][name], reference.engine.loss(z[None], 0.1)[0])
+                    torch.testing.assert_close(step["loss"][name], reference.loss(z[None], 0.1)[0])
     assert [len(rank["lowrank"]["steps"][1]["rows"]) for rank in ranks][:2] == [0, 2]
 
 

@@ -1470,7 +1470,7 @@ def test_loss_is_that_of_the_reference_before_and_after_the_step(kappa, n):
 
         def expected(rows=rows):
             return {
-                name: reference.engine.loss((r @ decorrelated(model)[name].dense_R().mT)[None], kappa)[0]
+                name: reference.loss((r @ decorrelated(model)[name].dense_R().mT)[None], kappa)[0]
                 for name, r in rows.items()
             }
 
@@ -1659,7 +1659,7 @@ def test_diagnostics_see_the_R_that_the_factors_make():
     R = model[0].dense_R()
     exact(layers["0"].after, R @ (x.mT @ x / 40) @ R.mT)
     assert math.isclose(
-        layers["0"].loss_after, reference.engine.loss((x @ R.mT)[None])[0].item(), rel_tol=1e-9
+        layers["0"].loss_after, reference.loss((x @ R.mT)[None])[0].item(), rel_tol=1e-9
     )
 
 

@@ -508,7 +508,7 @@ def test_loss_is_that_of_the_reference_before_and_after_the_step(kappa):
 
     def expected(rows):
         return {
-            name: reference.engine.loss(reference.transform(r, decorrelated(model)[name].R)[None], kappa)[0]
+            name: reference.loss(reference.transform(r, decorrelated(model)[name].R)[None], kappa)[0]
             for name, r in rows.items()
         }
 

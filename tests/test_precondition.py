@@ -4,19 +4,19 @@ import copy
 import gc
 import io
 import weakref
+from dataclasses import replace
 
 import pytest
 import timm
 import torch
+from rules import convert, decor_sgd, preconditioner
 from timm.optim.muon import Muon
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from vits import MODELS, decorrelated, everything, images, make
 
-import dbpkern
-from dbpkern import DecorPreconditioner, DecorSGD
-from dbpkern.layers.modules import structure_of
-from rules import convert, decor_sgd, preconditioner
+from dbpkern import Decor, DecorPreconditioner, ops
+from dbpkern.structure import structure_of
 
 D = 12
 ETA = 0.05
@@ -38,8 +38,8 @@ def loss_of(model, x):
 
 
 def precondition(model, optimizer, **options):
-    options = {"eta": ETA, "sample": 1.0, "rank": None, "every": 1} | options
-    return preconditioner(model, optimizer, sites=None, filter=everything, **options)
+    chosen = {"sites": None, "filter": everything, "eta": ETA, "sample": 1.0, "rank": None, "every": 1}
+    return preconditioner(model, optimizer, **chosen | options)
 
 
 def train(model, optimizer, steps, start=0):
@@ -121,7 +121,7 @@ def test_one_step_by_hand(rank):
 def test_the_step_of_R_does_not_change_the_function(rank):
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
-    decor = precondition(model, optimizer, lr=0.3, rank=rank)
+    decor = precondition(model, optimizer, eta=0.3, rank=rank)
     before = {name: p.clone() for name, p in model.named_parameters()}
     train(model, optimizer, 5)
     for name, p in model.named_parameters():
@@ -147,7 +147,7 @@ def test_it_decorrelates():
 def test_weight_decay_acts_in_the_coordinates_of_z():
     model = network()
     optimizer = torch.optim.AdamW(model.parameters(), 0.1, weight_decay=0.5)
-    decor = precondition(model, optimizer, lr=0.3)
+    decor = precondition(model, optimizer, eta=0.3)
     train(model, optimizer, 3)
     layer = decor.layers["0"]
     R, V = layer.factors[0].clone(), model[0].weight.detach().clone()
@@ -352,8 +352,7 @@ def test_the_change_of_a_weight_keeps_its_digits_in_fp32(rank):
     V = size * torch.randn(64, d)
     moved = V + change * torch.randn(64, d)
     expected = V.double() + (moved.double() - V.double()) @ structure.matrix(*factors).double()
-    before = structure.remember(V, *factors)
-    structure.carry_(moved, before, *factors)
+    ops.map_changes_([moved], [V.clone()], [factors])
     error = (moved - expected).norm() / (expected - V).norm()
     assert error < 2e-3
 
@@ -375,11 +374,27 @@ def test_channels_last_weights(rank):
     torch.testing.assert_close(models[0][0].weight, models[1][0].weight, rtol=1e-10, atol=1e-12)
 
 
-def test_schedulers_attach():
+@pytest.mark.parametrize("tensor", [False, True])
+def test_eta_may_be_set_between_steps(tensor):
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
-    decor = precondition(model, optimizer)
-    scheduler = torch.optim.lr_scheduler.StepLR(decor, 1, 0.5)
+    decor = precondition(model, optimizer, eta=torch.tensor(ETA) if tensor else ETA)
+    for step in range(3):
+        train(model, optimizer, 1, step)
+        assert float(decor.engine.rates()["0"]) == pytest.approx(ETA * 0.5**step)
+        if tensor:
+            decor.engine.eta.mul_(0.5)
+        else:
+            decor.engine.eta *= 0.5
+
+
+def test_eta_follows_the_optimizers_schedule():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    decor = precondition(model, optimizer, follow=True)
+    with pytest.raises(RuntimeError, match="initial_lr"):
+        train(model, optimizer, 1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
     for step in range(3):
         train(model, optimizer, 1, step)
         assert float(decor.engine.rates()["0"]) == pytest.approx(ETA * 0.5**step)
@@ -388,12 +403,21 @@ def test_schedulers_attach():
 
 # Checkpoints.
 
+STATEFUL = {
+    "AdamW": lambda p: torch.optim.AdamW(p, 0.01),
+    "SGD without momentum": lambda p: torch.optim.SGD(p, 0.05),
+    "Muon": lambda p: Muon(p, 0.01),
+}
 
+
+@pytest.mark.parametrize("kind", STATEFUL)
 @pytest.mark.parametrize("rank", [None, 5])
-def test_a_resumed_run_goes_on_exactly(rank):
+def test_a_resumed_run_goes_on_exactly(rank, kind):
+    """R goes where the optimizer's own state goes."""
+
     def start():
         model = network()
-        optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+        optimizer = STATEFUL[kind](model.parameters())
         return model, optimizer, precondition(model, optimizer, rank=rank, sample=0.3, every=2)
 
     straight = start()
@@ -401,27 +425,44 @@ def test_a_resumed_run_goes_on_exactly(rank):
     first = start()
     train(*first[:2], 4)
     file = io.BytesIO()
-    torch.save([part.state_dict() for part in first], file)
+    torch.save([part.state_dict() for part in first[:2]], file)
     file.seek(0)
     second = start()
-    for part, state in zip(second, torch.load(file, weights_only=True), strict=True):
+    train(*second[:2], 1)
+    loss_of(second[0], batch(77)).backward()  # rows that must not reach the resumed run
+    for part, state in zip(second[:2], torch.load(file, weights_only=True), strict=True):
         part.load_state_dict(state)
     assert train(*second[:2], 5, 4) == expected[4:]
     for name, layer in straight[2].layers.items():
         assert all(map(torch.equal, layer.factors, second[2].layers[name].factors))
 
 
-def test_foreign_checkpoints_are_refused_and_change_nothing():
-    model = network()
-    decor = precondition(model, torch.optim.SGD(model.parameters(), 0.05))
-    other = network()
-    low = precondition(other, torch.optim.SGD(other.parameters(), 0.05), rank=3)
-    before = decor.layers["0"].factors[0].clone()
-    with pytest.raises(ValueError, match=r"R of 2 layers differ; expected \[\(12, 12\)\] for 0"):
-        decor.load_state_dict(low.state_dict())
-    with pytest.raises(ValueError, match="R of 2 layers differ"):
-        decor.load_state_dict({})
-    assert torch.equal(decor.layers["0"].factors[0], before)
+def test_R_of_another_model_is_refused_and_changes_nothing():
+    model, other = network(), network()
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    decor = precondition(model, optimizer)
+    foreign = torch.optim.AdamW(other.parameters(), 0.5)
+    precondition(other, foreign, rank=3)
+    train(model, optimizer, 2)
+    train(other, foreign, 1)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=r"R of 0: expected \{'R': \[12, 12\]\}, got \{'Q'"):
+        optimizer.load_state_dict(foreign.state_dict())
+    torch.testing.assert_close(optimizer.state_dict(), before, rtol=0, atol=0)
+    assert torch.equal(decor.layers["0"].factors[0], before["state"][0]["decor_R"])
+
+
+def test_a_plain_state_loads_with_a_warning_and_R_is_the_identity():
+    model, other = network(), network()
+    optimizer, plain = (torch.optim.AdamW(m.parameters(), 0.01) for m in (model, other))
+    decor = precondition(model, optimizer)
+    train(model, optimizer, 3)
+    train(other, plain, 2)
+    with pytest.warns(UserWarning, match="the state holds no R"):
+        optimizer.load_state_dict(plain.state_dict())
+    assert torch.equal(decor.layers["0"].factors[0], torch.eye(D, dtype=torch.float64))
+    assert torch.equal(optimizer.state[model[0].weight]["exp_avg"], plain.state[other[0].weight]["exp_avg"])
+    assert decor.engine.sampler.step == 0
 
 
 def test_the_model_may_move():
@@ -439,22 +480,29 @@ def test_the_model_may_move():
 # What cannot be.
 
 
-@pytest.mark.parametrize(
-    ("change", "error", "match"),
-    [
-        (lambda m: ((m, "adam"), {}), TypeError, "expected a torch.optim.Optimizer, got str"),
-        (lambda m: ((m, torch.optim.SGD(network().parameters(), 0.1)), {}), ValueError, "it lacks 2 of 2"),
-        (lambda m: ((m, torch.optim.SGD(m.parameters(), 0.1)), {"rank": 99}), ValueError, "0: rank"),
-        (lambda m: ((m, torch.optim.SGD(m.parameters(), 0.1)), {"lr": -1.0}), ValueError, "lr"),
-    ],
-)
-def test_bad_arguments_are_refused_and_leave_no_hooks(change, error, match):
+REFUSALS = {
+    "optimizer": (lambda m: (m, "adam"), TypeError, "expected a torch.optim.Optimizer, got str"),
+    "model": (lambda m: ("model", sgd(m)), TypeError, "model: expected a module, got str"),
+    "decor": (lambda m: (m, sgd(m), 0.1), TypeError, "decor: expected a Decor, got float"),
+    "other model": (lambda m: (m, sgd(network()), ALL), ValueError, "it lacks 2 of 2"),
+    "rank": (lambda m: (m, sgd(m), replace(ALL, rank=99)), ValueError, "0: rank: expected an integer in"),
+    "sites": (lambda m: (m, sgd(m), Decor()), ValueError, "site 'patch_embed' matches no layer"),
+}
+ALL = Decor(sites=None, filter=everything)
+
+
+def sgd(model):
+    return torch.optim.SGD(model.parameters(), 0.1)
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_bad_arguments_are_refused_and_leave_no_hooks(case):
+    make_arguments, error, match = REFUSALS[case]
     model = network()
-    arguments, options = change(model)
     with pytest.raises(error, match=match):
-        precondition(*arguments, None, everything, **options)
+        DecorPreconditioner(*make_arguments(model))
     assert all(not m._forward_hooks for m in model.modules())
-    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    optimizer = sgd(model)
     assert train(model, optimizer, 2)
 
 
@@ -463,9 +511,9 @@ def test_weights_that_another_optimizer_steps_are_refused():
     first = torch.optim.SGD(model[0].parameters(), 0.1)
     with pytest.raises(ValueError, match=r"it lacks 1 of 2 \(2, ...\)"):
         precondition(model, first)
-    decor = precondition(model, first, sites=None, filter=lambda name, module: name == "0")
+    decor = precondition(model, first, filter=lambda name, module: name == "0")
     with pytest.raises(ValueError, match="it lacks 1 of 2"):
-        decor.replan(model, None, everything, None)
+        decor.replan(model, ALL)
     assert list(decor.layers) == ["0"]
     assert not model[2]._forward_hooks
 
@@ -488,23 +536,54 @@ def test_tied_and_converted_models_are_refused():
         precondition(model, torch.optim.SGD(model.parameters(), 0.1))
 
 
-def test_a_closure_is_refused_before_anything_changes():
+CLOSURES = {
+    "AdamW": lambda p: torch.optim.AdamW(p, 0.01),
+    "SGD": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9),
+    "Muon": lambda p: Muon(p, 0.01),
+}
+
+
+@pytest.mark.parametrize("keyword", [False, True])
+@pytest.mark.parametrize("kind", CLOSURES)
+def test_a_closure_evaluated_once_is_as_good_as_none(kind, keyword):
+    plain, closed = network(), network()
+    here, there = (CLOSURES[kind](m.parameters()) for m in (plain, closed))
+    decors = [precondition(m, o, sample=0.3, every=2) for m, o in ((plain, here), (closed, there))]
+    expected = train(plain, here, 6)
+    for step in range(6):
+
+        def closure(step=step):
+            there.zero_grad()
+            loss = loss_of(closed, batch(step))
+            loss.backward()
+            return loss
+
+        loss = there.step(closure=closure) if keyword else there.step(closure)
+        assert loss.item() == expected[step]
+    assert torch.equal(closed[0].weight, plain[0].weight)
+    assert torch.equal(*(decor.layers["0"].factors[0] for decor in decors))
+
+
+def test_an_optimizer_that_evaluates_its_closure_again_is_refused():
     model = network()
-    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    optimizer = torch.optim.LBFGS(model.parameters(), 0.1)
     precondition(model, optimizer)
-    loss = loss_of(model, batch(0))
-    loss.backward()
-    gradient = model[0].weight.grad.clone()
-    with pytest.raises(ValueError, match="without a closure"):
-        optimizer.step(lambda: loss)
-    assert torch.equal(model[0].weight.grad, gradient)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(model, batch(0))
+        loss.backward()
+        return loss
+
+    with pytest.raises(RuntimeError, match="evaluates its closure once, but LBFGS does so again"):
+        optimizer.step(closure)
 
 
 def test_a_second_one_is_refused_until_the_first_is_removed():
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
     first = precondition(model, optimizer)
-    with pytest.raises(ValueError, match=r"0: another DecorPreconditioner holds this layer; remove\(\)"):
+    with pytest.raises(ValueError, match=r"0: another optimizer holds this layer's R; remove\(\)"):
         precondition(model, optimizer)
     train(model, optimizer, 1)
     first.remove()
@@ -553,19 +632,11 @@ def test_a_step_that_failed_can_be_tried_again():
     torch.testing.assert_close(*(decor.layers["0"].factors[0] for decor in decors))
 
 
-def test_R_steps_with_the_optimizer_alone():
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), 0.05)
-    decor = precondition(model, optimizer)
-    with pytest.raises(RuntimeError, match=r"expected optimizer.step\(\) alone"):
-        decor.step()
-
-
 def test_cross_attention_is_refused():
     attention = nn.MultiheadAttention(8, 2, batch_first=True)
     model = nn.ModuleDict({"attention": attention})
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
-    precondition(model, optimizer, sites=None, filter=lambda name, module: name == "attention")
+    precondition(model, optimizer, filter=lambda name, module: name == "attention")
     x = torch.randn(2, 3, 8)
     attention(x, x, x)[0].sum().backward()
     optimizer.step()
@@ -605,9 +676,9 @@ def test_by_default_R_is_full_for_qkv_and_low_rank_elsewhere_and_moves_in_every_
 
 def test_low_ranks_everywhere():
     model = make("timm")
-    low = precondition(model, torch.optim.SGD(model.parameters(), 0.01), rank="low")
+    low = preconditioner(model, torch.optim.SGD(model.parameters(), 0.01), rank="low")
     assert {layer.factors[0].shape[1] for name, layer in low.layers.items() if "blocks" in name} == {8}
     low.remove()
     with pytest.raises(ValueError, match=r"rank: expected .* one of \('mixed', 'low'\), got 'high'"):
-        precondition(model, torch.optim.SGD(model.parameters(), 0.01), rank="high")
+        preconditioner(model, torch.optim.SGD(model.parameters(), 0.01), rank="high")
     assert not any(module._forward_hooks for module in model.modules())
