@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dbpkern.convert import select
+from dbpkern.sites import select
 
 SAMPLE = 0.1
 

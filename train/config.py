@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import nn
 
-from dbpkern.convert import PRESETS, find_sites
-from dbpkern.precondition import EVERY
+from dbpkern import Decor
+from dbpkern.sites import PRESETS, find_sites
 from train.energy import EnergyConfig, carbon_intensity
 from train.schedule import warmup_cosine
 
@@ -61,49 +61,49 @@ class DecorConfig:
     enable: bool = False
     sites: str | list[str] = "all"
     decoder: bool = True
-    eta: float = 0.05
-    follow: bool = False
-    scale_free: bool = True
-    limit: float | None = 0.5
-    every: int = EVERY
-    kappa: float = 0.0
-    sample: float = 0.1
+    eta: float = Decor.eta
+    follow: bool = Decor.follow
+    scale_free: bool = Decor.scale_free
+    limit: float | None = Decor.limit
+    every: int = Decor.every
+    kappa: float = Decor.kappa
+    sample: float = Decor.sample
     rank: Literal["mixed", "low"] | int | float | dict[str, int | float] | None = "mixed"
 
-    def present(self, model: nn.Module) -> str | list[str]:
+    def present(self, model: nn.Module) -> list[str]:
         """The sites; of a preset those that the model has: one that reads tokens has no patch embedding."""
         if isinstance(self.sites, str) and self.sites in PRESETS:
             found = find_sites(model)
             return [site for site in PRESETS[self.sites] if found[site]]
-        return self.sites
+        return [self.sites] if isinstance(self.sites, str) else self.sites
 
     def accepts(self, name: str, module: nn.Module) -> bool:
         """The filter for `dbpkern.decorrelate`: leaves the decoder out unless it is asked for."""
         return self.decoder or not name.startswith("decoder")
 
-    def chosen(self, model: nn.Module, ranks: Mapping[str, int | None] | None) -> tuple:
-        """Sites, filter and rank for `dbpkern.decorrelate`: by the options, or by the `ranks` of a plan."""
-        if ranks is None:
-            return self.present(model), self.accepts, self.rank
-        return None, lambda name, module: name in ranks, ranks
+    def rule(self, model: nn.Module, seed: int, ranks: Mapping[str, int | None] | None = None) -> Decor:
+        """The rule for a model, with the layers of the options, or those of a plan by its `ranks`.
 
-    def rule(self, seed: int, optimizer: torch.optim.Optimizer) -> dict[str, object]:
-        """How R is updated: the keyword arguments of `dbpkern.DecorSGD`.
-
-        Args:
-            seed: Of the samples.
-            optimizer: Of the weights, with `initial_lr` in its groups.
+        Raises:
+            ValueError: a number out of range, or unknown sites.
         """
-        return {
-            "lr": self.eta,
-            "kappa": self.kappa,
-            "sample": self.sample,
-            "seed": seed,
-            "scale_free": self.scale_free,
-            "limit": self.limit,
-            "every": self.every,
-            "follow": optimizer if self.follow else None,
-        }
+        if ranks is None:
+            sites, accepts, rank = tuple(self.present(model)), self.accepts, self.rank
+        else:
+            sites, accepts, rank = None, lambda name, module: name in ranks, ranks
+        return Decor(
+            sites=sites,
+            filter=accepts,
+            rank=rank,
+            eta=self.eta,
+            sample=self.sample,
+            every=self.every,
+            scale_free=self.scale_free,
+            limit=self.limit,
+            kappa=self.kappa,
+            follow=self.follow,
+            seed=seed,
+        )
 
 
 @dataclass(kw_only=True)

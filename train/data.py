@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision.transforms import v2
 
-from dbpkern.sampling import derive_seed
+from dbpkern.capture import derive_seed
 from train import augment
 from train.augment import Chooser, Crop, View, whole
 from train.shards import Shards, find_shards

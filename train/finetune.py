@@ -22,7 +22,7 @@ from torchvision.utils import save_image
 
 import dbpkern
 from dbpkern import diagnostics
-from dbpkern.convert import select
+from dbpkern.sites import select
 from models.classifier import (
     Architecture,
     Readout,
@@ -35,7 +35,7 @@ from train import plots, transfer
 from train.labelled import AugmentConfig, LabelledConfig, LabelledSet, Mixer, build_labelled, collate
 from train.loop import Loop, moved
 from train.processes import Processes
-from train.run import build_decor, open_run, parse_config, plot_correlations, run_script, summary_of
+from train.run import build_adamw, open_run, parse_config, plot_correlations, run_script, summary_of
 from train.run_folder import to_json, write_atomically
 
 
@@ -103,8 +103,8 @@ class Config(transfer.TransferConfig):
 
 def build_optimizers(
     config: Config, model: nn.Module
-) -> tuple[torch.optim.Optimizer, dbpkern.DecorSGD | None]:
-    """The optimizer of the weights, and that of R where the run decorrelates; one step makes both.
+) -> tuple[torch.optim.Optimizer, dbpkern.DecorAdamW | None]:
+    """The optimizer of the weights, and what moves R where the run decorrelates: the same one.
 
     Rates are those of `parameter_groups`. timm puts a final norm of all tokens, which the read-outs "class"
     and "last" have, with the last block.
@@ -112,12 +112,10 @@ def build_optimizers(
     c = config.optim
     groups, peak = transfer.parameter_groups(config, model), config.peak_lr
     if c.name == "adamw":
-        optimizer = torch.optim.AdamW(groups, lr=peak, betas=c.betas)
-    else:
-        # As MAE's: the trust ratio is for weights, not for biases.
-        groups = [group | {"always_adapt": group["params"][0].ndim > 1} for group in groups]
-        optimizer = Lars(groups, lr=peak, momentum=c.betas[0])
-    return optimizer, build_decor(config, model, optimizer)
+        return build_adamw(config, model, groups, peak)
+    # As MAE's: the trust ratio is for weights, not for biases.
+    groups = [group | {"always_adapt": group["params"][0].ndim > 1} for group in groups]
+    return Lars(groups, lr=peak, momentum=c.betas[0]), None
 
 
 class Evaluator:

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from dbpkern.sampling import derive_seed
+from dbpkern.capture import derive_seed
 from train.augment import Chooser, Crop, View
 from train.data import Images, load_file, seeded
 

@@ -22,9 +22,10 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from dbpkern import DecorPreconditioner, DecorSGD
-from dbpkern.nn import Decorrelated
-from dbpkern.precondition import PreconditionedLayer
-from dbpkern.sampling import derive_seed
+from dbpkern.capture import derive_seed
+from dbpkern.engine import Holder
+from dbpkern.layers import Decorrelated
+from dbpkern.optim.base import DecorOptimizer
 from train import checkpoint
 from train.config import RunConfig
 from train.energy import KINDS, Meter
@@ -45,10 +46,14 @@ def moved(batch: dict, device: torch.device) -> dict:
     return tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch)
 
 
-def health(model: nn.Module, decor: DecorSGD | None = None) -> dict[str, float]:
+HoldsR = DecorOptimizer | DecorPreconditioner | DecorSGD
+"""What moves R, by its engine."""
+
+
+def health(model: nn.Module, decor: HoldsR | None = None) -> dict[str, float]:
     """The largest absolute entry of parameters, R and running statistics by name, one wait for the device.
 
-    R are those of decorrelated layers and of `decor`, if it is a `DecorPreconditioner`.
+    R are those of decorrelated layers, and those that `decor` moves.
 
     A collective where weights are sharded.
     """
@@ -58,8 +63,8 @@ def health(model: nn.Module, decor: DecorSGD | None = None) -> dict[str, float]:
             tensors |= _factors(name, module)
         for part, statistic in _statistics(module).items():
             tensors[f"{name}.{part}"] = statistic
-    if isinstance(decor, DecorPreconditioner):
-        for name, layer in decor.layers.items():
+    if decor is not None:
+        for name, layer in decor.engine.layers.items():
             tensors |= _factors(name, layer)
     peaks = torch.stack([_peak(t.detach()) for t in tensors.values() if t.numel()])
     if any(isinstance(t, DTensor) for t in tensors.values()):
@@ -75,7 +80,7 @@ def _statistics(module: nn.Module) -> dict[str, Tensor]:
     return {"running_mean": module.running_mean, "running_var": module.running_var}
 
 
-def _factors(name: str, layer: Decorrelated | PreconditionedLayer) -> dict[str, Tensor]:
+def _factors(name: str, layer: Decorrelated | Holder) -> dict[str, Tensor]:
     return {f"{name}.{factor}": t for factor, t in zip(layer.structure.names, layer.factors, strict=True)}
 
 
@@ -84,7 +89,7 @@ def _peak(tensor: Tensor) -> Tensor:
     return local.abs().amax().float() if local.numel() else local.new_zeros((), dtype=torch.float32)
 
 
-def blame(model: nn.Module, decor: DecorSGD | None = None) -> str:
+def blame(model: nn.Module, decor: HoldsR | None = None) -> str:
     """Which layer made the loss non-finite, as far as its state shows, and what to try."""
     peaks = health(model, decor)
     broken = [name for name, peak in peaks.items() if not math.isfinite(peak)]
@@ -122,7 +127,7 @@ class Loop:
         files: What the run's data are, for files.txt: names of the training images, and what else tells.
         model: The model whose state is saved.
         optimizer: Of the weights.
-        decor: Of the decorrelation matrices, None for plain backpropagation.
+        decor: What moves R, None for plain backpropagation.
         loss: `loss(model, batch) -> 0-d tensor`, with `model` wrapped for what the run needs. The batch's
             "progress" are the step and the length of the run.
         evaluate: `evaluate() -> record`, called on every process. Its "pictures" (name: `[3, H, W]` in
@@ -149,7 +154,7 @@ class Loop:
     files: Sequence[str]
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    decor: DecorSGD | None
+    decor: HoldsR | None
     loss: Callable[[nn.Module, dict], Tensor]
     evaluate: Callable[[], dict]
     total_steps: int
@@ -184,7 +189,8 @@ class Loop:
             "energy": self.energy.state_dict(),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "decor": None if self.decor is None else self.decor.state_dict(),
+            # Around an optimizer R is in its state; in layers it is in the model's.
+            "decor": self.decor.state_dict() if isinstance(self.decor, DecorSGD) else None,
             "ranks": self.ranks,
         }
 
@@ -200,7 +206,8 @@ class Loop:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         for i, moments in state["optimizer"]["state"].items():
             for name, value in moments.items():
-                if isinstance(parameters[i], DTensor) and isinstance(value, Tensor) and value.dim():
+                sharded = isinstance(parameters[i], DTensor) and not name.startswith("decor_")
+                if sharded and isinstance(value, Tensor) and value.dim():
                     moments[name] = torch.zeros_like(parameters[i], dtype=value.dtype)
         checkpoint.fill(path, state, self.processes)
         self.load_state_dict(state)
@@ -209,7 +216,7 @@ class Loop:
         """Continue from a `state_dict()`."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        if self.decor is not None:
+        if isinstance(self.decor, DecorSGD):
             self.decor.load_state_dict(state["decor"])
         self.step = state["step"]
         self.seconds = state["seconds"]
@@ -334,12 +341,12 @@ class Loop:
         self._stop = stop > 0
         good = math.isfinite(loss) and math.isfinite(norm)
         if good:
-            self.optimizer.step()  # and by its hooks R's
+            self.optimizer.step()  # and R's
         else:
             for tensor, value in zip(self._statistics, before, strict=True):
                 tensor.copy_(value)
             if self.decor is not None:
-                self.decor.zero_grad()
+                self.decor.drop_samples()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.energy.read()
@@ -387,7 +394,7 @@ class Loop:
         for name, image in self.pictures.items():
             if self._board is not None:
                 self._board.add_image(name, image, self.step)
-        caution = {} if self.decor is None else self.decor.caution()
+        caution = {} if self.decor is None else self.decor.engine.caution()
         if caution:  # layers whose samples were not finite: what is left of their eta
             record["caution"] = caution
         self._record("eval", record | {"seconds": self.seconds})

@@ -15,19 +15,18 @@ from typing import Literal
 
 import torch
 from timm.optim import kron, param_groups_weight_decay
-from timm.optim.muon import Muon
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import dbpkern
 from dbpkern import diagnostics
-from dbpkern.convert import select
+from dbpkern.sites import select
 from train import checkpoint, plots
 from train import config as shared
 from train.data import DataConfig, StepSampler, TrainingSet, build_data, build_loader, to_images
-from train.loop import Loop, moved
+from train.loop import HoldsR, Loop, moved
 from train.processes import Processes
-from train.run import build_decor, open_run, parse_config, plot_correlations, run_script, summary_of
+from train.run import open_run, parse_config, plot_correlations, run_script, summary_of
 from train.run_folder import RunFolder, to_json, write_atomically
 from train.tasks import COUNT, FAMILIES, DarlConfig, DvaeConfig, Rows, Task, task_of
 
@@ -37,7 +36,7 @@ class OptimConfig(shared.OptimConfig):
     """The optimizer of the weights and its schedule; by default AdamW, as in MAE.
 
     Args:
-        name: "adamw", or a rival by timm: "muon" (AdamW for vectors and tokens) or "kron" (PSGD).
+        name: "adamw"; "muon" (AdamW for vectors and tokens); or a rival by timm, "kron" (PSGD).
         betas: Of AdamW; the first is Muon's momentum (Nesterov's), too.
     """
 
@@ -53,27 +52,30 @@ class DecorConfig(shared.DecorConfig):
     """Decorrelated backpropagation.
 
     Args:
-        form: "optimizer" maps gradients and updates around the optimizer (dbpkern.DecorPreconditioner);
-            "auto", "fold" and "apply" put decorrelated layers into the model, see docs/method.md.
+        mode: "optimizer" takes an optimizer that holds R (dbpkern.DecorAdamW, dbpkern.DecorMuon),
+            "preconditioner" maps gradients and changes around a plain one (dbpkern.DecorPreconditioner), as
+            kron always has it; "layers" puts decorrelated layers into the model, see docs/method.md.
+        form: How decorrelated layers compute: "auto", "fold" or "apply".
         sites: Which layers of a block: "sublayers" (patch embedding, qkv, fc1), "all", or a list of
             patch_embed, qkv, proj, fc1, fc2. "auto" chooses layers and ranks by measurements, see budget.
         budget: For sites "auto": the part of a step's time that decorrelation may take.
     """
 
-    form: Literal["optimizer", "auto", "fold", "apply"] = "optimizer"
+    mode: Literal["optimizer", "preconditioner", "layers"] = "optimizer"
+    form: Literal["auto", "fold", "apply"] = "auto"
     budget: float = 0.05
 
     @property
     def in_layers(self) -> bool:
         """Whether the model has decorrelated layers."""
-        return self.enable and self.form != "optimizer"
+        return self.enable and self.mode == "layers"
 
     @property
     def planned(self) -> bool:
         """Whether a plan chooses the layers."""
         return self.enable and self.sites == "auto"
 
-    def present(self, model: nn.Module) -> str | list[str]:
+    def present(self, model: nn.Module) -> list[str]:
         """The sites that the model has; where a plan chooses, those of "all".
 
         Evaluation observes them in a model without decorrelated layers.
@@ -157,8 +159,7 @@ def build_model(config: Config, ranks: Mapping[str, int | None] | None = None) -
     model = task_of(config).build()
     decor = config.decor
     if decor.in_layers and (ranks is not None or not decor.planned):
-        sites, accepts, rank = decor.chosen(model, ranks)
-        dbpkern.decorrelate(model, sites, accepts, decor.form, rank)
+        dbpkern.decorrelate(model, decor.rule(model, config.seed, ranks), decor.form)
     else:
         select(model, decor.present(model), decor.accepts)  # raises now: evaluation observes them
     return model
@@ -166,30 +167,36 @@ def build_model(config: Config, ranks: Mapping[str, int | None] | None = None) -
 
 def build_optimizers(
     config: Config, model: nn.Module, ranks: Mapping[str, int | None] | None = None
-) -> tuple[torch.optim.Optimizer, dbpkern.DecorSGD | None]:
-    """The optimizer of the weights, and that of R where the run decorrelates; one step makes both.
+) -> tuple[torch.optim.Optimizer, HoldsR | None]:
+    """The optimizer of the weights, and what moves R where the run decorrelates; one step makes both.
 
     With a plan, `ranks` are its layers.
     """
     groups = param_groups_weight_decay(model, config.optim.weight_decay)
-    peak, betas = config.peak_lr, config.optim.betas
+    peak, betas, decor = config.peak_lr, config.optim.betas, config.decor
+    rule = decor.rule(model, config.seed, ranks) if decor.enable else None
+    inside = {"model": model, "decor": rule} if decor.enable and decor.mode == "optimizer" else {}
     if config.optim.name == "adamw":
-        optimizer = torch.optim.AdamW(groups, lr=peak, betas=betas)
+        # Without a model DecorAdamW is AdamW, bit for bit on a CPU; the baseline is PyTorch's own all the same.
+        make = dbpkern.DecorAdamW if inside else torch.optim.AdamW
+        optimizer = make(groups, lr=peak, betas=betas, **inside)
     elif config.optim.name == "muon":
-        # Nesterov's momentum, as its authors have it; timm's default is without, and worse here.
-        optimizer = Muon(groups, lr=peak, momentum=betas[0], nesterov=True, betas=betas)
+        optimizer = dbpkern.DecorMuon(groups, lr=peak, momentum=betas[0], betas=betas, **inside)
     else:
+        inside = {}
         optimizer = kron.Kron(groups, lr=peak, decoupled_decay=True, deterministic=True)
         # Compiled, as timm has them, its contractions of a 384 x 128 weight ask for 9 GB.
         for name in ("_calc_A_and_conjB", "_q_terms", "_precond_grad", "_balance_Q"):
             setattr(optimizer, name, getattr(kron, name))
     for group in optimizer.param_groups:
         group["initial_lr"] = peak
-    if not config.decor.in_layers:
-        return optimizer, build_decor(config, model, optimizer, ranks)
-    decor = dbpkern.DecorSGD(model, **config.decor.rule(config.seed, optimizer))
-    optimizer.register_step_post_hook(lambda *_: decor.step())
-    return optimizer, decor
+    if not decor.enable:
+        return optimizer, None
+    if decor.in_layers:
+        layers = dbpkern.DecorSGD(model, rule, optimizer if decor.follow else None)
+        optimizer.register_step_post_hook(lambda *_: layers.step())
+        return optimizer, layers
+    return optimizer, optimizer if inside else dbpkern.DecorPreconditioner(model, optimizer, rule)
 
 
 def make_plan(
@@ -226,10 +233,8 @@ def make_plan(
         step,
         decor.budget,
         calls,
-        filter=decor.accepts,
-        sample=decor.sample,
-        every=decor.every,
-        form="layers" if decor.in_layers else "optimizer",
+        mode="layers" if decor.in_layers else "optimizer",
+        decor=decor.rule(model, config.seed),
         seed=config.seed,
     )
     if procs.is_main:
@@ -437,7 +442,7 @@ def prepare(
     def recheck() -> dict:
         plan = make_plan(config, model, loss, training, procs)
         if plan.ranks:  # or the layers of before stay
-            decor.replan(model, None, plan.accepts, plan.ranks)
+            decor.replan(model, plan.decor())
             loop.ranks = plan.ranks
         chosen = [f"{group.name}: {group.chosen}" for group in plan.groups if group.chosen is not None]
         return {"overhead": plan.cost, "chosen": chosen}

@@ -103,25 +103,22 @@ def open_run(
     return run, (path, state)
 
 
-def build_decor(
-    config: RunConfig,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    ranks: Mapping[str, int | None] | None = None,
-) -> dbpkern.DecorPreconditioner | None:
-    """The optimizer of R, whose step is part of that of the weights; None for a run without decorrelation.
+def build_adamw(
+    config: RunConfig, model: nn.Module, groups: list[dict], lr: float
+) -> tuple[torch.optim.Optimizer, dbpkern.DecorAdamW | None]:
+    """AdamW, and what holds R where the run decorrelates: the same optimizer.
 
     Args:
         config: What is asked for.
         model: Whose layers are decorrelated.
-        optimizer: Of the weights, with `initial_lr` in its groups.
-        ranks: The layers of a plan.
+        groups: Of its parameters.
+        lr: The peak rate.
     """
-    decor = config.decor
-    if not decor.enable:
-        return None
-    rule = decor.rule(config.seed, optimizer)
-    return dbpkern.DecorPreconditioner(model, optimizer, *decor.chosen(model, ranks), **rule)
+    if not config.decor.enable:
+        return torch.optim.AdamW(groups, lr=lr, betas=config.optim.betas), None
+    rule = config.decor.rule(model, config.seed)
+    optimizer = dbpkern.DecorAdamW(groups, lr=lr, betas=config.optim.betas, model=model, decor=rule)
+    return optimizer, optimizer
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:

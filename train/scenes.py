@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms import v2
 
-from dbpkern.sampling import derive_seed
+from dbpkern.capture import derive_seed
 from train.data import load_photos
 
 

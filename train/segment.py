@@ -23,7 +23,7 @@ from torchvision.utils import save_image
 
 import dbpkern
 from dbpkern import diagnostics
-from dbpkern.convert import select
+from dbpkern.sites import select
 from models.classifier import Architecture, Vit
 from models.segmentation import (
     Head,
@@ -40,7 +40,7 @@ from train import plots, transfer
 from train.data import DataError
 from train.loop import Loop, moved
 from train.processes import Processes
-from train.run import build_decor, open_run, parse_config, plot_correlations, run_script, summary_of
+from train.run import build_adamw, open_run, parse_config, plot_correlations, run_script, summary_of
 from train.run_folder import to_json, write_atomically
 from train.schedule import warmup_linear
 from train.segmented import (
@@ -247,11 +247,9 @@ def synchronise(model: nn.Module, procs: Processes) -> nn.Module:
 
 def build_optimizers(
     config: Config, model: nn.Module
-) -> tuple[torch.optim.Optimizer, dbpkern.DecorSGD | None]:
-    """AdamW, with the rates of `parameter_groups`, and the optimizer of R where the run decorrelates."""
-    groups = transfer.parameter_groups(config, model)
-    optimizer = torch.optim.AdamW(groups, lr=config.peak_lr, betas=config.optim.betas)
-    return optimizer, build_decor(config, model, optimizer)
+) -> tuple[torch.optim.Optimizer, dbpkern.DecorAdamW | None]:
+    """AdamW, with the rates of `parameter_groups`, and what moves R where the run decorrelates: the same."""
+    return build_adamw(config, model, transfer.parameter_groups(config, model), config.peak_lr)
 
 
 class Scores(NamedTuple):

@@ -76,6 +76,29 @@ def make_engine(model: nn.Module, optimizer: torch.optim.Optimizer, decor: Decor
         raise
 
 
+def rechosen(engine: Engine, model: nn.Module, optimizer: torch.optim.Optimizer, decor: Decor) -> Engine:
+    """An engine in place of another, for the layers that `decor` chooses, between two steps.
+
+    Layers that stay chosen with the same rank keep their R, new ones start from the identity; the function of
+    the network stays as it is. Raises as `choose_layers` does, and nothing is changed then.
+    """
+    layers = choose_layers(model, optimizer, decor, tuple(engine.layers.values()))
+    with torch.no_grad():
+        for name, layer in layers.items():
+            kept = engine.layers.get(name)
+            if kept is not None and kept.structure == layer.structure:
+                for factor, value in zip(layer.factors, kept.factors, strict=True):
+                    factor.copy_(value)
+    for layer in engine.layers.values():
+        layer.remove()
+    state.detach(optimizer)
+    new = Engine(layers, decor)
+    new.sampler.seek(engine.sampler.seed, engine.sampler.step)
+    new.restore_caution(engine.caution())
+    torch.compiler.reset()  # compiled code does not see hooks that came later
+    return new
+
+
 def followed(optimizer: torch.optim.Optimizer) -> float | Tensor:
     """The optimizer's learning rate, relative to its peak.
 
@@ -214,6 +237,22 @@ class DecorOptimizer(torch.optim.Optimizer):
         if self.engine is not None:
             step_engine(self.engine, self)
         return loss
+
+    def replan(self, model: nn.Module, decor: Decor) -> None:
+        """Choose other layers, between two steps; the function of the network stays as it is.
+
+        Layers that stay chosen with the same rank keep their R, new ones start from the identity. Moments stay,
+        too: those of a layer that comes or goes are of the other coordinates at first.
+
+        Args:
+            model: of this optimizer.
+            decor: which layers, and how their R move from now on.
+
+        Raises:
+            TypeError: `decor` is no `Decor`.
+            ValueError: as at construction; nothing is changed then.
+        """
+        self.engine = rechosen(self.engine, model, self, decor)
 
     def drop_samples(self) -> None:
         """Forget the rows sampled since the last step, for steps that are to be skipped."""

@@ -82,12 +82,12 @@ class DecorMuon(DecorOptimizer):
             "scale": scale, "ns_steps": ns_steps, "betas": betas, "eps": eps, "capturable": capturable,
         }  # fmt: skip
         super().__init__(params, defaults, model, decor)
-        self._maps = None if self.engine is None else Maps(self.engine)
 
     @torch.compiler.disable
     def _step_weights(self) -> None:
-        if self._maps is not None:
-            self._maps.enter(self)
+        maps = None if self.engine is None else Maps(self.engine)
+        if maps is not None:
+            maps.enter(self)
         for group in self.param_groups:
             trained = [p for p in group["params"] if p.grad is not None]
             if any(p.grad.is_sparse for p in trained):
@@ -103,8 +103,8 @@ class DecorMuon(DecorOptimizer):
             for equal in matrices.values():
                 self._step_matrices(group, equal)
             self._step_adamw(group, others)
-        if self._maps is not None:
-            self._maps.leave()
+        if maps is not None:
+            maps.leave()
 
     def _step_matrices(self, group: dict, parameters: list[Tensor]) -> None:
         """Step matrices of equal shape and dtype."""

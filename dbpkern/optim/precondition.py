@@ -10,7 +10,7 @@ from torch import nn
 from dbpkern.config import Decor
 from dbpkern.engine import Engine
 from dbpkern.optim import state
-from dbpkern.optim.base import Maps, choose_layers, make_engine, step_engine
+from dbpkern.optim.base import Maps, make_engine, rechosen, step_engine
 from dbpkern.stock import StockLayer
 
 
@@ -136,22 +136,8 @@ class DecorPreconditioner:
             TypeError: `decor` is no `Decor`.
             ValueError: as at construction; nothing is changed then.
         """
-        old = self.engine
-        layers = choose_layers(model, self._optimizer, decor, tuple(old.layers.values()))
-        with torch.no_grad():
-            for name, layer in layers.items():
-                kept = old.layers.get(name)
-                if kept is not None and kept.structure == layer.structure:
-                    for factor, value in zip(layer.factors, kept.factors, strict=True):
-                        factor.copy_(value)
-        caution = old.caution()
-        for layer in old.layers.values():
-            layer.remove()
-        self.engine = Engine(layers, decor)
-        self.engine.sampler.seek(old.sampler.seed, old.sampler.step)
-        self.engine.restore_caution(caution)
+        self.engine = rechosen(self.engine, model, self._optimizer, decor)
         self._maps = Maps(self.engine)
-        torch.compiler.reset()  # compiled code does not see hooks that came later
 
     def remove(self) -> None:
         """Take all hooks off: the optimizer goes on without this object, from the same weights."""
@@ -159,6 +145,7 @@ class DecorPreconditioner:
             hook.remove()
         for layer in self.layers.values():
             layer.remove()
+        state.detach(self._optimizer)
 
     def __getstate__(self) -> dict:
         raise TypeError(

@@ -48,6 +48,13 @@ def attach(engine: Engine, optimizer: torch.optim.Optimizer) -> None:
                 optimizer.state[parameter].update(_entries(engine, sites[id(parameter)]))
 
 
+def detach(optimizer: torch.optim.Optimizer) -> None:
+    """Take R out of the optimizer's live state."""
+    for entry in optimizer.state.values():
+        for name in [name for name in entry if str(name).startswith(PREFIX)]:
+            del entry[name]
+
+
 def write(engine: Engine, optimizer: torch.optim.Optimizer, state_dict: dict) -> dict:
     """Add R to a `state_dict` of the optimizer; returns it."""
     sites = _weights(engine, optimizer)
