@@ -265,7 +265,7 @@ def test_in_the_steady_state_nothing_moves():
     for n in (20, 20, 7, 20):
         backward(model, x[:n])
         slots = [site.slot for site in decor.engine.sites]
-        assert all(slot.used == round(n / 2) and not slot.spill for slot in slots)
+        assert all(slot.count() == round(n / 2) and slot.in_room(round(n / 2)) for slot in slots)
         new = [slot.room.data_ptr() for slot in slots]
         decor.step()
         assert places is None or new == places
@@ -277,7 +277,7 @@ def test_in_the_steady_state_nothing_moves():
 
 @pytest.mark.parametrize("order", ["BB BB BB", "BF BF BF", "BB FF BB", "FF BB FB", "BF FB BF"])
 def test_rows_of_mixed_dtypes(order):
-    """bfloat16 or float32 by layer and step, as autocast over parts of the work gives: kept as they came."""
+    """bfloat16 or float32 by layer and step, as autocast over parts of the work gives: kept in R's dtype."""
     model = linears(2, 6)
     decor = decor_sgd(model, eta=0.1, sample=1.0, limit=None)
     for step in order.split():
@@ -286,9 +286,7 @@ def test_rows_of_mixed_dtypes(order):
             with torch.autocast("cpu", torch.bfloat16, enabled=kind == "B"):
                 y = layer(x)
             y.float().square().mean().backward()
-        assert [rows.dtype.itemsize for rows in captured(decor).values()] == [
-            2 if k == "B" else 4 for k in step
-        ]
+        assert {rows.dtype for rows in captured(decor).values()} == {torch.float32}
         decor.step()
         for (name, R), kind in zip(Rs(model).items(), step, strict=True):
             rows = x.bfloat16().float() if kind == "B" else x
@@ -303,8 +301,8 @@ def test_a_second_DecorSGD_takes_over():
     second = decor_sgd(model, limit=None)
     backward(model, x)
     assert captured(first) == {}
-    for method in (first.step, first.engine.loss):
-        with pytest.raises(RuntimeError, match="samples of 0 no longer come here: another DecorSGD"):
+    for method in (first.engine.stacks, first.engine.loss):
+        with pytest.raises(RuntimeError, match="samples of 0 no longer come here: .* another optimizer"):
             method()
     before = Rs(model)
     second.step()
@@ -421,19 +419,19 @@ def test_resuming_from_checkpoints_gives_the_same_run(interrupted):
             decor.step()
             scheduler.step()
 
-    def build(seed, lr, kappa):
+    def build(seed, lr):
         torch.manual_seed(3)
         model = linears(3, 6)
-        decor = decor_sgd(model, eta=lr, kappa=kappa, sample=0.1, seed=seed, limit=None)
+        decor = decor_sgd(model, eta=lr, kappa=0.3, sample=0.1, seed=seed, limit=None)
         main = torch.optim.AdamW(model.parameters(), 0.01)
         return model, main, decor, torch.optim.lr_scheduler.CosineAnnealingLR(decor, 10)
 
-    whole = build(7, 0.1, 0.3)
+    whole = build(7, 0.1)
     run(*whole, 0, 5)
-    first = build(7, 0.1, 0.3)
+    first = build(7, 0.1)
     run(*first, 0, interrupted)
     states = [copy.deepcopy(part.state_dict()) for part in first]
-    second = build(0, 0.5, 0.0)
+    second = build(0, 0.5)
     run(*second, 0, 1)
     backward(second[0], torch.randn(50, 6))  # rows and draws that must not reach the resumed run
     second[1].zero_grad()
@@ -442,7 +440,7 @@ def test_resuming_from_checkpoints_gives_the_same_run(interrupted):
     run(*second, interrupted, 5)
     for name, R in Rs(whole[0]).items():
         identical(Rs(second[0])[name], R)
-    other = build(8, 0.1, 0.3)
+    other = build(8, 0.1)
     run(*other, 0, 5)
     assert not torch.equal(Rs(other[0])["0"], Rs(whole[0])["0"])
 
@@ -456,7 +454,6 @@ def test_checkpoints_go_through_a_file(tmp_path):
     other = decor_sgd(linears(2, 5), limit=None)
     other.load_state_dict(torch.load(tmp_path / "decor.pt", weights_only=True))
     assert other.param_groups[0]["lr"] == torch.tensor(0.1)
-    assert other.param_groups[0]["kappa"] == 0.5
     assert other.state_dict()["sampling"] == {"seed": 4, "step": 1}
 
 
@@ -486,7 +483,7 @@ def test_a_step_without_a_backward_changes_nothing():
         identical(R, before[name])
 
 
-def test_zero_grad_drops_the_rows():
+def test_drop_samples_drops_the_rows():
     model = linears(2, 5, torch.float64)
     decor = decor_sgd(model, eta=0.1, sample=1.0, limit=None)
     for _ in range(2):
@@ -536,8 +533,8 @@ def test_loss_after_a_step_counts_no_older_rows():
     assert decor.engine.loss().keys() == {"0"}
     decor.step()
     assert decor.engine.loss().keys() == {"0"}
-    decor.step()
-    assert decor.engine.loss() == {}
+    decor.step()  # before which no layer met an input: nothing changes
+    assert decor.engine.loss().keys() == {"0"}
 
 
 # What a step costs.
@@ -566,16 +563,19 @@ def test_the_measure_of_operators_sees_inside_operators():
 
 
 @pytest.mark.parametrize("rate", [0.1, torch.tensor(0.1)])
-@pytest.mark.parametrize(("form", "n"), [("fold", 4), ("fold", 40), ("apply", 4)])
-def test_step_never_reads_a_value(form, n, rate):
+@pytest.mark.parametrize(
+    ("form", "n", "update"),
+    [("fold", 4, "dbpkern::update_"), ("fold", 40, "dbpkern::apply_"), ("apply", 4, "aten::addcmul_")],
+)
+def test_step_never_reads_a_value(form, n, update, rate):
     """Reading a value on the host waits for the device."""
     model = mlp(5, 5, 7, 5, 5, form=form)
     decor = decor_sgd(model, eta=rate, kappa=0.1, sample=1.0, limit=None)
     for _ in range(2):
         backward(model, torch.randn(n, 5))
         names = operators(decor.step)
-        assert ("dbpkern::update_" in names) == (form == "fold")
-        assert ("aten::lerp" in names) == (form == "apply")
+        updates = {"dbpkern::update_", "dbpkern::apply_", "aten::addcmul_"} & set(names)
+        assert updates == {update}
         assert not SYNCHRONISING & set(names)
 
 
@@ -593,11 +593,9 @@ def test_the_work_of_a_step_does_not_grow_with_the_number_of_layers(n):
             for name in names
             if not name.startswith(("aten::select", "aten::unbind", "aten::as_strided"))
         ]
-        assert work.count("dbpkern::update_") == 1
+        assert work.count("dbpkern::update_" if n < 12 else "dbpkern::apply_") == 1
         counts.append({name: work.count(name) for name in set(work)})
     assert counts[0] == counts[1]
-    assert counts[0]["aten::bmm"] == 2
-    # Per layer, the parts of the sample buffer are looked at, and nothing else.
 
 
 # What decorrelation does.
@@ -664,11 +662,9 @@ NAN, INF = float("nan"), float("inf")
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        *(({"lr": lr}, f"lr: expected a finite number >= 0, got {lr}") for lr in (-1e-4, NAN, INF, -INF)),
-        ({"lr": torch.tensor(NAN)}, "lr: expected a finite number"),
-        ({"lr": torch.tensor(-1.0)}, "lr: expected a finite number"),
-        ({"lr": torch.zeros(3)}, r"lr: expected a number or a 0-d tensor, got shape \[3\]"),
-        ({"lr": torch.zeros(1)}, r"lr: expected a number or a 0-d tensor, got shape \[1\]"),
+        *(({"eta": lr}, f"eta: expected a finite number >= 0, got {lr}") for lr in (-1e-4, NAN, INF, -INF)),
+        ({"eta": torch.zeros(3)}, r"eta: expected a number or a 0-d tensor, got shape \[3\]"),
+        ({"eta": torch.zeros(1)}, r"eta: expected a number or a 0-d tensor, got shape \[1\]"),
         *(({"kappa": k}, rf"kappa: expected a number in \[0, 1\], got {k}") for k in (-0.1, 1.01, NAN, INF)),
         *(({"sample": s}, r"sample: expected a fraction in \(0, 1\]") for s in (0.0, -0.1, 1.5, NAN, INF)),
     ],
@@ -696,14 +692,14 @@ def test_a_closure_is_refused():
     identical(model[0].R, torch.eye(3))
 
 
-@pytest.mark.parametrize(("name", "value"), [("lr", NAN), ("lr", -1.0), ("kappa", 2.0)])
-def test_a_step_with_a_number_out_of_range_is_refused(name, value):
+@pytest.mark.parametrize("eta", [NAN, -1.0])
+def test_a_step_with_a_rate_out_of_range_is_refused(eta):
     """Schedulers and users write into param_groups."""
     model = linears(2, 3)
     decor = decor_sgd(model, limit=None)
     backward(model, torch.randn(9, 3))
-    decor.param_groups[0][name] = value
-    with pytest.raises(ValueError, match=f"{name}: expected"):
+    decor.param_groups[0]["lr"] = eta
+    with pytest.raises(ValueError, match="eta: expected"):
         decor.step()
     for R in Rs(model).values():
         identical(R, torch.eye(3))
