@@ -1,8 +1,11 @@
 """The sides of every comparison: a model in training, plain, by dbpkern or by the published rule."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
+import timm.optim.muon
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -10,8 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 import dbpkern
 from bench.baselines import PublishedLinear, published_convert, published_layers, published_update
 from bench.cases import Case, in_encoder
-from dbpkern.convert import RANK_PRESETS, select
-from dbpkern.precondition import EVERY
+from dbpkern import Decor
+from dbpkern.engine import Engine
+from dbpkern.sites import RANK_PRESETS, select
 
 # dtype of the weights, dtype of autocast
 PRECISIONS = {
@@ -19,9 +23,29 @@ PRECISIONS = {
     "fp32": (torch.float32, None),
     "bf16": (torch.float32, torch.bfloat16),
 }
-METHODS = ("around", "ours", "published")
-PERIOD = EVERY  # steps that hold one update of every arm's R
-RATE = 5e-4  # of R (arXiv 2510.14657)
+METHODS = ("full", "layers", "published")
+PERIOD = Decor.every  # steps that hold one update of every arm's R
+
+Optimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
+
+
+def muon(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+    """timm's Muon as `DecorMuon` has it: fp32 on a CPU, where its bf16 may take ten times as long."""
+    optimizer = timm.optim.muon.Muon(parameters, lr=1e-3, nesterov=True, ns_coefficients="original")
+    if all(not p.is_cuda for group in optimizer.param_groups for p in group["params"]):
+        iterate = timm.optim.muon.zeropower_via_newtonschulz
+        if not isinstance(iterate, functools.partial):
+            timm.optim.muon.zeropower_via_newtonschulz = functools.partial(iterate, dtype=torch.float32)
+    return optimizer
+
+
+def rule_of(method: str, choice: str | None) -> Decor | None:
+    """The rule of an arm; `choice` is a preset of ranks, or of sites where R is full, in the encoder alone."""
+    if method in METHODS:
+        named = Decor.layers() if method == "layers" else Decor.published()
+        rule = replace(named, sites=choice, filter=in_encoder)
+        return replace(rule, scale_free=True, limit=0.5) if method == "full" else rule
+    return None if choice is None else Decor(rank=choice)
 
 
 class Arm:
@@ -29,53 +53,56 @@ class Arm:
 
     Args:
         case: the model.
-        method: "plain"; "ours" (decorrelated layers), "around" (`DecorPreconditioner`) or "published", which
-            have a full R in the encoder and update it in each step; or "default", `DecorPreconditioner` as it
-            is by default, but for the ranks.
-        sites: a preset of `dbpkern.decorrelate`; of "default" a preset of ranks; plain has no use for it.
+        method: "plain"; "DecorAdamW", "DecorMuon" or "DecorPreconditioner" as they are by default but for the
+            ranks; "full" (`DecorPreconditioner` with a full R, updated in each step), "layers" (decorrelated
+            layers) or "published".
+        choice: a preset of ranks, or of sites for the last three; None for no R.
         inputs: of the model, the same at every step.
         precision: a key of `PRECISIONS`.
-        optimizer: makes the optimizer of the weights.
-        lr: rate of R.
-        kappa: weight of the unit-variance term.
-        rule: further options of `DecorSGD` or `DecorPreconditioner`.
+        optimizer: makes the optimizer of the weights where the method has none of its own.
+        rule: in place of `rule_of(method, choice)`.
     """
 
     def __init__(
         self,
         case: Case,
         method: str,
-        sites: str | None,
+        choice: str | None,
         inputs: tuple[Tensor, ...],
         precision: str,
-        optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer] = torch.optim.AdamW,
-        lr: float = RATE,
-        kappa: float = 0.0,
-        **rule: object,
+        optimizer: Optimizer = torch.optim.AdamW,
+        rule: Decor | None = None,
     ) -> None:
-        self.method, self.sites = method, sites
+        self.method, self.choice = method, choice
         self.inputs = inputs
-        self.lr, self.kappa = lr, kappa
+        self.rule = rule or rule_of(method, choice)
         device = inputs[0].device
         dtype, lower = PRECISIONS[precision]
         self.autocast = lambda: torch.autocast(device.type, lower, enabled=lower is not None)
         self.model = case.build()
         if not isinstance(inputs[0], FakeTensor):  # whose model cannot be moved, not even to where it is
             self.model.to(device, dtype)
-        self.decor = None
-        if method == "ours":
-            dbpkern.decorrelate(self.model, sites, in_encoder)
-            self.decor = dbpkern.DecorSGD(self.model, lr, kappa, **rule)
+        if method == "layers":
+            dbpkern.decorrelate(self.model, self.rule)
         elif method == "published":
-            published_convert(self.model, select(self.model, sites, in_encoder))
-        self.optimizer = optimizer([p for p in self.model.parameters() if p.requires_grad])
-        if method == "around":
-            rule = {"rank": None, "every": 1} | rule
-            self.decor = dbpkern.DecorPreconditioner(
-                self.model, self.optimizer, sites, in_encoder, lr=lr, kappa=kappa, **rule
-            )
-        elif method == "default":
-            self.decor = dbpkern.DecorPreconditioner(self.model, self.optimizer, rank=sites)
+            published_convert(self.model, select(self.model, self.rule.sites, self.rule.filter))
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.decor = None
+        if method in ("DecorAdamW", "DecorMuon"):
+            model = None if self.rule is None else self.model
+            self.optimizer = getattr(dbpkern, method)(parameters, model=model, decor=self.rule)
+            self.decor = self.optimizer
+        else:
+            self.optimizer = optimizer(parameters)
+            if method == "layers":
+                self.decor = dbpkern.DecorSGD(self.model, self.rule)
+            elif method in ("full", "DecorPreconditioner"):
+                self.decor = dbpkern.DecorPreconditioner(self.model, self.optimizer, self.rule)
+
+    @property
+    def engine(self) -> Engine | None:
+        """What holds R, of arms by dbpkern."""
+        return None if self.decor is None else self.decor.engine
 
     def step(self, phase: Callable = contextlib.nullcontext) -> Tensor:
         """One training step; `phase(name)` is entered around its parts. Returns the loss."""
@@ -88,10 +115,10 @@ class Arm:
         with phase("optimizer"):
             self.optimizer.step()
         with phase("decor"):
-            if self.method == "ours":
+            if self.method == "layers":
                 self.decor.step()
             elif self.method == "published":
-                published_update(self.model, self.lr, self.kappa)
+                published_update(self.model, self.rule.eta, self.rule.kappa)
         return loss.detach()
 
     @torch.no_grad()
@@ -102,28 +129,26 @@ class Arm:
 
     def samples(self) -> list[Tensor]:
         """The sampled rows as they lie in memory between steps; images that are kept count as inputs."""
-        if self.decor is not None:
-            return [rows for stack in self.decor._stacks for rows in stack.samples.values()]
+        if self.engine is not None:
+            return [rows for stack in self.engine.stacks() for rows in stack.samples.values()]
         layers = published_layers(self.model).values()
         return [layer.z for layer in layers if isinstance(layer, PublishedLinear)]
 
     def R(self) -> dict[str, Tensor]:
         """Every R by layer name; of arms with full ones."""
-        if self.method == "ours":
-            # The modules' buffers, not the optimizer's list, which is of its last step.
-            return {name: self.model.get_submodule(name).R for name in self.decor.names}
-        if self.decor is not None:
-            return {name: layer.factors[0] for name, layer in self.decor.layers.items()}
+        if self.engine is not None:
+            return {name: layer.factors[0] for name, layer in self.engine.layers.items()}
         return {name: layer.R for name, layer in published_layers(self.model).items()}
 
     def factors(self) -> list[Tensor]:
         """What holds the R of all layers."""
-        if self.method == "default":
-            return [factor for layer in self.decor.layers.values() for factor in layer.factors]
-        return list(self.R().values())
+        return list(self.R().values()) if self.engine is None else self.engine.factors()
 
 
-def methods(sites: Iterable[str]) -> list[tuple[str, str | None]]:
-    """Plain first, then the default with each preset of ranks, then full R at each choice of sites."""
-    arms = [("plain", None)] + [("default", rank) for rank in RANK_PRESETS]
+def methods(sites: Iterable[str], optimizer: str = "adamw") -> list[tuple[str, str | None]]:
+    """Plain first, then the defaults, then, with AdamW, full R at each choice of sites."""
+    if optimizer == "muon":
+        return [("plain", None), ("DecorMuon", None), ("DecorMuon", "mixed")]
+    arms = [("plain", None), ("DecorAdamW", "mixed")]
+    arms += [("DecorPreconditioner", rank) for rank in RANK_PRESETS]
     return arms + [(method, chosen) for chosen in sites for method in METHODS]

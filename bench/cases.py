@@ -10,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from bench.options import count, device, file
-from dbpkern.convert import PRESETS
+from dbpkern.sites import PRESETS
 from models.darl import DARL
 from models.mae import MaskedAutoencoder
 

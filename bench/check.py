@@ -7,13 +7,15 @@ whose rank is the whole width to the full one.
 
 import functools
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from bench.arms import PRECISIONS, Arm
 from bench.baselines import published_layers
-from bench.cases import Case
+from bench.cases import Case, in_encoder
+from dbpkern import Decor
 
 # Relative differences that rounding explains. Under autocast the sides round at different places: the
 # published rule rounds z and R x to bf16, the fold rounds W R.
@@ -69,13 +71,14 @@ def compare(case: Case, sites: str, device: torch.device, precision: str) -> dic
     # With these rates three steps change something.
     sgd = functools.partial(torch.optim.SGD, lr=0.1)
 
-    def make(method: str, **rule: object) -> Arm:
-        return Arm(case, method, sites, inputs, precision, sgd, lr=0.02, kappa=0.1, **rule)
+    rule = replace(Decor.published(), sites=sites, filter=in_encoder, eta=0.02, kappa=0.1)
+
+    def make(method: str, **changes: object) -> Arm:
+        return Arm(case, method, sites, inputs, precision, sgd, replace(rule, **changes))
 
     plain, published, kept = make("plain"), make("published"), make("published")
-    ours, around = make("ours", limit=None), make("around", limit=None, scale_free=False)
-    widths = {name: len(R) for name, R in around.R().items()}
-    low = make("around", limit=None, scale_free=False, rank=widths)
+    ours, around = make("layers"), make("full")
+    low = make("full", rank={name: len(R) for name, R in around.R().items()})
     for arm in (ours, around, low, published):
         if not torch.equal(arm.output(), plain.output()):
             raise CheckFailed(
@@ -84,7 +87,7 @@ def compare(case: Case, sites: str, device: torch.device, precision: str) -> dic
 
     rows = _Rows(case)
     for arm in (ours, around, low):  # they draw without replacement; here they must not
-        arm.decor._sampler.index = rows.index
+        arm.engine.sampler.index = rows.index
     for arm in (published, kept):
         for layer in published_layers(arm.model).values():
             layer.draw = rows.draw

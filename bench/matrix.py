@@ -124,10 +124,11 @@ PRESETS = {
 
 _RATES = (2e-3, 3e-3, 5e-3, 8e-3)
 _HIGHER = (5e-3, 8e-3, 1.2e-2)  # decorrelated, the best rate lies higher
-_DEFAULT = {"decor.enable": True}
+# Around PyTorch's AdamW; DecorAdamW computes the same, to rounding.
+_DEFAULT = {"decor.enable": True, "decor.mode": "preconditioner"}
 _FULL = _DEFAULT | {"decor.sites": "all", "decor.rank": None, "decor.every": 1, "decor.sample": 0.1}
 _LAYERS = _FULL | {
-    "decor.form": "auto",
+    "decor.mode": "layers",
     "decor.scale_free": False,
     "decor.eta": 1e-2,
     "decor.follow": True,
@@ -161,6 +162,7 @@ ARMS = {
     "dbp-auto": Arm("DBP, sites by measurement", _DEFAULT | {"decor.sites": "auto"}, _HIGHER[:2]),
     "dbp-layers": Arm("DBP in the layers", _LAYERS, _HIGHER),
     "dbp-muon": Arm("DBP with Muon", _DEFAULT | _MUON, (*_HIGHER, 2e-2)),
+    "decor-adamw": Arm("DecorAdamW", {"decor.enable": True}, (5e-3,)),
 }
 
 ABLATIONS = {
@@ -246,7 +248,7 @@ ABLATIONS = {
             for eta in (1e-2, 2e-2)
         },
         "layers-scale-free": Arm(
-            "in the layers, scale-free", _FULL | {"decor.form": "auto", "decor.follow": True}
+            "in the layers, scale-free", _FULL | {"decor.mode": "layers", "decor.follow": True}
         ),
     },
 }

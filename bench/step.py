@@ -1,8 +1,9 @@
 """Time, FLOPs and peak memory of a training step, against plain training and the published rule.
 
-A step is zero_grad, forward, backward, AdamW and the update of R, the mean of two steps, as the default
-updates R in every second one. "default" decorrelates the encoder, and the decoders of MAE and DARL, by the
-ranks of a preset; the others decorrelate the encoder alone, by full R that are updated in every step. Before
+A step is zero_grad, forward, backward, the optimizer and the update of R, the mean of two steps, as the
+default updates R in every second one. DecorAdamW and DecorPreconditioner decorrelate the encoder, and the
+decoders of MAE and DARL, by the ranks of a preset; the others decorrelate the encoder alone, by full R that are
+updated in every step: "full" around the optimizer, "layers" in decorrelated layers, and as published. Before
 anything is timed, these and the published rule train a small model of the same kind from one start on the
 same samples, in fp64 and in the precision asked for: unless losses, weights and R agree, no figure is printed
 and the exit code is 1. Low ranks are another rule, which the tests hold to its own mathematics.
@@ -27,9 +28,10 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv  # for numbers that a
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import cases, command, measure, record
-from bench.arms import PERIOD, Arm, methods
+from bench.arms import PERIOD, Arm, methods, muon
 
 MIB = 2**20
+OPTIMIZERS = {"adamw": torch.optim.AdamW, "muon": muon}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--count", action="store_true", help="count FLOPs alone, without weights or time: for any size"
     )
+    parser.add_argument(
+        "--optimizer", choices=("adamw", "muon"), default="adamw",
+        help="of plain training; muon is timm's, in fp32 on a CPU, beside DecorMuon (default: adamw)",
+    )  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="torch.compile the model of every arm")
 
 
@@ -86,11 +92,12 @@ def count_case(case: cases.Case, args: argparse.Namespace) -> dict[str, object]:
     """FLOPs of every arm, on tensors without memory."""
     case = _Counted(**asdict(case))
     found = []
-    for method, sites in methods(args.sites):
+    for method, sites in methods(args.sites, args.optimizer):
         with FakeTensorMode(shape_env=ShapeEnv()), warnings.catch_warnings():
             # Whether R lies in its stack is told by addresses; without them it is put there anew.
             warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
-            arm = Arm(case, method, sites, case.inputs(args.device, torch.float32), args.precision)
+            inputs = case.inputs(args.device, torch.float32)
+            arm = Arm(case, method, sites, inputs, args.precision, OPTIMIZERS[args.optimizer])
             found.append({"arm": method, "sites": sites, "flops": count(arm)})
         found[-1]["flop_ratio"] = found[-1]["flops"] / found[0]["flops"]
     return {"arms": found}
@@ -104,9 +111,10 @@ def measure_case(case: cases.Case, args: argparse.Namespace) -> dict[str, object
     rounds, inner = args.rounds or (20 if gpu else 7), args.inner or (3 if gpu else 1)
     inputs = case.inputs(args.device, torch.float32)
     arms, found = [], []
-    for method, sites in methods(args.sites):
+    for method, sites in methods(args.sites, args.optimizer):
         command.progress(f"{case.name}: counting {method} {sites or ''}")
-        make = functools.partial(Arm, case, method, sites, inputs, args.precision)
+        optimizer = OPTIMIZERS[args.optimizer]
+        make = functools.partial(Arm, case, method, sites, inputs, args.precision, optimizer)
         arm, counts = prepare(make, args)
         arms.append(arm)
         found.append({"arm": method, "sites": sites, **counts})

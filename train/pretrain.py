@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 from timm.optim import kron, param_groups_weight_decay
+from timm.optim.muon import Muon
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -36,7 +37,7 @@ class OptimConfig(shared.OptimConfig):
     """The optimizer of the weights and its schedule; by default AdamW, as in MAE.
 
     Args:
-        name: "adamw"; "muon" (AdamW for vectors and tokens); or a rival by timm, "kron" (PSGD).
+        name: "adamw", or a rival by timm: "muon" (AdamW for vectors and tokens) or "kron" (PSGD).
         betas: Of AdamW; the first is Muon's momentum (Nesterov's), too.
     """
 
@@ -180,8 +181,11 @@ def build_optimizers(
         # Without a model DecorAdamW is AdamW, bit for bit on a CPU; the baseline is PyTorch's own all the same.
         make = dbpkern.DecorAdamW if inside else torch.optim.AdamW
         optimizer = make(groups, lr=peak, betas=betas, **inside)
-    elif config.optim.name == "muon":
+    elif config.optim.name == "muon" and inside:
         optimizer = dbpkern.DecorMuon(groups, lr=peak, momentum=betas[0], betas=betas, **inside)
+    elif config.optim.name == "muon":
+        # Nesterov's momentum, as its authors have it; timm's default is without, and worse here.
+        optimizer = Muon(groups, lr=peak, momentum=betas[0], nesterov=True, betas=betas)
     else:
         inside = {}
         optimizer = kron.Kron(groups, lr=peak, decoupled_decay=True, deterministic=True)
