@@ -450,6 +450,7 @@ class Engine:
             gradients = [layer.weight.grad for layer in self.layers.values()]
             if not self._checked and any(g is not None and bool(g.any()) for g in gradients):
                 self._warn_of_silent_layers()
+            self.stacks()  # raises where the samples go elsewhere
             return
         if not self.sampler.due:
             self.sampler.advance()
@@ -556,6 +557,7 @@ class Engine:
         self.sites = self._make_sites()
         self.restore_caution(caution)
         self._stacks, self._halves = [], None
+        self.stacks()
 
     def _warn_of_silent_layers(self) -> None:
         if self._checked:

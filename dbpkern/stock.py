@@ -79,6 +79,7 @@ class StockLayer:
     def attach(self, slot: Slot | None) -> None:
         """Send samples to `slot` from now on; None stops sampling."""
         self._key = None if slot is None else slot.key
+        self.live = True
 
     def count_rows(self, x: Tensor) -> int:
         """Number of rows in the input x."""
