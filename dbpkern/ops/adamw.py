@@ -47,17 +47,17 @@ def correction(table, log_beta, count, weight, COLUMN: tl.constexpr):
 
 
 @jit
-def load_tile(matrix, n, inside):
-    """BLOCK_N columns of the rows that `matrix [BLOCK_M, 1]` points to, in fp32."""
-    return tl.load(matrix + n[None, :], mask=inside, other=0.0).to(tl.float32)
+def load_tile(tile, inside):
+    """The tile that pointers point to, in fp32."""
+    return tl.load(tile, mask=inside, other=0.0).to(tl.float32)
 
 
 @jit
-def new_moment(matrix, n, inside, target, weight, EMULATE: tl.constexpr):
+def new_moment(tile, inside, target, weight, DTYPE: tl.constexpr, EMULATE: tl.constexpr):
     """Move a tile of a moment towards `target` by `weight`, and store it: as it is stored, in fp32."""
-    old = load_tile(matrix, n, inside)
-    new = rounded(old + (target - old) * weight, matrix.dtype.element_ty, EMULATE)
-    tl.store(matrix + n[None, :], new, mask=inside)
+    old = load_tile(tile, inside)
+    new = rounded(old + (target - old) * weight, DTYPE, EMULATE)
+    tl.store(tile, new, mask=inside)
     return new.to(tl.float32)
 
 
@@ -79,8 +79,27 @@ def load_lr(lr, LR_TENSOR: tl.constexpr):
 
 
 @jit
+def strip_times(
+    strip, deviation, product, padded, TRANSPOSED: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A strip times R - I, or its transpose, into another strip; waits for the program's threads around it."""
+    m = tl.arange(0, BLOCK_M)[:, None]
+    n = tl.arange(0, BLOCK_N)[None, :]
+    tl.debug_barrier()
+    for start in range(0, padded, BLOCK_N):
+        acc = strip_product(
+            strip, deviation, padded, start, TRANSPOSED,
+            OPERAND, PRECISION, EMULATE, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        tl.store(product + start + (m * padded + n), rounded(acc, OPERAND, EMULATE))
+    tl.debug_barrier()
+
+
+@jit
 def adamw_kernel(
-    table, deviation, strips, direction_strips, lr, count, blocks, D, padded,
+    table, deviation, strips, products, lr, count, blocks, D, padded,
     weight1, weight2, log_beta1, log_beta2, eps, weight_decay,
     LR_TENSOR: tl.constexpr, V_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr, SPAN: tl.constexpr,
@@ -89,65 +108,54 @@ def adamw_kernel(
 ):  # fmt: skip
     """The step of the weights of a table with full R.
 
-    The table's matrices are V, g and the moments; then R's number in `deviation`, and the step's address. g and
-    the direction wait in 16 bits in strips of scratch. weight1 is `1 - beta1`, weight2 `1 - beta2`.
+    The table's matrices are V, g and the moments; then R's number in `deviation`, and the step's address. Two
+    strips of scratch hold a block in 16 bits: first g, whose product with R - I goes into the other, then the
+    direction, whose product comes back. weight1 is `1 - beta1`, weight2 `1 - beta2`.
     """
     rate = load_lr(lr, LR_TENSOR)
-    offset = tl.program_id(0).to(tl.int64) * BLOCK_M * padded + tl.arange(0, BLOCK_M)[:, None] * padded
-    strips += offset
-    direction_strips += offset
+    HALF: tl.constexpr = BLOCK_K // 2  # few numbers of each matrix at a time, for they are four
+    m = tl.arange(0, BLOCK_M)[:, None]
+    n = tl.arange(0, HALF)[None, :]
+    strip = strips + tl.program_id(0).to(tl.int64) * BLOCK_M * padded
+    product = products + tl.program_id(0).to(tl.int64) * BLOCK_M * padded
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
-        weight, m, m_in = locate(table, block, count, SPAN, BLOCK_M)
-        V, V_m = matrix(table, weight, count, 0, V_DTYPE, ALIGNED)
-        g, g_m = matrix(table, weight, count, 1, G_DTYPE, ALIGNED)
-        exp_avg, exp_avg_m = matrix(table, weight, count, 2, V_DTYPE, ALIGNED)
-        exp_avg_sq, exp_avg_sq_m = matrix(table, weight, count, 3, V_DTYPE, ALIGNED)
-        V += m * V_m
-        g += m * g_m
-        exp_avg += m * exp_avg_m
-        exp_avg_sq += m * exp_avg_sq_m
+        weight, row, m_in = locate(table, block, count, SPAN, BLOCK_M)
+        V, V_m = matrix(table, weight, count, row, 0, V_DTYPE, ALIGNED)
+        g, g_m = matrix(table, weight, count, row, 1, G_DTYPE, ALIGNED)
+        exp_avg, exp_avg_m = matrix(table, weight, count, row, 2, V_DTYPE, ALIGNED)
+        exp_avg_sq, exp_avg_sq_m = matrix(table, weight, count, row, 3, V_DTYPE, ALIGNED)
         R = deviation + tl.load(table + 10 * count + weight) * padded * padded
         correction1 = correction(table, log_beta1, count, weight, 11)
         correction2 = correction(table, log_beta2, count, weight, 11)
-        for start in range(0, padded, BLOCK_K):
-            k = start + tl.arange(0, BLOCK_K)
-            tile = load_tile(g, k, m_in & (k < D)[None, :])
-            tl.store(strips + k[None, :], rounded(tile, OPERAND, EMULATE))
-        tl.debug_barrier()
-        for start in range(0, padded, BLOCK_N):
-            mapped = strip_product(
-                strips, R, padded, start, True, OPERAND, PRECISION, EMULATE, BLOCK_M, BLOCK_N, BLOCK_K
-            )
-            n = start + tl.arange(0, BLOCK_N)
-            inside = m_in & (n < D)[None, :]
-            mapped += load_tile(g, n, inside)
-            first = new_moment(exp_avg, n, inside, mapped, weight1, EMULATE)
-            second = new_moment(exp_avg_sq, n, inside, mapped * mapped, weight2, EMULATE)
-            tile = load_tile(V, n, inside)
-            tile = direction(tile, first, second, inside, correction1, correction2, eps, weight_decay)
-            tl.store(direction_strips + n[None, :], rounded(tile, OPERAND, EMULATE))
-        tl.debug_barrier()
-        for start in range(0, D, BLOCK_N):
-            change = strip_product(
-                direction_strips,
-                R,
-                padded,
-                start,
-                False,
-                OPERAND,
-                PRECISION,
-                EMULATE,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_K,
-            )
-            n = start + tl.arange(0, BLOCK_N)
-            inside = m_in & (n < D)[None, :]
-            first = load_tile(exp_avg, n, inside)
-            second = load_tile(exp_avg_sq, n, inside)
-            tile = load_tile(V, n, inside)
-            change += direction(tile, first, second, inside, correction1, correction2, eps, weight_decay)
-            tl.store(V + n[None, :], rounded(tile - rate * change, V_DTYPE, EMULATE), mask=inside)
+        for start in range(0, padded, HALF):
+            tile = load_tile(g + start + (m * g_m + n), m_in & (n < D - start))
+            tl.store(strip + start + (m * padded + n), rounded(tile, OPERAND, EMULATE))
+        strip_times(
+            strip, R, product, padded, True, OPERAND, PRECISION, EMULATE, BLOCK_M, BLOCK_N, BLOCK_K
+        )
+        for start in range(0, padded, HALF):
+            inside = m_in & (n < D - start)
+            held = product + start + (m * padded + n)
+            mapped = load_tile(g + start + (m * g_m + n), inside) + tl.load(held).to(tl.float32)
+            first = exp_avg + start + (m * exp_avg_m + n)
+            first = new_moment(first, inside, mapped, weight1, V_DTYPE, EMULATE)
+            second = exp_avg_sq + start + (m * exp_avg_sq_m + n)
+            second = new_moment(second, inside, mapped * mapped, weight2, V_DTYPE, EMULATE)
+            old = load_tile(V + start + (m * V_m + n), inside)
+            change = direction(old, first, second, inside, correction1, correction2, eps, weight_decay)
+            tl.store(held, rounded(change, OPERAND, EMULATE))
+        strip_times(
+            product, R, strip, padded, False, OPERAND, PRECISION, EMULATE, BLOCK_M, BLOCK_N, BLOCK_K
+        )
+        for start in range(0, padded, HALF):
+            inside = m_in & (n < D - start)
+            first = load_tile(exp_avg + start + (m * exp_avg_m + n), inside)
+            second = load_tile(exp_avg_sq + start + (m * exp_avg_sq_m + n), inside)
+            old = load_tile(V + start + (m * V_m + n), inside)
+            change = direction(old, first, second, inside, correction1, correction2, eps, weight_decay)
+            change += tl.load(strip + start + (m * padded + n)).to(tl.float32)
+            new = rounded(old - rate * change, V_DTYPE, EMULATE)
+            tl.store(V + start + (m * V_m + n), new, mask=inside)
         tl.debug_barrier()  # the next block overwrites the strips
 
 
@@ -165,58 +173,58 @@ def lowrank_adamw_kernel(
     registers; the second pass runs in reverse, so that it begins with what the first read last.
     """
     rate = load_lr(lr, LR_TENSOR)
-    weight, m, m_in = locate(table, tl.program_id(0), count, SPAN, BLOCK_M)
-    V, V_m = matrix(table, weight, count, 0, V_DTYPE, ALIGNED)
-    g, g_m = matrix(table, weight, count, 1, G_DTYPE, ALIGNED)
-    exp_avg, exp_avg_m = matrix(table, weight, count, 2, V_DTYPE, ALIGNED)
-    exp_avg_sq, exp_avg_sq_m = matrix(table, weight, count, 3, V_DTYPE, ALIGNED)
-    Q, q_d = matrix(table, weight, count, 4, tl.float32, ALIGNED)
-    V += m * V_m
-    g += m * g_m
-    exp_avg += m * exp_avg_m
-    exp_avg_sq += m * exp_avg_sq_m
+    weight, row, m_in = locate(table, tl.program_id(0), count, SPAN, BLOCK_M)
+    V, V_m = matrix(table, weight, count, row, 0, V_DTYPE, ALIGNED)
+    g, g_m = matrix(table, weight, count, row, 1, G_DTYPE, ALIGNED)
+    exp_avg, exp_avg_m = matrix(table, weight, count, row, 2, V_DTYPE, ALIGNED)
+    exp_avg_sq, exp_avg_sq_m = matrix(table, weight, count, row, 3, V_DTYPE, ALIGNED)
+    Q, q_d = matrix(table, weight, count, 0, 4, tl.float32, ALIGNED)
     correction1 = correction(table, log_beta1, count, weight, 14)
     correction2 = correction(table, log_beta2, count, weight, 14)
+    m = tl.arange(0, BLOCK_M)[:, None]
+    n = tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
     rank = tl.arange(0, BLOCK_R)
     rank_in = rank < RANK
     t = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for start in range(0, D, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        tile = tl.load(g + k[None, :], mask=m_in & (k < D)[None, :], other=0.0)
-        factor = tl.load(
-            Q + k[:, None] * q_d + rank[None, :], mask=(k < D)[:, None] & rank_in[None, :], other=0.0
-        )
+        k_in = k < D - start
+        tile = tl.load(g + start + (m * g_m + k[None, :]), mask=m_in & k_in[None, :], other=0.0)
+        factor = Q + start * q_d + (k[:, None] * q_d + rank[None, :])
+        factor = tl.load(factor, mask=k_in[:, None] & rank_in[None, :], other=0.0)
         t = dot(tile, factor, t, OPERAND, PRECISION, EMULATE)
     t = times_S(t, table, weight, count, RANK, 5, ALIGNED, True, OPERAND, PRECISION, EMULATE, BLOCK_R)
     p = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     steps = tl.cdiv(D, BLOCK_N)
     for step in range(steps):
-        n = (steps - 1 - step) * BLOCK_N + tl.arange(0, BLOCK_N)
-        inside = m_in & (n < D)[None, :]
-        factor = tl.load(
-            Q + n[:, None] * q_d + rank[None, :], mask=(n < D)[:, None] & rank_in[None, :], other=0.0
-        )
-        factor = rounded(factor, OPERAND, EMULATE)
-        mapped = dot(t, tl.trans(factor), load_tile(g, n, inside), OPERAND, PRECISION, EMULATE)
-        first = new_moment(exp_avg, n, inside, mapped, weight1, EMULATE)
-        second = new_moment(exp_avg_sq, n, inside, mapped * mapped, weight2, EMULATE)
-        tile = load_tile(V, n, inside)
+        start = (steps - 1 - step) * BLOCK_N
+        n_in = n < D - start
+        inside = m_in & n_in[None, :]
+        factor = Q + start * q_d + (n[:, None] * q_d + rank[None, :])
+        factor = rounded(tl.load(factor, mask=n_in[:, None] & rank_in[None, :], other=0.0), OPERAND, EMULATE)
+        mapped = load_tile(g + start + (m * g_m + n[None, :]), inside)
+        mapped = dot(t, tl.trans(factor), mapped, OPERAND, PRECISION, EMULATE)
+        first = exp_avg + start + (m * exp_avg_m + n[None, :])
+        first = new_moment(first, inside, mapped, weight1, V_DTYPE, EMULATE)
+        second = exp_avg_sq + start + (m * exp_avg_sq_m + n[None, :])
+        second = new_moment(second, inside, mapped * mapped, weight2, V_DTYPE, EMULATE)
+        tile = load_tile(V + start + (m * V_m + n[None, :]), inside)
         tile = direction(tile, first, second, inside, correction1, correction2, eps, weight_decay)
         p = dot(tile, factor, p, OPERAND, PRECISION, EMULATE)
     p = times_S(p, table, weight, count, RANK, 5, ALIGNED, False, OPERAND, PRECISION, EMULATE, BLOCK_R)
     tl.debug_barrier()  # the moments are written
     for start in range(0, D, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        inside = m_in & (n < D)[None, :]
-        first = load_tile(exp_avg, n, inside)
-        second = load_tile(exp_avg_sq, n, inside)
-        tile = load_tile(V, n, inside)
-        change = direction(tile, first, second, inside, correction1, correction2, eps, weight_decay)
-        factor = tl.load(
-            Q + n[None, :] * q_d + rank[:, None], mask=rank_in[:, None] & (n < D)[None, :], other=0.0
-        )
+        n_in = n < D - start
+        inside = m_in & n_in[None, :]
+        first = load_tile(exp_avg + start + (m * exp_avg_m + n[None, :]), inside)
+        second = load_tile(exp_avg_sq + start + (m * exp_avg_sq_m + n[None, :]), inside)
+        old = load_tile(V + start + (m * V_m + n[None, :]), inside)
+        change = direction(old, first, second, inside, correction1, correction2, eps, weight_decay)
+        factor = Q + start * q_d + (n[None, :] * q_d + rank[:, None])
+        factor = tl.load(factor, mask=rank_in[:, None] & n_in[None, :], other=0.0)
         change = dot(p, factor, change, OPERAND, PRECISION, EMULATE)
-        tl.store(V + n[None, :], rounded(tile - rate * change, V_DTYPE, EMULATE), mask=inside)
+        new = rounded(old - rate * change, V_DTYPE, EMULATE)
+        tl.store(V + start + (m * V_m + n[None, :]), new, mask=inside)
 
 
 Rule = tuple[Tensor, float, float, float, float]
@@ -248,7 +256,7 @@ def triton_adamw(
         if full:
             Rs, indices = distinct([factors[i][0] for i in members])
             table = Table(own, list(zip(indices, places, strict=True)), "adamw", d)
-            grid, scratch = table.scratch(Rs, ["strips", "direction_strips"])
+            grid, scratch = table.scratch(Rs, ["strips", "products"])
             table.launch(adamw_kernel, grid, numbers | scratch, constants)
         else:
             own = [[*ts, *factors[i]] for ts, i in zip(own, members, strict=True)]

@@ -26,6 +26,9 @@ Factors = tuple[Tensor] | tuple[Tensor, Tensor]
 MAX_RANK = 128
 """The widest S that fits into shared memory as an operand."""
 
+REACH = 2**23
+"""Rows of a block so far apart that 32 bits do not hold their distance are left to eager."""
+
 PROGRAMS = 2
 """Programs of a kernel with scratch on each multiprocessor."""
 
@@ -34,27 +37,31 @@ OPERANDS = operand_constants(Operands(torch.bfloat16, "ieee"))
 
 @jit
 def locate(table, block, count, SPAN: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Which weight a block of rows belongs to, the numbers of its rows, and which of them exist `[BLOCK_M, 1]`.
+    """Which weight a block of rows belongs to, its first row, and which of its rows exist `[BLOCK_M, 1]`.
 
     Columns 0 and 1 of the table: the number of each weight's first block, and its rows.
     """
     i = tl.arange(0, SPAN)
     firsts = tl.load(table + i, mask=i < count, other=2**62)
     weight = tl.sum((firsts <= block).to(tl.int32), 0) - 1
-    m = (block - tl.load(table + weight)) * BLOCK_M + tl.arange(0, BLOCK_M)  # 64 bits, like the table
-    return weight, m[:, None], (m < tl.load(table + count + weight))[:, None]
+    row = (block - tl.load(table + weight)) * BLOCK_M  # 64 bits, like the table
+    height = (tl.load(table + count + weight) - row).to(tl.int32)
+    return weight, row, (tl.arange(0, BLOCK_M) < height)[:, None]
 
 
 @jit
-def matrix(table, weight, count, SLOT: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Address and row stride of a weight's matrix number SLOT, from columns 2 + 2 SLOT and 3 + 2 SLOT."""
+def matrix(table, weight, count, row, SLOT: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Where a row of a weight's matrix number SLOT begins, and the stride of rows.
+
+    Columns 2 + 2 SLOT and 3 + 2 SLOT of the table. 32 bits hold the distances within a block of rows.
+    """
     entry = table + (2 + 2 * SLOT) * count + weight
     pointer = tl.load(entry).to(tl.pointer_type(DTYPE))
-    stride = tl.load(entry + count)
+    stride = tl.load(entry + count).to(tl.int32)
     if ALIGNED:  # so that 16 bytes are loaded at a time
         pointer = tl.multiple_of(pointer, 16)
         stride = tl.multiple_of(stride, 128 // DTYPE.primitive_bitwidth)
-    return pointer, stride
+    return pointer + row * stride, stride
 
 
 @jit
@@ -85,11 +92,13 @@ def strip_product(
         d_k, d_n = 1, padded
     else:
         d_k, d_n = padded, 1
-    n = start + tl.arange(0, BLOCK_N)
+    m = tl.arange(0, BLOCK_M)
+    n = tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     # Zeros fill what lies beyond a matrix, so nothing is masked.
     return product_loop(
-        strip + k[None, :], deviation + (k[:, None] * d_k + n[None, :] * d_n),
+        strip + (m[:, None] * padded + k[None, :]),
+        deviation + start * d_n + (k[:, None] * d_k + n[None, :] * d_n),
         tl.full((BLOCK_M, 1), True, tl.int1), tl.full((1, BLOCK_N), True, tl.int1), padded, 1, d_k, n,
         False, OPERAND, PRECISION, EMULATE, True, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
@@ -107,33 +116,33 @@ def map_kernel(
     The table's matrices are x and, with CHANGE, before; its last column is R's number in `deviation`. What is
     multiplied waits in 16 bits in the program's own strip of scratch, since x is overwritten tile by tile.
     """
+    m = tl.arange(0, BLOCK_M)[:, None]
     n = tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
     strip = strips + tl.program_id(0).to(tl.int64) * BLOCK_M * padded
-    strip += tl.arange(0, BLOCK_M)[:, None] * padded
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
-        weight, m, m_in = locate(table, block, count, SPAN, BLOCK_M)
-        x, stride = matrix(table, weight, count, 0, DTYPE, ALIGNED)
-        x += m * stride
+        weight, row, m_in = locate(table, block, count, SPAN, BLOCK_M)
+        x, x_m = matrix(table, weight, count, row, 0, DTYPE, ALIGNED)
         if CHANGE:
-            before, before_stride = matrix(table, weight, count, 1, DTYPE, ALIGNED)
-            before += m * before_stride
+            before, before_m = matrix(table, weight, count, row, 1, DTYPE, ALIGNED)
         R = tl.load(table + (4 + 2 * CHANGE) * count + weight)
         for start in range(0, padded, BLOCK_K):
-            k = start + tl.arange(0, BLOCK_K)
-            inside = m_in & (k < D)[None, :]
-            tile = tl.load(x + k[None, :], mask=inside, other=0.0).to(tl.float32)
+            inside = m_in & (k < D - start)[None, :]
+            tile = tl.load(x + start + (m * x_m + k[None, :]), mask=inside, other=0.0).to(tl.float32)
             if CHANGE:
-                tile -= tl.load(before + k[None, :], mask=inside, other=0.0).to(tl.float32)
-            tl.store(strip + k[None, :], rounded(tile, OPERAND, EMULATE))
+                old = tl.load(before + start + (m * before_m + k[None, :]), mask=inside, other=0.0)
+                tile -= old.to(tl.float32)
+            tl.store(strip + start + (m * padded + k[None, :]), rounded(tile, OPERAND, EMULATE))
         tl.debug_barrier()
         for start in range(0, D, BLOCK_N):
             acc = strip_product(
                 strip, deviation + R * padded * padded, padded, start, not CHANGE,
                 OPERAND, PRECISION, EMULATE, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
-            inside = m_in & (start + n < D)[None, :]
-            acc += tl.load(x + (start + n)[None, :], mask=inside, other=0.0).to(tl.float32)
-            tl.store(x + (start + n)[None, :], rounded(acc, DTYPE, EMULATE), mask=inside)
+            inside = m_in & (n < D - start)[None, :]
+            tile = x + start + (m * x_m + n[None, :])
+            acc += tl.load(tile, mask=inside, other=0.0).to(tl.float32)
+            tl.store(tile, rounded(acc, DTYPE, EMULATE), mask=inside)
         tl.debug_barrier()  # the next block overwrites the strip
 
 
@@ -143,7 +152,7 @@ def times_S(
     OPERAND: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """`t S`, or `t S^T`, for `t [*, BLOCK_R]`: rounded to be the operand of the next product."""
-    S, stride = matrix(table, weight, count, SLOT, tl.float32, ALIGNED)
+    S, stride = matrix(table, weight, count, 0, SLOT, tl.float32, ALIGNED)
     rank = tl.arange(0, BLOCK_R)
     inside = (rank < RANK)[:, None] & (rank < RANK)[None, :]
     if TRANSPOSED:
@@ -166,25 +175,26 @@ def lowrank_map_kernel(
     The table's matrices are x, with CHANGE before, Q and S. The first pass over the columns gives `x Q`, which
     stays in registers; the second takes them in reverse, the last ones read being those still in L2.
     """
-    weight, m, m_in = locate(table, tl.program_id(0), count, SPAN, BLOCK_M)
-    x, stride = matrix(table, weight, count, 0, DTYPE, ALIGNED)
-    x += m * stride
+    weight, row, m_in = locate(table, tl.program_id(0), count, SPAN, BLOCK_M)
+    x, x_m = matrix(table, weight, count, row, 0, DTYPE, ALIGNED)
     if CHANGE:
-        before, before_stride = matrix(table, weight, count, 1, DTYPE, ALIGNED)
-        before += m * before_stride
-    Q, q_d = matrix(table, weight, count, 1 + CHANGE, tl.float32, ALIGNED)
+        before, before_m = matrix(table, weight, count, row, 1, DTYPE, ALIGNED)
+    Q, q_d = matrix(table, weight, count, 0, 1 + CHANGE, tl.float32, ALIGNED)
+    m = tl.arange(0, BLOCK_M)[:, None]
+    n = tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
     rank = tl.arange(0, BLOCK_R)
     rank_in = rank < RANK
     t = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for start in range(0, D, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        inside = m_in & (k < D)[None, :]
-        tile = tl.load(x + k[None, :], mask=inside, other=0.0)
+        k_in = k < D - start
+        inside = m_in & k_in[None, :]
+        tile = tl.load(x + start + (m * x_m + k[None, :]), mask=inside, other=0.0)
         if CHANGE:
-            tile = tile.to(tl.float32) - tl.load(before + k[None, :], mask=inside, other=0.0).to(tl.float32)
-        factor = tl.load(
-            Q + k[:, None] * q_d + rank[None, :], mask=(k < D)[:, None] & rank_in[None, :], other=0.0
-        )
+            old = tl.load(before + start + (m * before_m + k[None, :]), mask=inside, other=0.0)
+            tile = tile.to(tl.float32) - old.to(tl.float32)
+        factor = Q + start * q_d + (k[:, None] * q_d + rank[None, :])
+        factor = tl.load(factor, mask=k_in[:, None] & rank_in[None, :], other=0.0)
         t = dot(tile, factor, t, OPERAND, PRECISION, EMULATE)
     t = times_S(
         t, table, weight, count, RANK, 2 + CHANGE, ALIGNED, not CHANGE, OPERAND, PRECISION, EMULATE, BLOCK_R
@@ -192,14 +202,14 @@ def lowrank_map_kernel(
     tl.debug_barrier()  # every thread has read x
     steps = tl.cdiv(D, BLOCK_N)
     for step in range(steps):
-        n = (steps - 1 - step) * BLOCK_N + tl.arange(0, BLOCK_N)
-        inside = m_in & (n < D)[None, :]
-        acc = tl.load(x + n[None, :], mask=inside, other=0.0).to(tl.float32)
-        factor = tl.load(
-            Q + n[None, :] * q_d + rank[:, None], mask=rank_in[:, None] & (n < D)[None, :], other=0.0
-        )
+        start = (steps - 1 - step) * BLOCK_N
+        n_in = (n < D - start)[None, :]
+        factor = Q + start * q_d + (n[None, :] * q_d + rank[:, None])
+        factor = tl.load(factor, mask=rank_in[:, None] & n_in, other=0.0)
+        tile = x + start + (m * x_m + n[None, :])
+        acc = tl.load(tile, mask=m_in & n_in, other=0.0).to(tl.float32)
         acc = dot(t, factor, acc, OPERAND, PRECISION, EMULATE)
-        tl.store(x + n[None, :], rounded(acc, DTYPE, EMULATE), mask=inside)
+        tl.store(tile, rounded(acc, DTYPE, EMULATE), mask=m_in & n_in)
 
 
 def as_matrix(t: Tensor) -> Tensor:
@@ -310,7 +320,8 @@ def grouped(
             views = [t.view(o, d) for t in own]
         except RuntimeError:
             views = []
-        if views and all(t.stride(1) == 1 for t in (*views, *factor) if t.shape[1] > 1) and r <= MAX_RANK:
+        rows = [t.stride() for t in (*views, *factor) if t.shape[1] > 1]
+        if views and r <= MAX_RANK and all(stride[1] == 1 and stride[0] < REACH for stride in rows):
             key = (len(factor) == 1, d, r, *(t.dtype for t in own))
             groups.setdefault(key, []).append(i)
         else:
