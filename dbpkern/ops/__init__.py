@@ -14,6 +14,7 @@ from dbpkern.ops.lowrank_apply import lowrank_apply_
 from dbpkern.ops.lowrank_fold import lowrank_fold
 from dbpkern.ops.lowrank_statistics import lowrank_statistics
 from dbpkern.ops.lowrank_transform import lowrank_transform
+from dbpkern.ops.orthogonalize import orthogonalize
 from dbpkern.ops.rates import choose_rates_
 from dbpkern.ops.sample_rows import sample_patches_, sample_rows_
 from dbpkern.ops.transform import transform
@@ -29,6 +30,7 @@ __all__ = [
     "lowrank_fold",
     "lowrank_statistics",
     "lowrank_transform",
+    "orthogonalize",
     "sample_patches_",
     "sample_rows_",
     "transform",
