@@ -29,8 +29,9 @@ from torch import Tensor
 from bench import options, record
 from dbpkern.ops import _dispatch, _triton
 from dbpkern.ops._triton import Launch
-from dbpkern.ops.correlation import triton_correlation
+from dbpkern.ops.correlation import triton_correlation, triton_gram
 from dbpkern.ops.fold import triton_fold
+from dbpkern.ops.fused_step import triton_fused
 from dbpkern.ops.lowrank_fold import triton_lowrank
 from dbpkern.ops.rates import triton_rates
 from dbpkern.ops.sample_rows import triton_patches, triton_rows
@@ -108,6 +109,18 @@ def _correlation(dtype: torch.dtype, d: int) -> None:
     triton_correlation(meta(LAYERS, 1280, d, dtype=dtype), 0.5, False, out)
 
 
+def _fused(dtype: torch.dtype, d: int) -> None:
+    index = meta(1280, dtype=torch.int64)
+    for eta in _etas():
+        triton_fused(meta(12800, d, dtype=dtype), meta(d, d), index, eta, 0.0)
+
+
+def _orthogonalize(dtype: torch.dtype, d: int) -> None:
+    X = meta(LAYERS, d, 4 * d, dtype=dtype)
+    A = triton_gram(X.mT)
+    triton_gram(A, A, 2.0, -5.0)
+
+
 def _rates(dtype: torch.dtype, d: int) -> None:
     for eta in _etas():
         triton_rates(meta(LAYERS), meta(LAYERS), meta(LAYERS, d), meta(LAYERS), eta, 0.5)
@@ -135,7 +148,9 @@ WORKLOADS: dict[str, tuple[Sequence[tuple[int, ...]], Callable[..., None]]] = {
     "choose_rates_": (WIDTHS, _rates),
     "correlation": (WIDTHS, _correlation),
     "fold": (WIDTHS, _fold),
+    "fused_step": (WIDTHS, _fused),
     "lowrank_fold, lowrank_transform": (RANKS, _lowrank),
+    "orthogonalize": (WIDTHS, _orthogonalize),
     "sample_patches_": (((16,), (7,)), _sample_patches),
     "sample_rows_": (WIDTHS, _sample_rows),
     "transform": (WIDTHS, _transform),

@@ -184,8 +184,11 @@ TILES: dict[tuple[str, str], dict[tuple[int, int], Tiles]] = {
     ("matmul", "tf32"): _TENSOR_CORES,
     ("matmul", "ieee"): _IEEE,
     ("correlation", "16bit"): {**_TENSOR_CORES, (128, 16): Tiles(128, 128, 64, 8, 3)},
-    ("correlation", "tf32"): _TENSOR_CORES,
+    ("correlation", "tf32"): {**_TENSOR_CORES, (128, 1): Tiles(64, 64, 16, 8, 2)},
     ("correlation", "ieee"): _IEEE,
+    ("fused", "16bit"): _TENSOR_CORES,
+    ("fused", "tf32"): _TENSOR_CORES,
+    ("fused", "ieee"): _IEEE,
     # By the rank.
     ("lowrank", "16bit"): {
         (0, 1): Tiles(64, 32, 32, 8, 2),

@@ -15,9 +15,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 @operator("orthogonalize")
-def _orthogonalize(
-    X: Tensor, steps: int, coefficients: Sequence[float], eps: float, backend: str
-) -> Tensor:
+def _orthogonalize(X: Tensor, steps: int, coefficients: Sequence[float], eps: float, backend: str) -> Tensor:
     refusal = _dispatch.triton_refusal(X.device, X.dtype)
     automatic = _dispatch.preferred("orthogonalize", X.device, _dispatch.operands(X.dtype).kind)
     serves = _dispatch.choose("orthogonalize", backend, {"triton": refusal}, automatic)
