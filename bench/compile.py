@@ -1,10 +1,12 @@
 """Compile every shipped kernel configuration ahead of time and report its resources; needs no GPU.
 
-Each row of the tables in dbpkern/configs/ is compiled for its architecture as a launch would compile it, at
-widths that take it. The report lists registers of a thread, bytes of shared memory of a block, spills (loads
-and stores of local memory in the machine code) and tensor-core instructions. The exit code is 1 where a
-kernel spills, asks for more shared memory than the architecture has, or multiplies 16-bit or TF32 operands
-without tensor cores.
+The launches that WORKLOADS make on tensors without memory are compiled for each architecture as a GPU would
+compile them. The report lists registers of a thread, bytes of shared memory of a program, how many programs a
+multiprocessor holds at a time, spills (loads and stores of local memory in the machine code) and tensor-core
+instructions. The exit code is 1 where a kernel spills, asks for more shared memory than the architecture has,
+or multiplies 16-bit or TF32 operands without tensor cores.
+
+Another kernel joins by a line in WORKLOADS.
 """
 
 import argparse
@@ -27,16 +29,40 @@ from torch import Tensor
 from bench import options, record
 from dbpkern.ops import _dispatch, _triton
 from dbpkern.ops._triton import Launch
-from dbpkern.ops.apply import triton_apply
-from dbpkern.ops.correlation import triton_correlation
+from dbpkern.ops.correlation import triton_correlation, triton_gram
 from dbpkern.ops.fold import triton_fold
 from dbpkern.ops.fused_step import triton_fused
 from dbpkern.ops.lowrank_fold import triton_lowrank
+from dbpkern.ops.rates import triton_rates
+from dbpkern.ops.sample_rows import triton_patches, triton_rows
 from dbpkern.ops.transform import triton_transform
-from dbpkern.ops.update import triton_update
 
-SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
-"""Bytes of shared memory that a block may ask for, by compute capability (CUDA programming guide)."""
+
+@dataclass(frozen=True)
+class Limits:
+    """What a multiprocessor has (CUDA programming guide, table of compute capabilities)."""
+
+    shared_of_program: int
+    """Bytes of shared memory that one program may ask for."""
+    shared: int
+    """Bytes of shared memory of all programs; each takes 1 KiB beyond what it asks for."""
+    registers: int = 65_536
+    warps: int = 64
+    programs: int = 32
+
+    def resident(self, registers: int, shared: int, warps: int) -> int:
+        """How many programs of these sizes it holds at a time."""
+        of_warp = -(-registers * 32 // 256) * 256
+        return min(
+            self.programs,
+            self.warps // warps,
+            self.registers // (of_warp * warps),
+            self.shared // (shared + 1024),
+        )
+
+
+LIMITS = {80: Limits(166_912, 167_936), 90: Limits(232_448, 233_472), 100: Limits(232_448, 233_472)}
+"""By compute capability."""
 
 TENSOR_CORES = ("HGMMA", "HMMA", "UTCHMMA")
 """Machine instructions of 16-bit and TF32 products: Hopper's, those of all since Volta, Blackwell's."""
@@ -51,7 +77,11 @@ TYPES = {
 
 LAYERS = 12
 KINDS = {"16bit": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
-"""The rows' kinds of operands, with the dtype of samples that asks for them."""
+"""The kinds of operands, with the dtype of samples that asks for them."""
+WIDTHS = ((99,), (80,), (771,), (3072,))
+"""The widest and oddest that take each row of a table of tiles by width."""
+RANKS = ((768, 64), (768, 128), (768, 256), (771, 63), (771, 127), (771, 255))
+"""Widths and ranks that take each row of a table of tiles by rank."""
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -59,63 +89,73 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _fold(d: int, dtype: torch.dtype) -> None:
+def _etas() -> tuple[Tensor, Tensor]:
+    """A number, which a kernel takes as such, and a tensor on the device."""
+    return torch.tensor(0.1), meta()
+
+
+def _fold(dtype: torch.dtype, d: int) -> None:
     triton_fold(meta(4 * d, d), meta(d, d), dtype)
     triton_fold(meta(4 * d, d, dtype=dtype), meta(d, d).mT, torch.float32)  # its gradient
 
 
-def _transform(d: int, dtype: torch.dtype) -> None:
+def _transform(dtype: torch.dtype, d: int) -> None:
     triton_transform(meta(LAYERS, 1280, d, dtype=dtype), meta(LAYERS, d, d))
 
 
-def _correlation(d: int, dtype: torch.dtype) -> None:
-    triton_correlation(meta(LAYERS, 1280, d, dtype=dtype), 0.0, False)
-    triton_correlation(meta(LAYERS, 1280, d, dtype=dtype), 0.5, True)
+def _correlation(dtype: torch.dtype, d: int) -> None:
+    out = torch.bfloat16 if dtype.itemsize == 2 else dtype
+    triton_correlation(meta(LAYERS, 1280, d, dtype=dtype), 0.0, True, out)
+    triton_correlation(meta(LAYERS, 1280, d, dtype=dtype), 0.5, False, out)
 
 
-def _rates() -> tuple[Tensor, Tensor]:
-    """A number, which the kernel takes as such, and a tensor on the device."""
-    return torch.tensor(0.1), meta()
+def _fused(dtype: torch.dtype, d: int) -> None:
+    index = meta(1280, dtype=torch.int64)
+    for eta in _etas():
+        triton_fused(meta(12800, d, dtype=dtype), meta(d, d), index, eta, 0.0)
 
 
-def _apply(d: int, dtype: torch.dtype) -> None:
-    for rate in _rates():
-        triton_apply(meta(LAYERS, d, d), meta(LAYERS, d, d, dtype=dtype), rate)
+def _orthogonalize(dtype: torch.dtype, d: int) -> None:
+    X = meta(LAYERS, d, 4 * d, dtype=dtype)
+    A = triton_gram(X.mT)
+    triton_gram(A, A, 2.0, -5.0)
 
 
-def _update_form(d: int, dtype: torch.dtype) -> None:
-    for rate in _rates():
-        triton_update(meta(LAYERS, d, d), meta(LAYERS, d, d, dtype=dtype), rate, 0.0)
+def _rates(dtype: torch.dtype, d: int) -> None:
+    for eta in _etas():
+        triton_rates(meta(LAYERS), meta(LAYERS), meta(LAYERS, d), meta(LAYERS), eta, 0.5)
+        triton_rates(meta(LAYERS), meta(LAYERS), meta(LAYERS, d), None, eta, 0.0)
 
 
-def _update_associate(d: int, dtype: torch.dtype) -> None:
-    for rate in _rates():
-        triton_update(meta(LAYERS, d, d), meta(LAYERS, d // 2, d, dtype=dtype), rate, 0.0)
+def _sample_rows(dtype: torch.dtype, d: int) -> None:
+    x, index = meta(256, 50, d, dtype=dtype), meta(1280, dtype=torch.int64)
+    triton_rows(meta(1280, d, dtype=dtype), x, index)
+    triton_rows(meta(256 * 49, d, dtype=dtype), x[:, 1:], None)
 
 
-def _fused(d: int, dtype: torch.dtype) -> None:
-    index = meta(d // 3, dtype=torch.int64)
-    for rate in _rates():
-        triton_fused(meta(4 * d, d, dtype=dtype), meta(d, d), index, rate, 0.0)
+def _sample_patches(dtype: torch.dtype, size: int) -> None:
+    images, index = meta(256, 3, 224, 224, dtype=dtype), meta(1280, dtype=torch.int64)
+    out = meta(1280, 3 * size**2, dtype=dtype)
+    triton_patches(out, images, index, (size, size), (size, size), (0, 0, 0, 0), (1, 1))
 
 
-def _lowrank(d: int, dtype: torch.dtype, r: int) -> None:
+def _lowrank(dtype: torch.dtype, d: int, r: int) -> None:
     triton_lowrank(meta(1, 4 * d, d, dtype=dtype), meta(1, d, r), meta(1, r, r), dtype)
     triton_lowrank(meta(1, 4 * d, d), meta(1, d, r), meta(1, r, r), dtype)  # a weight under autocast
 
 
-# op -> the table whose rows it uses, and its launches at width d with samples of a dtype
-WORKLOADS: dict[str, tuple[str, Callable[..., None]]] = {
-    "fold": ("matmul", _fold),
-    "transform": ("matmul", _transform),
-    "correlation": ("correlation", _correlation),
-    "apply_": ("apply_", _apply),
-    "update_, M formed": ("update_form", _update_form),
-    "update_, associated": ("update_associate", _update_associate),
-    "fused_step, on chip": ("fused_on_chip", _fused),
-    "fused_step, pipeline": ("fused_pipeline", _fused),
-    "lowrank_fold, lowrank_transform": ("lowrank_fold", _lowrank),
+WORKLOADS: dict[str, tuple[Sequence[tuple[int, ...]], Callable[..., None]]] = {
+    "choose_rates_": (WIDTHS, _rates),
+    "correlation": (WIDTHS, _correlation),
+    "fold": (WIDTHS, _fold),
+    "fused_step": (WIDTHS, _fused),
+    "lowrank_fold, lowrank_transform": (RANKS, _lowrank),
+    "orthogonalize": (WIDTHS, _orthogonalize),
+    "sample_patches_": (((16,), (7,)), _sample_patches),
+    "sample_rows_": (WIDTHS, _sample_rows),
+    "transform": (WIDTHS, _transform),
 }
+"""By op, sizes and what launches its kernels on tensors without memory: `function(dtype of rows, *size)`."""
 
 
 @dataclass(frozen=True)
@@ -125,39 +165,24 @@ class Configuration:
     arch: int
     op: str
     kind: str
-    d: int
+    size: tuple[int, ...]
     launch: Launch
 
 
-def sizes(table: str, row: dict[str, int]) -> list[dict[str, int]]:
-    """The widest and oddest sizes that take a row of a table."""
-    least, multiple = row["min_d"], row["multiple"]
-    if table == "lowrank_fold":  # its rows go by the rank
-        r = next(r for r in (64, 128, 256) if r >= least)
-        return [{"d": 768, "r": r} if multiple == 16 else {"d": 771, "r": r - 1}]
-    if table == "fused_on_chip":
-        return [{"d": 64}, {"d": 51}]
-    if multiple == 16:
-        return [{"d": 3072 if least else 80}]
-    return [{"d": 771 if least else 99}]
-
-
 def configurations(arch: int) -> list[Configuration]:
-    """Every kernel of an architecture's table, each once."""
+    """Every kernel as it is launched on an architecture, each once."""
     found: dict[tuple, Configuration] = {}
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     try:
-        for (op, (table, launches)), (kind, dtype) in itertools.product(WORKLOADS.items(), KINDS.items()):
+        for (op, (sizes, launches)), (kind, dtype) in itertools.product(WORKLOADS.items(), KINDS.items()):
             matmul.fp32_precision = "tf32" if kind == "tf32" else "ieee"
-            name = f"sm_{arch}"
-            for row in _dispatch.rows(name, table, kind) or ():
-                for size in sizes(table, row):
-                    with _dispatch.assume(name), _triton.recording() as recorded:
-                        launches(dtype=dtype, **size)
-                    for launch in recorded:
-                        key = (str(specialize(launch)), launch.kernel, launch.warps, launch.stages)
-                        found.setdefault(key, Configuration(arch, op, kind, size["d"], launch))
+            for size in sizes:
+                with _dispatch.assume(divmod(arch, 10)), _triton.recording() as recorded:
+                    launches(dtype, *size)
+                for launch in recorded:
+                    key = (str(specialize(launch)), launch.kernel, launch.warps, launch.stages)
+                    found.setdefault(key, Configuration(arch, op, kind, size, launch))
     finally:
         matmul.fp32_precision = before
     return list(found.values())
@@ -197,22 +222,31 @@ class Resources:
     arch: int
     op: str
     kind: str
-    d: int
+    size: tuple[int, ...]
     kernel: str
     tiles: str
+    warps: int
     registers: int
     shared: int
     spills: int
+    multiplies: bool
+    """Whether it is made of products for tensor cores."""
     tensor_cores: str
+
+    @property
+    def resident(self) -> int:
+        """How many programs a multiprocessor holds at a time."""
+        return LIMITS[self.arch].resident(self.registers, self.shared, self.warps)
 
     @property
     def failure(self) -> str | None:
         """What is wrong with it, or None."""
         if self.spills:
             return f"{self.spills} loads and stores of spilled registers"
-        if self.shared > SHARED_LIMIT[self.arch]:
-            return f"{self.shared} bytes of shared memory, the limit is {SHARED_LIMIT[self.arch]}"
-        if self.kind != "ieee" and not self.tensor_cores:
+        limit = LIMITS[self.arch].shared_of_program
+        if self.shared > limit:
+            return f"{self.shared} bytes of shared memory, the limit is {limit}"
+        if self.multiplies and not self.tensor_cores:
             return f"no tensor-core instruction ({', '.join(TENSOR_CORES)})"
         return None
 
@@ -253,12 +287,14 @@ def compile_one(configuration: Configuration) -> Resources:
         configuration.arch,
         configuration.op,
         configuration.kind,
-        configuration.d,
+        configuration.size,
         launch.kernel.__name__,
         f"{'x'.join(blocks)}, {launch.warps} warps, {launch.stages} stages",
+        launch.warps,
         int(re.search(r"REG:(\d+)", usage)[1]),
         compiled.metadata.shared,
         len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        configuration.kind != "ieee" and "PRECISION" in constants,
         " ".join(name for name in TENSOR_CORES if re.search(rf"\b{name}\b", code)),
     )
 
@@ -286,7 +322,7 @@ def compile_all(work: list[Configuration], jobs: int) -> list[Resources]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of `python -m bench compile`."""
     parser.add_argument(
-        "--arch", type=int, nargs="+", choices=sorted(SHARED_LIMIT), default=sorted(SHARED_LIMIT),
+        "--arch", type=int, nargs="+", choices=sorted(LIMITS), default=sorted(LIMITS),
         help="compute capabilities times ten (default: all)",
     )  # fmt: skip
     parser.add_argument("--op", nargs="+", choices=sorted(WORKLOADS), help="only these (default: all)")
@@ -296,11 +332,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def table(found: Sequence[Resources]) -> str:
     """The report as Markdown."""
-    columns = ("op", "kernel, tiles", "sm", "operands", "d", "registers", "shared", "spills", "tensor cores")
+    columns = (
+        "op", "kernel, tiles", "sm", "operands", "size", "registers", "shared", "resident", "spills",
+        "tensor cores",
+    )  # fmt: skip
     rows = [
         [
-            r.op, f"{r.kernel} {r.tiles}", str(r.arch), r.kind, str(r.d),
-            str(r.registers), str(r.shared), str(r.spills), r.tensor_cores or "-",
+            r.op, f"{r.kernel} {r.tiles}", str(r.arch), r.kind, "x".join(map(str, r.size)), str(r.registers),
+            str(r.shared), str(r.resident), str(r.spills), r.tensor_cores or "-",
         ]
         for r in found
     ]  # fmt: skip
@@ -318,9 +357,12 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     print(table(found))
     failed = [r for r in found if r.failure]
     for r in failed:
-        print(f"sm_{r.arch} {r.op}, {r.kind}, d = {r.d}, {r.kernel} {r.tiles}: {r.failure}", file=sys.stderr)
+        print(f"sm_{r.arch} {r.op}, {r.kind}, {r.size}, {r.kernel} {r.tiles}: {r.failure}", file=sys.stderr)
     print(f"\n{len(found)} kernels compiled, {len(failed)} with a failure")
     if args.json:
         head = record.header(argv, torch.device("cpu"), "all")
-        args.json.write_text(json.dumps(head | {"kernels": [asdict(r) for r in found]}, indent=1) + "\n")
+        args.json.write_text(
+            json.dumps(head | {"kernels": [asdict(r) | {"resident": r.resident} for r in found]}, indent=1)
+            + "\n"
+        )
     return int(bool(failed))

@@ -173,8 +173,9 @@ class Decorrelated(nn.Module):
         if index is None:
             index = torch.arange(len(flat), device=flat.device)
         (R,) = self.factors
-        z, new, _ = ops.fused_step(flat, R, index, 1.0, slot.kappa)
-        weight = MovedTap.apply(self.weight, x.detach(), index, new - R, self._key)
+        z, new, a = ops.fused_step(flat, R, index, 1.0, slot.kappa)
+        moved = new - R + 0 * a.sum()  # NaN where the samples are not finite: M is zero there
+        weight = MovedTap.apply(self.weight, x.detach(), index, moved, self._key)
         return z.view(rows.shape), weight
 
     def _linear_slot(self, rows: Tensor) -> Slot | None:

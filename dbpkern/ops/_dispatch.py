@@ -89,7 +89,7 @@ PROCESSORS = {(8, 0): 108, (9, 0): 132, (10, 0): 148}
 
 
 def processors(device: torch.device) -> int:
-    """How many multiprocessors the device has, so many programs at least run at a time; 1 in the interpreter."""
+    """How many multiprocessors the device has: so many programs at least run at a time. 1 on a CPU."""
     if _assumed is not None:
         return PROCESSORS[_assumed]
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
@@ -188,8 +188,8 @@ TILES: dict[tuple[str, str], dict[tuple[int, int], Tiles]] = {
     ("matmul", "16bit"): _TENSOR_CORES,
     ("matmul", "tf32"): _TENSOR_CORES,
     ("matmul", "ieee"): _IEEE,
-    ("correlation", "16bit"): _TENSOR_CORES,
-    ("correlation", "tf32"): _TENSOR_CORES,
+    ("correlation", "16bit"): {**_TENSOR_CORES, (128, 16): Tiles(128, 128, 64, 8, 3)},
+    ("correlation", "tf32"): {**_TENSOR_CORES, (128, 1): Tiles(64, 64, 16, 8, 2)},
     ("correlation", "ieee"): _IEEE,
     # By the width, an odd one where rows are not aligned.
     ("map", "16bit"): {(0, 1): Tiles(64, 64, 32, 4, 3), (0, 16): Tiles(128, 128, 64, 8, 3)},
@@ -197,6 +197,9 @@ TILES: dict[tuple[str, str], dict[tuple[int, int], Tiles]] = {
     # By the rank, likewise.
     ("lowrank_map", "16bit"): {(0, 1): Tiles(32, 32, 32, 4, 2), (0, 16): Tiles(64, 64, 64, 8, 3)},
     ("lowrank_adamw", "16bit"): {(0, 1): Tiles(32, 32, 32, 4, 2), (0, 16): Tiles(64, 64, 32, 8, 3)},
+    ("fused", "16bit"): _TENSOR_CORES,
+    ("fused", "tf32"): _TENSOR_CORES,
+    ("fused", "ieee"): _IEEE,
     # By the rank.
     ("lowrank", "16bit"): {
         (0, 1): Tiles(64, 32, 32, 8, 2),

@@ -41,17 +41,18 @@ def gram_tile(
     k = tl.arange(0, BLOCK_K)
     i_in = (i * BLOCK + block < D)[None, :]
     j_in = (j * BLOCK + block < D)[None, :]
-    rows = z + k[:, None] * z_n
-    z_i = rows + (i * BLOCK).to(tl.int64) * z_d + block[None, :] * z_d  # [BLOCK_K, BLOCK]
-    z_j = rows + (j * BLOCK).to(tl.int64) * z_d + block[None, :] * z_d
+    # The corners in 64 bits, the rest relative to them in 32.
+    tile = k[:, None] * z_n + block[None, :] * z_d  # [BLOCK_K, BLOCK]
+    z_i = z + (i * BLOCK).to(tl.int64) * z_d
+    z_j = z + (j * BLOCK).to(tl.int64) * z_d
     acc = tl.zeros((BLOCK, BLOCK), tl.float32)
     squares_i = tl.zeros((BLOCK_K, BLOCK), tl.float32)
     squares_j = tl.zeros((BLOCK_K, BLOCK), tl.float32)
     for start in range(0, N, BLOCK_K):
         k_in = (k < N - start)[:, None]
         # Loaded as the rows lie, transposed in registers.
-        left = tl.load(z_i, mask=k_in & i_in, other=0.0)
-        right = tl.load(z_j, mask=k_in & j_in, other=0.0)
+        left = tl.load(z_i + tile, mask=k_in & i_in, other=0.0)
+        right = tl.load(z_j + tile, mask=k_in & j_in, other=0.0)
         acc = dot(tl.trans(left), right, acc, OPERAND, PRECISION, EMULATE)
         if SQUARES:
             squares_i += left.to(tl.float32) * left.to(tl.float32)
@@ -64,17 +65,69 @@ def gram_tile(
 @jit
 def store_symmetric(tile, M, i, j, D, EMULATE: tl.constexpr, BLOCK: tl.constexpr):
     """Store the tile (i, j), i >= j, of the contiguous symmetric `M [D, D]` and its mirror image (j, i)."""
-    r = i * BLOCK + tl.arange(0, BLOCK)
-    c = j * BLOCK + tl.arange(0, BLOCK)
+    block = tl.arange(0, BLOCK)
+    r, c = block[:, None], block[None, :]
     tile = rounded(tile, M.dtype.element_ty, EMULATE)
     mirrored = tl.trans(tile)
     # A product of equal operands need not be symmetric in its last bits: on M's diagonal, too, the lower
     # triangle is mirrored.
-    tile = tl.where((i == j) & (r[:, None] < c[None, :]), mirrored, tile)
-    inside = (r < D)[:, None] & (c < D)[None, :]
-    tl.store(M + r.to(tl.int64)[:, None] * D + c[None, :], tile, mask=inside)
+    tile = tl.where((i == j) & (r < c), mirrored, tile)
+    # The corner in 64 bits, the rest relative to it in 32.
+    lower = M + (i * BLOCK).to(tl.int64) * D + j * BLOCK
+    tl.store(lower + (r * D + c), tile, mask=(r < D - i * BLOCK) & (c < D - j * BLOCK))
     if i != j:
-        tl.store(M + c.to(tl.int64)[:, None] * D + r[None, :], mirrored, mask=tl.trans(inside))
+        upper = M + (j * BLOCK).to(tl.int64) * D + i * BLOCK
+        tl.store(upper + (r * D + c), mirrored, mask=(r < D - j * BLOCK) & (c < D - i * BLOCK))
+
+
+@jit
+def gram_kernel(
+    z, C, out, N, D, z_l, z_n, z_d, alpha, beta, ADD: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """`out [L, D, D] = alpha z^T z + beta C`, C symmetric and taken in where ADD, for `z [L, N, D]`.
+
+    A tile of the lower triangle on axis 0, a layer on axis 1.
+    """
+    layer = tl.program_id(1).to(tl.int64)
+    i, j = triangle_position(tl.program_id(0))
+    tile, _, _ = gram_tile(
+        z + layer * z_l, i, j, N, D, z_n, z_d, False, OPERAND, PRECISION, EMULATE, BLOCK, BLOCK_K
+    )
+    tile *= alpha
+    if ADD:
+        block = tl.arange(0, BLOCK)
+        r, c = block[:, None], block[None, :]
+        lower = C + layer * D * D + (i * BLOCK).to(tl.int64) * D + j * BLOCK
+        inside = (r < D - i * BLOCK) & (c < D - j * BLOCK)
+        tile += beta * tl.load(lower + (r * D + c), mask=inside, other=0.0).to(tl.float32)
+    store_symmetric(tile, out + layer * D * D, i, j, D, EMULATE, BLOCK)
+
+
+def triton_gram(z: Tensor, C: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
+    """`alpha z^T z + beta C` for `z [L, n, d]` and contiguous symmetric `C [L, d, d]`, in the dtype of z."""
+    z = within_reach(z)
+    L, n, d = z.shape
+    operands = _dispatch.operands(z.dtype)
+    tiles = _dispatch.tiles("correlation", operands.kind, d)
+    blocks = cdiv(d, tiles.m)
+    out = torch.empty(L, d, d, dtype=z.dtype, device=z.device)
+    _triton.launch(
+        gram_kernel,
+        (blocks * (blocks + 1) // 2, L),
+        {
+            "z": z, "C": out if C is None else C, "out": out, "N": n, "D": d,
+            "z_l": z.stride(0), "z_n": z.stride(1), "z_d": z.stride(2), "alpha": alpha, "beta": beta,
+        },
+        {
+            "ADD": C is not None, **operand_constants(operands),
+            "BLOCK": tiles.m, "BLOCK_K": tiles.k,
+        },
+        tiles.warps,
+        tiles.stages,
+    )  # fmt: skip
+    return out
 
 
 @jit

@@ -21,7 +21,7 @@ def rates_kernel(
     caution, rates, a, bound, eta, limit, D, a_l, a_d, tiny, LIMITED: tl.constexpr,
     ETA_TENSOR: tl.constexpr, ETA_STRIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """`caution [L]` and `rates [L]` from `a [L, D]`, and from `bound [L]` where LIMITED; a layer is a program."""
+    """`caution` and `rates [L]` from `a [L, D]`, and `bound [L]` where LIMITED; a layer is a program."""
     layer = tl.program_id(0)
     d = tl.arange(0, BLOCK)
     a += layer.to(tl.int64) * a_l

@@ -17,7 +17,7 @@ ROWS, BLOCK = 8, 256
 
 @jit
 def row_numbers(index, COUNT, N, INDEXED: tl.constexpr, ROWS: tl.constexpr):
-    """This program's places among COUNT rows, the numbers of the rows that go there, and which of them exist."""
+    """This program's places in `out`, the numbers of the rows that go there, and which of these exist."""
     place = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     if INDEXED:
         row = tl.load(index + place, mask=place < COUNT, other=0)
@@ -57,7 +57,7 @@ def patches_kernel(
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
     INDEXED: tl.constexpr, EMULATE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """`out [COUNT, D]` from the patches `index` of `x [N / PER, C, H, W]`, each GRID_W to a row of an image."""
+    """`out [COUNT, D]` from the patches `index` of `x [N / PER, C, H, W]`, GRID_W side by side."""
     place, row, exists = row_numbers(index, COUNT, N, INDEXED, ROWS)
     f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     cell = (row % PER).to(tl.int32)
