@@ -12,15 +12,14 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from rules import convert, decor_sgd, preconditioner
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 from vits import HuggingFaceViT, captured, decorrelated, everything, images, mlp, randomise
 
-import dbpkern
-from dbpkern import DecorPreconditioner, DecorSGD, distributed
-from rules import convert, decor_sgd, precondition
+from dbpkern import distributed
 
 MICRO, STEPS, BATCH = 2, 3, 8
 
@@ -192,14 +191,14 @@ ROWS = [(13, 9), (8, 8), (4, 5), (7, 3)]
 ALONE = 2
 
 CASES = {
-    "plain": {"lr": 0.05, "kappa": 0.1, "limit": None},
-    "limited": {"lr": 2.0, "limit": 0.3},
-    "scale-free": {"lr": 0.3, "scale_free": True},
-    "every": {"lr": 0.05, "every": 2},
-    "low rank": {"lr": 0.05, "kappa": 0.1, "limit": None},
-    "low rank, limited, scale-free": {"lr": 2.0, "limit": 0.3, "scale_free": True},
-    "preconditioner": {"lr": 0.2},
-    "preconditioner, low rank": {"lr": 0.2, "rank": 2},
+    "plain": {"eta": 0.05, "kappa": 0.1, "limit": None},
+    "limited": {"eta": 2.0, "limit": 0.3},
+    "scale-free": {"eta": 0.3, "scale_free": True},
+    "every": {"eta": 0.05, "every": 2},
+    "low rank": {"eta": 0.05, "kappa": 0.1, "limit": None},
+    "low rank, limited, scale-free": {"eta": 2.0, "limit": 0.3, "scale_free": True},
+    "preconditioner": {"eta": 0.2},
+    "preconditioner, low rank": {"eta": 0.2, "rank": 2},
 }
 
 
@@ -217,9 +216,8 @@ def uneven_training(case: str, rank: int = 0, world: int = 1) -> dict:
     net = parallel(model, False) if world > 1 else model
     main = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     if "preconditioner" in case:
-        decor = precondition(
-            model, main, sites=None, filter=everything, **{"rank": None, "every": 1} | options
-        )
+        chosen = {"sites": None, "filter": everything, "rank": None, "every": 1}
+        decor = preconditioner(model, main, **chosen | options)
     else:
         decor = decor_sgd(model, **options)
     rates, counts = [], []
@@ -236,8 +234,9 @@ def uneven_training(case: str, rank: int = 0, world: int = 1) -> dict:
             decor.step()
         rates.append({name: rate.clone() for name, rate in decor.engine.rates().items()})
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    for name, values in decor.state_dict().get("R", {}).items():
-        state |= {f"{name}.{i}.R": value.clone() for i, value in enumerate(values)}
+    if "preconditioner" in case:
+        for name, layer in decor.layers.items():
+            state |= {f"{name}.{i}.R": factor.clone() for i, factor in enumerate(layer.factors)}
     return {"state": state, "rates": rates, "rows": counts}
 
 

@@ -7,10 +7,10 @@ import distributed_worker
 import pytest
 import torch
 from distributed_worker import CASES, KINDS, ROWS
+from rules import decor_sgd
 from torch.multiprocessing import start_processes
 
-from dbpkern import DecorSGD, distributed
-from rules import decor_sgd
+from dbpkern import distributed
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -47,7 +47,7 @@ def test_uneven_steps_equal_those_of_one_process(ranks, single, case, mode):
             for name, rate in theirs.items():
                 torch.testing.assert_close(ours[name], rate, rtol=1e-9, atol=0)
     if "limited" in case:
-        assert all(rate < CASES[case]["lr"] for rate in expected["rates"][0].values())
+        assert all(rate < CASES[case]["eta"] for rate in expected["rates"][0].values())
 
 
 def test_R_have_moved(single):
@@ -140,7 +140,7 @@ def test_traffic_is_that_of_the_collectives(ranks, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_never_reads_a_value(ranks, kind):
     low, _ = kind
-    update = "dbpkern::apply_" if low is None else "dbpkern::lowrank_apply_"
+    update = "dbpkern::apply_" if low is None else "dbpkern::lowrank_step_"
     names = [set(rank["operators"][kind]) for rank in ranks]
     assert update in names[0]  # in owner mode the last of four processes own no layer
     for operators in names:
@@ -151,7 +151,7 @@ def test_processes_that_have_different_things_to_do_are_told(ranks):
     for number, rank in enumerate(ranks):
         assert rank["refused"].keys() == {"widths", "options"}
         for message in rank["refused"].values():
-            assert "expected the same R, types of device and options on all processes" in message
+            assert "expected the same R, types of device and rule on all processes" in message
         assert f"'every': {number + 1}" in rank["refused"]["options"]
 
 
