@@ -112,6 +112,11 @@ class Arm:
                 loss, _ = self.model(*self.inputs)
         with phase("backward"):
             loss.backward()
+        self.update(phase)
+        return loss.detach()
+
+    def update(self, phase: Callable = contextlib.nullcontext) -> None:
+        """The part of a step after the backward."""
         with phase("optimizer"):
             self.optimizer.step()
         with phase("decor"):
@@ -119,7 +124,6 @@ class Arm:
                 self.decor.step()
             elif self.method == "published":
                 published_update(self.model, self.rule.eta, self.rule.kappa)
-        return loss.detach()
 
     @torch.no_grad()
     def output(self) -> Tensor:
