@@ -9,22 +9,23 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import planning_worker
 import pytest
 import torch
 from planning_worker import RHO, N, Net, rows, stepper
+from rules import convert, layers_rule
 from torch import nn
 from torch.multiprocessing import start_processes
 from torch.utils.flop_counter import FlopCounterMode
 from vits import HuggingFaceViT, decorrelated, everything, images, mlp, timm_vit
 
 import dbpkern
-from dbpkern import DecorPreconditioner, planning
+from dbpkern import Decor, DecorPreconditioner, planning
 from train import pretrain
 from train.run_folder import RunFolder
-from rules import convert, precondition
 
 ROOT = Path(__file__).parent.parent
 FREE = planning.Price(ratio=1.0, entry=0.0, each=0.0, group=0.0)
@@ -40,6 +41,11 @@ def flops_alone(monkeypatch):
 def planned(budget: float = 1e9, **options) -> dbpkern.Plan:
     model = Net()
     return dbpkern.plan(model, stepper(model), budget, **{"ranks": ()} | options)
+
+
+def only(*names: str):
+    """A filter for these layers."""
+    return lambda name, module: name in names
 
 
 # What is measured.
@@ -99,7 +105,7 @@ def test_no_budget_chooses_nothing_and_says_what_the_least_would_cost():
 
 def test_nothing_to_remove_is_said():
     model = Net()
-    plan = dbpkern.plan(model, stepper(model), 1e9, filter=lambda name, module: name == "apart")
+    plan = dbpkern.plan(model, stepper(model), 1e9, decor=Decor(filter=only("apart")))
     assert "none of 1 layers: their inputs show no correlations" in str(plan)
 
 
@@ -185,30 +191,37 @@ def test_equal_layers_of_all_blocks_are_one_group_and_shared_inputs_have_one_R()
     assert (projections.width, projections.outputs, len(projections.layers)) == (24, 72, 2)
     assert "encoder.layer.*.output.dense" in groups
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    decor = precondition(model, optimizer, sites=None, filter=plan.accepts, rank=plan.ranks)
+    decor = DecorPreconditioner(model, optimizer, plan.decor())
     assert set(decor.layers) == plan.ranks.keys()
     assert len(decor.engine.names) == len(plan.ranks) - 2 * 2
 
 
-@pytest.mark.parametrize("form", planning.FORMS)
-def test_a_plan_serves_both_forms(form):
+@pytest.mark.parametrize("mode", planning.MODES)
+def test_a_plan_serves_both_modes(mode):
     model = timm_vit()
-    plan = dbpkern.plan(model, stepper(model, lambda seed: images(8)), 0.5, ranks=(3,), form=form, calls=1)
-    plan = planning.Plan(
-        tuple(
-            planning.replace(group, chosen=group.options[i % len(group.options)])
-            for i, group in enumerate(plan.groups)
-        ),
-        1.0,
-    )
+    step = stepper(model, lambda seed: images(8))
+    plan = dbpkern.plan(model, step, 0.5, ranks=(3,), mode=mode, calls=1)
+    assert plan.rule == (Decor() if mode == "optimizer" else Decor.layers())
+    chosen = [replace(g, chosen=g.options[i % len(g.options)]) for i, g in enumerate(plan.groups)]
+    plan = replace(plan, groups=tuple(chosen))
     assert set(plan.ranks.values()) == {3, None}
-    if form == "layers":
-        convert(model, sites=None, filter=plan.accepts, rank=plan.ranks)
-        layers = decorrelated(model)
+    if mode == "layers":
+        dbpkern.decorrelate(model, plan.decor())
+        layers, engine = decorrelated(model), dbpkern.DecorSGD(model, plan.decor()).engine
     else:
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
-        layers = precondition(model, optimizer, sites=None, filter=plan.accepts, rank=plan.ranks).layers
+        engine = DecorPreconditioner(model, optimizer, plan.decor()).engine
+        layers = engine.layers
     assert {name: getattr(layer.structure, "rank", None) for name, layer in layers.items()} == plan.ranks
+    assert replace(engine.decor, sites="all", filter=None, rank=None) == replace(
+        plan.rule, sites="all", rank=None
+    )
+
+
+def test_the_rule_of_a_plan_is_the_one_given():
+    rule = layers_rule(eta=0.125, every=3, filter=everything, sites="qkv", rank=2)
+    plan = planned(decor=rule)
+    assert plan.decor() == replace(rule, sites=None, filter=plan.accepts, rank={"alike": None})
 
 
 # What it costs.
@@ -216,24 +229,24 @@ def test_a_plan_serves_both_forms(form):
 
 def test_costs_are_the_operations_that_decorrelation_adds(flops_alone):
     o, d, n, sampled = 8, 32, N, 100
-    group, _ = planned(sample=0.25, every=5, ranks=(2,), calls=1).groups
+    group, _ = planned(decor=Decor(sample=0.25, every=5), ranks=(2,), calls=1).groups
     plain = 4 * n * o * (32 + 16)  # forward and dW; nobody asks for dX
     full, low = group.options
     assert full.cost * plain == pytest.approx(4 * o * d**2 + (4 * sampled * d**2 + 2 * d**3) / 5)
     update = 4 * sampled * d * 2 + 2 * sampled * 2**2 + 16 * d * 2**2 + 35 * 2**3
-    assert low.cost * plain == pytest.approx(10 * o * d * 2 + 4 * o * 2**2 + update / 5)
+    assert low.cost * plain == pytest.approx(8 * o * d * 2 + 4 * o * 2**2 + update / 5)
 
 
 @pytest.mark.parametrize("rank", [None, 4])
 def test_costs_are_those_of_a_real_step(flops_alone, rank):
     model = Net()
-    only = {"filter": lambda name, module: name == "alike", "sample": 0.25}
+    rule = Decor(sites=None, filter=only("alike"), rank=rank, sample=0.25, every=1)
     ranks = () if rank is None else (rank,)
-    group = dbpkern.plan(model, stepper(model), 1e9, ranks=ranks, every=1, **only).groups[0]
+    group = dbpkern.plan(model, stepper(model), 1e9, ranks=ranks, decor=rule).groups[0]
     with FlopCounterMode(display=False) as plain:
         stepper(model)()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    keep = precondition(model, optimizer, sites=None, filter=only["filter"], rank=rank, sample=0.25, every=1)
+    keep = DecorPreconditioner(model, optimizer, rule)
     with FlopCounterMode(display=False) as counter:
         optimizer.zero_grad()
         stepper(model)()
@@ -246,9 +259,9 @@ def test_costs_are_those_of_a_real_step(flops_alone, rank):
 def test_decorrelated_layers_apply_R_where_that_is_cheaper(flops_alone):
     model = mlp_of(32, 64)
 
-    def cost(form: str) -> float:
+    def cost(mode: str) -> float:
         step = stepper(model, lambda seed: rows(seed, 10)[:, :32])
-        plan = dbpkern.plan(model, step, 1e9, ranks=(), form=form, every=10**9)
+        plan = dbpkern.plan(model, step, 1e9, ranks=(), mode=mode, decor=Decor(every=10**9))
         return plan.groups[0].options[0].cost * 4 * 10 * 32 * 64
 
     assert cost("optimizer") == pytest.approx(4 * 64 * 32**2, rel=1e-3)
@@ -314,12 +327,15 @@ def test_the_model_its_gradients_and_random_numbers_are_as_before():
     assert all(not m._forward_pre_hooks and not m._forward_hooks for m in model.modules())
 
 
+RULE = Decor(sites=None, filter=everything, rank=None, sample=0.3)
+
+
 def trained(interrupt=None) -> tuple[nn.Module, DecorPreconditioner]:
     """Six steps; `interrupt(model, decor)` before the fourth."""
     torch.manual_seed(0)
     model = Net()
     optimizer = torch.optim.AdamW(model.parameters(), 0.01)
-    decor = precondition(model, optimizer, sites=None, filter=everything, rank=None, sample=0.3, every=2)
+    decor = DecorPreconditioner(model, optimizer, RULE)
     for seed in range(6):
         if seed == 3 and interrupt is not None:
             interrupt(model, decor)
@@ -331,7 +347,7 @@ def trained(interrupt=None) -> tuple[nn.Module, DecorPreconditioner]:
 
 def same(one: tuple[nn.Module, DecorPreconditioner], other: tuple[nn.Module, DecorPreconditioner]) -> bool:
     (a, R), (b, S) = one, other
-    pairs = zip([*a.parameters(), *R._factors()], [*b.parameters(), *S._factors()], strict=True)
+    pairs = zip([*a.parameters(), *R.engine.factors()], [*b.parameters(), *S.engine.factors()], strict=True)
     return all(torch.equal(x, y) for x, y in pairs)
 
 
@@ -367,11 +383,9 @@ def test_a_step_of_an_optimizer_is_refused_before_it_changes_a_weight():
         ({"budget": -0.1}, "budget: expected a part of the step's time, at least 0, got -0.1"),
         ({"budget": float("nan")}, "budget: .* got nan"),
         ({"calls": 0}, "calls: expected a whole number, at least 1, got 0"),
-        ({"every": 1.5}, "every: .* got 1.5"),
         ({"ranks": (8, 0)}, r"ranks\[1\]: expected a whole number, at least 1, got 0"),
-        ({"sample": 0.0}, r"sample: expected a fraction in \(0, 1\], got 0.0"),
-        ({"form": "fold"}, r"form: expected one of \('optimizer', 'layers'\), got 'fold'"),
-        ({"filter": lambda name, module: False}, "the filter leaves no layer"),
+        ({"mode": "fold"}, r"mode: expected one of \('optimizer', 'layers'\), got 'fold'"),
+        ({"decor": Decor(filter=lambda name, module: False)}, "the filter leaves no layer"),
     ],
 )
 def test_bad_arguments(options, match):
@@ -465,7 +479,7 @@ def test_layers_that_share_an_R_have_one_rank():
 
 
 def test_the_same_choice_again_changes_nothing():
-    again = trained(lambda model, decor: decor.replan(model, None, everything, None))
+    again = trained(lambda model, decor: decor.replan(model, RULE))
     assert same(again, trained())
 
 
@@ -475,10 +489,10 @@ def test_layers_that_stay_keep_R_and_new_ones_start_from_the_identity():
     def exchange(model: nn.Module, decor: DecorPreconditioner) -> None:
         seen["R"] = decor.layers["alike"].factors[0].clone()
         seen["y"] = model(x)
-        decor.replan(model, None, lambda name, module: name == "alike", None)
+        decor.replan(model, replace(RULE, filter=only("alike")))
         assert list(decor.layers) == ["alike"]
         assert not model.apart._forward_hooks
-        decor.replan(model, None, everything, {"apart": 3})
+        decor.replan(model, replace(RULE, rank={"apart": 3}))
         assert torch.equal(decor.layers["alike"].factors[0], seen["R"])
         assert torch.equal(decor.layers["apart"].factors[1], torch.zeros(3, 3))
         assert torch.equal(model(x), seen["y"])
@@ -487,36 +501,35 @@ def test_layers_that_stay_keep_R_and_new_ones_start_from_the_identity():
     assert not torch.equal(seen["R"], torch.eye(32))
     assert not torch.equal(decor.layers["alike"].factors[0], seen["R"])
     assert decor.layers["apart"].factors[1].abs().max() > 0
-    assert decor.state_dict()["sampling"]["step"] == 6
-    assert [len(f) for f in decor.state_dict()["R"].values()] == [1, 2]
+    assert decor.engine.sampler.step == 6
+    assert [len(site.factors) for site in decor.engine.sites] == [1, 2]
 
 
 def test_shared_R_survive_and_the_optimizer_keeps_its_moments():
     model = HuggingFaceViT()
     optimizer = torch.optim.AdamW(model.parameters(), 0.01)
     name = "encoder.layer.0.attention.attention"
-    decor = precondition(
-        model, optimizer, sites=None, filter=lambda n, m: n.startswith(f"{name}.v"), rank=None, sample=1.0
-    )
+    rule = replace(RULE, filter=only(f"{name}.value"), sample=1.0)
+    decor = DecorPreconditioner(model, optimizer, rule)
     model(images()).square().mean().backward()
     optimizer.step()
     R = decor.layers[f"{name}.value"].factors[0].clone()
-    moments = [m.clone() for state in optimizer.state.values() for m in state.values()]
-    decor.replan(model, "qkv", None, None)
+    moments = [state["exp_avg"].clone() for state in optimizer.state.values()]
+    decor.replan(model, replace(rule, sites="qkv", filter=None))
     for part in ("query", "key", "value"):
         assert torch.equal(decor.layers[f"{name}.{part}"].factors[0], R)
-    kept = [m for state in optimizer.state.values() for m in state.values()]
+    kept = [state["exp_avg"] for state in optimizer.state.values()]
     assert all(torch.equal(a, b) for a, b in zip(moments, kept, strict=True))
 
 
 def test_a_choice_that_cannot_be_changes_nothing():
     def refuse(model: nn.Module, decor: DecorPreconditioner) -> None:
-        for options, match in (
-            ({"filter": lambda name, module: False}, "leaves no layer"),
-            ({"filter": everything, "rank": 17}, "apart: rank: .* got 17"),
+        for changes, match in (
+            ({"filter": only()}, "leaves no layer"),
+            ({"rank": 17}, "apart: rank: .* got 17"),
         ):
             with pytest.raises(ValueError, match=match):
-                decor.replan(model, None, **{"rank": None} | options)
+                decor.replan(model, replace(RULE, **changes))
         assert all(len(module._forward_hooks) == 1 for module in (model.alike, model.apart))
 
     assert same(trained(refuse), trained())
@@ -599,7 +612,7 @@ def test_a_planned_run_killed_and_resumed_gives_the_losses_of_one_never_killed(t
 
 def test_a_planned_run_with_decorrelated_layers_exports_its_encoder(tmp_path):
     out = tmp_path / "run"
-    layers = ["--decor.form=auto", "--decor.eta=0.001", "--decor.scale_free=false", "--steps=3"]
+    layers = ["--decor.mode=layers", "--decor.eta=0.001", "--decor.scale_free=false", "--steps=3"]
     pretrain.main([*RUN, "--decor.budget=40", f"--out={out}", *layers])
     assert not records(out, "plan")  # only around the optimizer
     saved = out / "checkpoints" / "step-00000003" / "state.pt"
