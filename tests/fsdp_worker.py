@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from rules import convert, decor_sgd, preconditioner
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -19,10 +20,8 @@ from vits import HuggingFaceViT, decorrelated, everything, images, make, mlp, ra
 import dbpkern
 import train.checkpoint
 import train.pretrain
-from dbpkern import DecorPreconditioner, DecorSGD
 from dbpkern.layers.modules import DecorLinear
 from train.processes import Processes
-from rules import convert, decor_sgd, precondition
 
 MICRO, STEPS, BATCH = 2, 3, 8
 
@@ -228,9 +227,7 @@ def refusals() -> dict[str, str]:
         messages["columns"] = str(error)
     stock = fully_shard(nn.Sequential(nn.Linear(4, 6)), shard_placement_fn=lambda p: Shard(p.dim() - 1))
     try:
-        precondition(
-            stock, torch.optim.SGD(stock.parameters(), lr=0.1), sites=None, filter=lambda name, _: True
-        )
+        preconditioner(stock, torch.optim.SGD(stock.parameters(), lr=0.1), sites=None, filter=everything)
     except ValueError as error:
         messages["around columns"] = str(error)
     gathered = fully_shard(nn.Sequential(DecorLinear.from_linear(nn.Linear(4, 6))))

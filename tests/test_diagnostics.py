@@ -6,12 +6,12 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from rules import convert, decor_sgd, preconditioner
 from torch import nn
 from vits import MODELS, decorrelated, everything, images, make, mlp, shake
 
 import dbpkern
-from dbpkern import DecorPreconditioner, DecorSGD, diagnostics
-from rules import convert, decor_sgd, precondition
+from dbpkern import diagnostics
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -63,7 +63,7 @@ def test_statistics_by_their_definition(kind, method):
         held = decorrelated(model)
     elif method == "around":
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        held = precondition(model, optimizer, sites="sublayers").layers
+        held = preconditioner(model, optimizer, sites="sublayers", rank=None).layers
         for layer in held.values():
             for factor in layer.factors:
                 factor.add_(0.1 * torch.randn_like(factor))

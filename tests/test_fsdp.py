@@ -169,7 +169,7 @@ def options(tmp_path_factory) -> list[str]:
 
 
 DBP = ["--decor.enable=true", "--decor.sample=1", "--decor.rank={fc1: 8}"]
-ARMS = {"plain": [], "layers": [*DBP, "--decor.form=auto"], "optimizer": [*DBP, "--decor.form=optimizer"]}
+ARMS = {"plain": [], **{m: [*DBP, f"--decor.mode={m}"] for m in ("layers", "optimizer", "preconditioner")}}
 
 
 def free_port() -> int:
