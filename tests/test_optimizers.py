@@ -1,0 +1,662 @@
+"""DecorAdamW and DecorMuon: what they compute, and what an optimizer owes its users."""
+
+import copy
+import io
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+from timm.optim import muon as timm_muon
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from vits import everything, images, make
+
+from dbpkern import Decor, DecorAdamW, DecorMuon, DecorPreconditioner, reference
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+D = 12
+RULE = Decor(sites=None, filter=everything, rank=None, eta=0.1, sample=0.5)
+RULES = {
+    "full": RULE,
+    "low": replace(RULE, rank=5),
+    "mixed": replace(RULE, rank={"0": 5}),
+    "published": replace(RULE, eta=1e-3, every=1, scale_free=False, limit=None, kappa=0.2),
+}
+
+
+def network(dtype=torch.float64):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(D, 24), nn.LayerNorm(24), nn.GELU(), nn.Linear(24, 8)).to(dtype)
+
+
+def batch(seed, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(D, D, generator=torch.Generator().manual_seed(99), dtype=dtype)
+    return torch.randn(40, D, generator=generator, dtype=dtype) @ mixing
+
+
+def loss_of(model, x):
+    return (model(x) - x[:, :8]).square().mean()
+
+
+def train(model, optimizer, steps, start=0, closure=False, scheduler=None, set_to_none=True):
+    losses = []
+    for step in range(start, start + steps):
+        x = batch(step, next(model.parameters()).dtype)
+
+        def evaluate(x=x):
+            optimizer.zero_grad(set_to_none)
+            loss = loss_of(model, x)
+            loss.backward()
+            return loss
+
+        if closure:
+            loss = optimizer.step(evaluate)
+        else:
+            loss = evaluate()
+            optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+        losses.append(loss.item())
+    return losses
+
+
+def groups(model):
+    """Matrices and vectors, with options of their own."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    return [
+        {"params": matrices, "weight_decay": 0.1},
+        {"params": vectors, "weight_decay": 0.0, "lr": 0.02, "betas": (0.8, 0.9)},
+    ]
+
+
+def adamw(model, decor=RULE, **options):
+    return DecorAdamW(groups(model), 0.01, model=model, decor=decor, **options)
+
+
+def muon(model, decor=RULE, **options):
+    return DecorMuon(groups(model), 0.01, model=model, decor=decor, **options)
+
+
+BOTH = pytest.mark.parametrize("make_optimizer", [adamw, muon])
+
+
+def parameters(model):
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def moved(model, start, by=1e-3):
+    return all((p - q).abs().max() > by for p, q in zip(model.parameters(), start, strict=True))
+
+
+def factors(optimizer):
+    return [f.clone() for f in optimizer.engine.factors()]
+
+
+def identical(ones, others):
+    ones, others = list(ones), list(others)
+    assert len(ones) == len(others)
+    for one, other in zip(ones, others, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def same_state(one, other):
+    """Of state dicts: the same, bit for bit."""
+    assert one["param_groups"] == other["param_groups"]
+    torch.testing.assert_close(one["state"], other["state"], rtol=0, atol=0)
+
+
+def same_run(one, other):
+    """Of (model, optimizer) pairs: the same weights, R and state, bit for bit."""
+    identical(one[0].parameters(), other[0].parameters())
+    if one[1].engine is not None:
+        identical(factors(one[1]), factors(other[1]))
+    same_state(one[1].state_dict(), other[1].state_dict())
+
+
+# The mathematics.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("closure", [False, True])
+def test_without_a_model_DecorAdamW_is_AdamW_bit_for_bit(dtype, closure):
+    models = network(dtype), network(dtype)
+    start = parameters(models[0])
+    optimizers = DecorAdamW(groups(models[0]), 0.01), torch.optim.AdamW(groups(models[1]), 0.01)
+    losses = []
+    for model, optimizer in zip(models, optimizers, strict=True):
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
+        losses.append(train(model, optimizer, 20, closure=closure, scheduler=scheduler))
+    assert losses[0] == losses[1]
+    identical(models[0].parameters(), models[1].parameters())
+    assert moved(models[0], start)
+    torch.testing.assert_close(
+        optimizers[0].state_dict()["state"], optimizers[1].state_dict()["state"], rtol=0, atol=0
+    )
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("rule", RULES)
+def test_DecorAdamW_is_AdamW_between_the_maps(rule, dtype, tolerance):
+    models = network(dtype), network(dtype)
+    start = parameters(models[0])
+    whole = adamw(models[0], RULES[rule])
+    plain = torch.optim.AdamW(groups(models[1]), 0.01)
+    around = DecorPreconditioner(models[1], plain, RULES[rule])
+    for model, optimizer in zip(models, (whole, plain), strict=True):
+        train(model, optimizer, 20, scheduler=torch.optim.lr_scheduler.StepLR(optimizer, 5, 0.7))
+    assert moved(models[0], start)
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+    for one, other in zip(factors(whole), around.engine.factors(), strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=10 * tolerance)
+        assert one.shape[0] == 5 or (one - torch.eye(*one.shape)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["timm", "torchvision", "huggingface"])
+def test_vision_transformers_step_as_between_the_maps(kind):
+    """A convolution, attention with one weight for q, k and v, and projections that share R."""
+    models = make(kind).double(), None
+    models = models[0], copy.deepcopy(models[0])
+    sites = ("patch_embed", "qkv", "fc1", "fc2")
+    decor = Decor(sites=sites, eta=0.2)
+    whole = DecorAdamW(models[0].parameters(), 0.01, weight_decay=0.1, model=models[0], decor=decor)
+    plain = torch.optim.AdamW(models[1].parameters(), 0.01, weight_decay=0.1)
+    around = DecorPreconditioner(models[1], plain, decor)
+    for model, optimizer in zip(models, (whole, plain), strict=True):
+        for step in range(4):
+            torch.manual_seed(step)
+            optimizer.zero_grad()
+            model(images(4).double()).square().mean().backward()
+            optimizer.step()
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
+    for one, other in zip(factors(whole), around.engine.factors(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+def orthogonalized(update, steps=5):
+    return reference.orthogonalize(update[None], steps)[0]
+
+
+def muon_by_hand(model, layers, step, memory, lr, decay, momentum, nesterov, scale):
+    """A step of Muon on the matrices, between the maps by each layer's R, written for reading."""
+    for name, V in model.named_parameters():
+        if V.dim() == 1:
+            continue
+        R = layers[name.removesuffix(".weight")].dense_R() if layers else torch.eye(V.shape[1]).double()
+        g = reference.map_gradient(V.grad, R)
+        m = memory[name] = momentum * memory.get(name, torch.zeros_like(g)) + (1 - momentum) * g
+        update = (1 - momentum) * g + momentum * m if nesterov else m
+        o, d = V.shape
+        factor = max(1, o / d) ** 0.5 if scale == "original" else 0.2 * max(o, d) ** 0.5
+        change = -lr * (decay * V + factor * orthogonalized(update))
+        V.copy_(reference.map_change(V + change, V, R))
+
+
+@pytest.mark.parametrize("scale", ["original", "match_rms_adamw"])
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("rule", [None, "full", "mixed"])
+def test_DecorMuon_by_hand(rule, nesterov, scale):
+    model, twin = network(), network()
+    decor = None if rule is None else RULES[rule]
+    options = {"momentum": 0.9, "nesterov": nesterov, "scale": scale}
+    optimizer = DecorMuon(groups(model), 0.01, model=rule and model, decor=decor, **options)
+    vectors = torch.optim.AdamW(
+        [p for p in twin.parameters() if p.dim() == 1], 0.02, (0.8, 0.9), weight_decay=0.0
+    )
+    memory = {}
+    for step in range(10):
+        layers = optimizer.engine.layers if rule else None
+        twin.zero_grad()
+        loss_of(twin, batch(step)).backward()
+        with torch.no_grad():
+            muon_by_hand(twin, layers, step, memory, 0.01, 0.1, 0.9, nesterov, scale)
+        vectors.step()
+        train(model, optimizer, 1, step)  # then R moves
+        for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
+    if rule:
+        assert all(
+            (layer.dense_R() - torch.eye(len(layer.dense_R()))).norm() > 0.01 for layer in layers.values()
+        )
+
+
+@pytest.fixture
+def exact_timm(monkeypatch):
+    """timm's Newton-Schulz iteration in fp64 instead of bf16."""
+    theirs = timm_muon.zeropower_via_newtonschulz
+    monkeypatch.setattr(
+        timm_muon, "zeropower_via_newtonschulz", lambda *a, **k: theirs(*a, **k, dtype=torch.float64)
+    )
+
+
+@pytest.mark.parametrize("scale", ["original", "match_rms_adamw"])
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("rule", [None, "low", "full"])
+def test_DecorMuon_is_timms_Muon_between_the_maps(exact_timm, rule, nesterov, scale):
+    models = network(), network()
+    if nesterov:  # timm's has Nesterov's momentum for vectors, too
+        for model in models:
+            for parameter in model.parameters():
+                parameter.requires_grad_(parameter.dim() > 1)
+    options = {"momentum": 0.9, "nesterov": nesterov, "betas": (0.8, 0.9), "eps": 1e-7}
+    theirs = {"adjust_lr_fn": scale, "ns_coefficients": "original"}
+
+    def split(model):
+        return [{k: v for k, v in group.items() if k != "betas"} for group in groups(model)]
+
+    ours = DecorMuon(
+        split(models[0]), 0.01, scale=scale, model=rule and models[0], decor=RULES.get(rule), **options
+    )
+    plain = timm_muon.Muon(split(models[1]), 0.01, **options, **theirs)
+    around = None if rule is None else DecorPreconditioner(models[1], plain, RULES[rule])
+    losses = [train(*pair, 10) for pair in ((models[0], ours), (models[1], plain))]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-9)
+    if rule:
+        for one, other in zip(factors(ours), around.engine.factors(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
+
+
+def test_what_Muon_steps():
+    """Matrices, but no vectors, tokens and tables of positions; a group may say so itself."""
+    shapes = {
+        "matrix": (4, 3),
+        "kernel": (4, 3, 2, 2),
+        "vector": (4,),
+        "token": (1, 1, 4),
+        "table": (1, 5, 4),
+    }
+    tensors = {name: nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()}
+    head = nn.Parameter(torch.randn(4, 3))
+    optimizer = DecorMuon([{"params": list(tensors.values())}, {"params": [head], "use_muon": False}])
+    for tensor in (*tensors.values(), head):
+        tensor.grad = torch.randn_like(tensor)
+    optimizer.step()
+    by_muon = {name for name, tensor in tensors.items() if "momentum_buffer" in optimizer.state[tensor]}
+    assert by_muon == {"matrix", "kernel"}
+    assert "exp_avg" in optimizer.state[head]
+
+
+# How people train.
+
+
+@BOTH
+@pytest.mark.parametrize("rule", RULES)
+def test_a_closure_is_as_good_as_none(make_optimizer, rule):
+    runs = [(m, make_optimizer(m, RULES[rule])) for m in (network(), network())]
+    assert train(*runs[0], 6) == train(*runs[1], 6, closure=True)
+    same_run(*runs)
+
+
+@BOTH
+@pytest.mark.parametrize("rule", RULES)
+def test_gradients_may_be_kept_between_steps(make_optimizer, rule):
+    runs = [(m, make_optimizer(m, RULES[rule])) for m in (network(), network())]
+    assert train(*runs[0], 6) == train(*runs[1], 6, set_to_none=False)
+    same_run(*runs)
+
+
+@BOTH
+def test_accumulation_and_dropped_samples(make_optimizer):
+    runs = [(m, make_optimizer(m, replace(RULE, sample=1.0, every=1))) for m in (network(), network())]
+    for step in range(5):
+        x = batch(step)
+        for (model, optimizer), parts in zip(runs, ((x,), x.split((10, 18, 12))), strict=True):
+            optimizer.zero_grad()
+            for part in parts:
+                (loss_of(model, part) * len(part) / len(x)).backward()
+            if step == 2:  # as for a loss that is not finite
+                optimizer.drop_samples()
+                assert not any(site.slot.pending for site in optimizer.engine.sites)
+            else:
+                optimizer.step()
+    for one, other in zip(runs[0][0].parameters(), runs[1][0].parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-8)
+    for one, other in zip(factors(runs[0][1]), factors(runs[1][1]), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-8)
+
+
+@BOTH
+@pytest.mark.parametrize("rule", [None, "full", "low"])
+def test_lr_as_a_tensor(make_optimizer, rule):
+    runs = []
+    for lr in (0.01, torch.tensor(0.01, dtype=torch.float64)):
+        model = network()
+        optimizer = type(make_optimizer(network()))(
+            model.parameters(), lr, weight_decay=0.1, model=rule and model, decor=RULES.get(rule)
+        )
+        train(model, optimizer, 3)
+        if isinstance(lr, torch.Tensor):
+            lr.fill_(0.002)
+        else:
+            optimizer.param_groups[0]["lr"] = 0.002
+        train(model, optimizer, 3, 3)
+        runs.append(model)
+    for one, other in zip(runs[0].parameters(), runs[1].parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
+
+
+@BOTH
+def test_a_GradScaler_skips_steps(make_optimizer):
+    model = network(torch.float32)
+    optimizer = make_optimizer(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1000)
+    skipped = []
+    for step in range(4):
+        before = parameters(model), factors(optimizer), optimizer.engine.sampler.step
+        optimizer.zero_grad()
+        scaler.scale(loss_of(model, batch(step, torch.float32))).backward()
+        if step == 1:
+            model[0].weight.grad[0, 0] = torch.inf
+        scaler.step(optimizer)
+        scaler.update()
+        skipped.append(all(map(torch.equal, before[0], parameters(model))))
+        if step == 1:
+            identical(factors(optimizer), before[1])
+            assert optimizer.engine.sampler.step == before[2]
+    assert skipped == [False, True, False, False]
+    assert scaler.get_scale() == 2.0**9
+
+
+@BOTH
+def test_layers_may_join_later(make_optimizer):
+    """A frozen weight that the optimizer did not have: R rests until it trains."""
+    model = network()
+    model[0].weight.requires_grad_(False)
+    rest = [p for p in model.parameters() if p.requires_grad]
+    optimizer = type(make_optimizer(network()))(rest, 0.01, model=model, decor=RULE)
+    with pytest.warns(UserWarning, match="1 of 2 layers sampled no input"):
+        train(model, optimizer, 2)
+    first = optimizer.engine.layers["0"]
+    assert torch.equal(first.dense_R(), torch.eye(D).double())
+    model[0].weight.requires_grad_(True)
+    before = model[0].weight.detach().clone()
+    optimizer.add_param_group({"params": [model[0].weight], "lr": 0.005})
+    train(model, optimizer, 4, 2)
+    assert not torch.equal(model[0].weight, before)
+    assert (first.dense_R() - torch.eye(D)).norm() > 0.01
+    assert torch.equal(optimizer.state_dict()["state"][len(rest)]["decor_R"], first.dense_R())
+
+
+@BOTH
+@pytest.mark.parametrize("rule", ["full", "low"])
+def test_replanned_layers(make_optimizer, rule):
+    model = network()
+    optimizer = make_optimizer(model, RULES[rule])
+    train(model, optimizer, 3)
+    R, y = optimizer.engine.layers["0"].dense_R().clone(), model(batch(9))
+    optimizer.replan(model, replace(RULES[rule], filter=lambda name, module: name == "0"))
+    assert list(optimizer.engine.layers) == ["0"]
+    assert torch.equal(optimizer.engine.layers["0"].dense_R(), R)
+    assert torch.equal(model(batch(9)), y)
+    before = parameters(model)
+    losses = train(model, optimizer, 4, 3)
+    assert all(map(torch.isfinite, map(torch.tensor, losses)))
+    assert moved(model, before, 1e-4)
+    assert not torch.equal(optimizer.engine.layers["0"].dense_R(), R)
+    with pytest.raises(ValueError, match="leaves no layer"):
+        optimizer.replan(model, replace(RULE, filter=lambda name, module: False))
+    train(model, optimizer, 2, 7)
+
+
+@BOTH
+@pytest.mark.parametrize("rule", ["full", "low"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_step_is_the_eager_one(make_optimizer, rule, backend):
+    runs = [(m, make_optimizer(m, RULES[rule])) for m in (network(), network())]
+    torch._dynamo.reset()
+    compiled = torch.compile(runs[1][1].step, backend=backend)
+    for step in range(5):
+        for (model, optimizer), run in zip(runs, (runs[0][1].step, compiled), strict=True):
+            optimizer.zero_grad()
+            loss_of(model, batch(step)).backward()
+            run()
+    for one, other in zip(runs[0][0].parameters(), runs[1][0].parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+    for one, other in zip(factors(runs[0][1]), factors(runs[1][1]), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_a_weight_without_gradient_keeps_its_value_and_state():
+    model = network()
+    optimizer = adamw(model)
+    train(model, optimizer, 2)
+    before, state = model[0].weight.detach().clone(), copy.deepcopy(optimizer.state[model[0].weight])
+    optimizer.zero_grad()
+    loss_of(model, batch(2)).backward()
+    model[0].weight.grad = None
+    optimizer.step()
+    assert torch.equal(model[0].weight, before)
+    for name in ("step", "exp_avg", "exp_avg_sq"):
+        assert torch.equal(optimizer.state[model[0].weight][name], state[name])
+
+
+# Checkpoints and copies.
+
+
+def saved(*parts):
+    """State dicts that went through a file."""
+    file = io.BytesIO()
+    torch.save([part.state_dict() for part in parts], file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@BOTH
+@pytest.mark.parametrize("rule", RULES)
+def test_a_resumed_run_goes_on_exactly(make_optimizer, rule):
+    def start():
+        model = network()
+        return model, make_optimizer(model, replace(RULES[rule], sample=0.3))
+
+    straight, first, second = start(), start(), start()
+    expected = train(*straight, 9)
+    train(*first, 4)
+    states = saved(*first)
+    train(*second, 1)
+    loss_of(second[0], batch(77)).backward()  # rows that must not reach the resumed run
+    for part, state in zip(second, states, strict=True):
+        part.load_state_dict(state)
+    assert train(*second, 5, 4) == expected[4:]
+    same_run(second, straight)
+
+
+def test_a_run_can_be_resumed_before_its_first_step():
+    runs = [(m, adamw(m)) for m in (network(), network())]
+    runs[1][1].load_state_dict(saved(runs[0][1])[0])
+    assert train(*runs[0], 3) == train(*runs[1], 3)
+    same_run(*runs)
+
+
+@BOTH
+def test_a_plain_state_loads_with_one_warning_and_R_is_the_identity(make_optimizer):
+    model, other = network(), network()
+    optimizer = make_optimizer(model)
+    plain = type(optimizer)(groups(other), 0.03)
+    train(model, optimizer, 3)
+    train(other, plain, 2)
+    with pytest.warns(UserWarning, match="the state holds no R") as caught:
+        optimizer.load_state_dict(plain.state_dict())
+    assert len(caught) == 1
+    for R in factors(optimizer):
+        assert torch.equal(R, torch.eye(len(R)).double())
+    assert optimizer.param_groups[0]["lr"] == 0.03
+    assert optimizer.engine.sampler.step == 0
+    train(model, optimizer, 2)
+
+
+def test_the_state_of_AdamW_itself_loads():
+    model, other = network(), network()
+    plain, optimizer = torch.optim.AdamW(groups(other), 0.01), adamw(model)
+    train(other, plain, 2)
+    with pytest.warns(UserWarning, match="the state holds no R"):
+        optimizer.load_state_dict(plain.state_dict())
+    model.load_state_dict(other.state_dict())
+    train(model, optimizer, 2, 2)
+
+
+@BOTH
+@pytest.mark.parametrize("rule", ["low", "mixed"])
+def test_R_of_other_layers_is_refused_and_nothing_changes(make_optimizer, rule):
+    runs = [(m, make_optimizer(m, RULES[r])) for m, r in ((network(), "full"), (network(), rule))]
+    for run in runs:
+        train(*run, 3)
+    before = copy.deepcopy(runs[0][1].state_dict())
+    foreign = copy.deepcopy(runs[1][1].state_dict())
+    foreign["param_groups"][0]["lr"] = 77.0
+    with pytest.raises(ValueError, match=r"R of 0: expected \{'R': \[12, 12\]\}, got \{'Q': \[12, 5\]"):
+        runs[0][1].load_state_dict(foreign)
+    same_state(runs[0][1].state_dict(), before)
+
+
+@BOTH
+def test_a_layer_with_R_that_the_rule_leaves_out_is_refused(make_optimizer):
+    few = replace(RULE, filter=lambda name, module: name == "0")
+    runs = [(m, make_optimizer(m, rule)) for m, rule in ((network(), few), (network(), RULE))]
+    for run in runs:
+        train(*run, 1)
+    with pytest.raises(ValueError, match="R of a layer without R: expected None"):
+        runs[0][1].load_state_dict(runs[1][1].state_dict())
+    with pytest.raises(ValueError, match=r"R of 3: expected .* got None"):
+        runs[1][1].load_state_dict(runs[0][1].state_dict())
+
+
+@BOTH
+@pytest.mark.parametrize("order", ["model first", "optimizer first"])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_copies_of_model_and_optimizer_go_on_like_the_original(make_optimizer, duplicate, order):
+    model = network()
+    optimizer = make_optimizer(model, RULES["mixed"])
+    train(model, optimizer, 3)
+    if order == "model first":
+        twin, other = duplicate((model, optimizer))
+    else:
+        other, twin = duplicate((optimizer, model))
+    assert other.engine.layers["0"].layer is twin[0]
+    assert train(model, optimizer, 5, 3) == train(twin, other, 5, 3)
+    same_run((model, optimizer), (twin, other))
+    assert torch.equal(other.state[twin[3].weight]["decor_R"], other.engine.layers["3"].dense_R())
+    with pytest.raises(ValueError, match="another optimizer holds this layer's R"):
+        adamw(twin)
+    train(twin, other, 1, 8)
+    assert not torch.equal(twin[0].weight, model[0].weight)
+
+
+def test_a_copy_of_the_model_alone_has_no_R():
+    model = network()
+    optimizer = adamw(model)
+    train(model, optimizer, 2)
+    twin = copy.deepcopy(model)
+    other = adamw(twin)
+    train(twin, other, 1)
+    assert not any(site.slot.pending for site in optimizer.engine.sites)
+
+
+# torch.distributed.checkpoint, as trainers use it: it steps a new optimizer on zero gradients.
+
+
+@BOTH
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("rule", ["full", "mixed"])
+def test_distributed_checkpoints_resume_exactly(make_optimizer, rule, flat):
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    straight, first = ((m, make_optimizer(m, RULES[rule])) for m in (network(), network()))
+    expected = train(*straight, 7)
+    train(*first, 3)
+    state = copy.deepcopy(get_optimizer_state_dict(*first, options=options))
+    weights = copy.deepcopy(first[0].state_dict())
+    assert train(*first, 4, 3) == expected[3:]  # asking changes nothing
+    model = network()
+    optimizer = make_optimizer(model, RULES[rule])
+    model.load_state_dict(weights)
+    set_optimizer_state_dict(model, optimizer, state, options=options)
+    identical(model.state_dict().values(), weights.values())
+    assert optimizer.engine.sampler.step == 3
+    assert train(model, optimizer, 4, 3) == expected[3:]
+    same_run((model, optimizer), straight)
+
+
+@BOTH
+@pytest.mark.parametrize("flat", [False, True])
+def test_asking_for_the_state_before_any_step_moves_nothing(make_optimizer, flat):
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    asked, other = ((m, make_optimizer(m)) for m in (network(), network()))
+    before, R = parameters(asked[0]), factors(asked[1])
+    state = get_optimizer_state_dict(*asked, options=options)
+    assert any("decor_R" in str(key) for key in (state if flat else state["state"]["0.weight"]))
+    identical(asked[0].parameters(), before)
+    identical(factors(asked[1]), R)
+    assert asked[1].engine.sampler.step == 0
+    set_optimizer_state_dict(*other, copy.deepcopy(state), options=options)
+    assert other[1].engine.sampler.step == 0
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_distributed_checkpoints_around_any_optimizer(flat):
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+
+    def start():
+        model = network()
+        optimizer = torch.optim.AdamW(groups(model), 0.01)
+        return (model, optimizer), DecorPreconditioner(model, optimizer, RULES["mixed"])
+
+    (straight, around), (first, _), (second, again) = start(), start(), start()
+    expected = train(*straight, 7)
+    train(*first, 3)
+    state = copy.deepcopy(get_optimizer_state_dict(*first, options=options))
+    second[0].load_state_dict(first[0].state_dict())
+    set_optimizer_state_dict(*second, state, options=options)
+    assert train(*second, 4, 3) == expected[3:]
+    identical(again.engine.factors(), around.engine.factors())
+
+
+# Refusals.
+
+
+@pytest.mark.parametrize(
+    ("make_optimizer", "options", "match"),
+    [
+        (DecorAdamW, {"lr": -1.0}, "lr: expected a number >= 0, got -1.0"),
+        (DecorAdamW, {"lr": float("nan")}, "lr: .* got nan"),
+        (DecorAdamW, {"betas": (0.9, 1.0)}, r"betas: expected two numbers in \[0, 1\)"),
+        (DecorAdamW, {"eps": -1e-8}, "eps: expected a number >= 0"),
+        (DecorAdamW, {"weight_decay": -0.1}, "weight_decay: expected a number >= 0"),
+        (DecorMuon, {"lr": -1.0}, "lr: expected a number >= 0, got -1.0"),
+        (DecorMuon, {"momentum": 1.0}, r"momentum: expected a number in \[0, 1\), got 1.0"),
+        (DecorMuon, {"scale": "rms"}, r"scale: expected one of \('original', 'match_rms_adamw'\), got 'rms'"),
+        (DecorMuon, {"betas": (-0.1, 0.9)}, "betas"),
+        (DecorMuon, {"weight_decay": -0.1}, "weight_decay"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(make_optimizer, options, match):
+    model = network()
+    with pytest.raises(ValueError, match=match):
+        make_optimizer(model.parameters(), model=model, decor=RULE, **options)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@BOTH
+def test_weights_that_the_optimizer_lacks_are_refused(make_optimizer):
+    model = network()
+    with pytest.raises(ValueError, match=r"it lacks 1 of 2 \(3, \.\.\.\)"):
+        type(make_optimizer(network()))(model[0].parameters(), model=model, decor=RULE)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@BOTH
+def test_sparse_gradients_are_refused(make_optimizer):
+    table = nn.Embedding(5, 4, sparse=True)
+    optimizer = type(make_optimizer(network()))(table.parameters())
+    table(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(RuntimeError, match="expected dense gradients"):
+        optimizer.step()
