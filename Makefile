@@ -3,15 +3,18 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test lint format clean
+# The exact versions that the tests last passed with on a fresh machine; CONSTRAINTS= takes what is newest.
+CONSTRAINTS ?= constraints.txt
+
+.PHONY: install demo test test-versions lint format clean
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -c "import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f'dbpkern needs Python 3.11 or newer, {sys.executable} is {v.major}.{v.minor}; set PYTHON=')"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) --editable '.[dev]'
 	touch $@
 
 # Two arms, plain and decorrelated, on photographs that ship with scikit-image and scikit-learn.
@@ -29,6 +32,22 @@ demo: install
 test: install
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
+# The tests of ops, kernels, engine and optimizers with the oldest and the newest supported torch, each with its
+# Triton, and two between; every one has a virtual environment of its own, of several GB.
+VERSIONS ?= 2.9 2.11 2.14 newest
+CORE := tests/ops tests/test_capture.py tests/test_config.py tests/test_engine.py tests/test_optimizers.py \
+	tests/test_precondition.py tests/test_optim.py tests/test_stability.py tests/test_nn.py tests/test_lowrank.py
+
+test-versions: $(addprefix test-torch-,$(VERSIONS))
+
+test-torch-%:
+	$(PYTHON) -m venv .versions/$*
+	.versions/$*/bin/python -m pip install --quiet --upgrade pip
+	.versions/$*/bin/python -m pip install --quiet --editable . 'torch$(if $(filter newest,$*),,==$*.*)' \
+		torchvision 'timm>=1.0.26' 'numpy>=1.26' 'pytest>=8' 'pytest-xdist>=3.6'
+	.versions/$*/bin/python -c "import torch, triton; print('torch', torch.__version__, 'triton', triton.__version__)"
+	.versions/$*/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(CORE)
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -38,4 +57,4 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) dist build .pytest_cache .ruff_cache
+	rm -rf $(VENV) .versions dist build .pytest_cache .ruff_cache
