@@ -1,5 +1,6 @@
 """What each process of test_fsdp.py does; the results go to files, and the tests judge them."""
 
+import copy
 import itertools
 import os
 import signal
@@ -12,7 +13,13 @@ import torch.distributed as dist
 from rules import convert, decor_sgd, preconditioner
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from vits import HuggingFaceViT, decorrelated, everything, images, make, mlp, randomise, shake, timm_vit
@@ -20,7 +27,9 @@ from vits import HuggingFaceViT, decorrelated, everything, images, make, mlp, ra
 import dbpkern
 import train.checkpoint
 import train.pretrain
+from dbpkern import Decor, DecorAdamW, DecorMuon, DecorPreconditioner
 from dbpkern.layers.modules import DecorLinear
+from dbpkern.stock import stock_layer
 from train.processes import Processes
 
 MICRO, STEPS, BATCH = 2, 3, 8
@@ -76,13 +85,26 @@ def full(model: nn.Module) -> dict[str, Tensor]:
 
 
 def trained(
-    model: nn.Module, rank: int = 0, world: int = 1, dtype: torch.dtype = torch.float64, autocast=False
+    model: nn.Module,
+    rank: int = 0,
+    world: int = 1,
+    dtype: torch.dtype = torch.float64,
+    autocast: bool = False,
+    optimizer: torch.optim.Optimizer | None = None,
+    seed: int = 2,
 ) -> dict:
-    """Steps of MICRO micro-batches on this process's part of each batch, with clipped gradients."""
-    torch.manual_seed(2)
+    """Steps of MICRO micro-batches on this process's part of each batch, with clipped gradients.
+
+    By AdamW and DecorSGD, or another optimizer.
+    """
+    torch.manual_seed(seed)
     batches = [images(BATCH).to(dtype) for _ in range(MICRO * STEPS)]
-    decor = decor_sgd(model, eta=0.02, kappa=0.1, sample=1.0)
-    main = torch.optim.AdamW(model.parameters(), lr=0.003)
+    if optimizer is None:
+        decor = decor_sgd(model, eta=0.02, kappa=0.1, sample=1.0)
+        main = torch.optim.AdamW(model.parameters(), lr=0.003)
+        main.register_step_post_hook(lambda *_: decor.step())
+    else:
+        main = optimizer
     part = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
     losses, norms = [], []
     for step in range(STEPS):
@@ -101,9 +123,13 @@ def trained(
         norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         losses.append(total)
         main.step()
-        decor.step()
         main.zero_grad()
-    moments = [value for state in main.state.values() for value in state.values() if value.dim()]
+    moments = [
+        value
+        for state in main.state.values()
+        for name, value in state.items()
+        if name in ("exp_avg", "exp_avg_sq", "momentum_buffer")
+    ]
     local = [m.to_local() if isinstance(m, DTensor) else m for m in moments]
     return {
         "state": full(model) if isinstance(model, FSDPModule) else dict(model.state_dict()),
@@ -111,6 +137,58 @@ def trained(
         "norms": torch.stack(norms),
         "moments": sum(m.numel() for m in local),
     }
+
+
+RULE = Decor(rank={"fc2": 6, "proj": 4}, eta=0.2, sample=1.0, every=1)
+
+
+def around_adamw(model: nn.Module) -> torch.optim.Optimizer:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.003, weight_decay=0.1)
+    DecorPreconditioner(model, optimizer, RULE)
+    return optimizer
+
+
+OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
+    "DecorAdamW": lambda m: DecorAdamW(m.parameters(), 0.003, weight_decay=0.1, model=m, decor=RULE),
+    "DecorMuon": lambda m: DecorMuon(m.parameters(), 0.003, weight_decay=0.1, model=m, decor=RULE),
+    "DecorPreconditioner": around_adamw,
+}
+
+
+def optimized(name: str, rank: int = 0, world: int = 1) -> dict:
+    """A stock model in training by an optimizer that holds R, with the optimizer's whole state."""
+    torch.manual_seed(1)
+    model = make("timm").double()
+    if world > 1:
+        shard(model)
+    optimizer = OPTIMIZERS[name](model)
+    results = trained(model, rank, world, optimizer=optimizer)
+    layers = filter(None, map(stock_layer, model.modules()))
+    results["R"] = [factor.clone() for layer in layers for factor in layer.factors]
+    options = StateDictOptions(full_state_dict=True)
+    state = get_optimizer_state_dict(model, optimizer, options=options)["state"]
+    results["optimizer"] = {f"{name}.{key}": v for name, entry in state.items() for key, v in entry.items()}
+    return results
+
+
+def resumed(name: str) -> dict:
+    """Losses of a sharded run, and of one that goes on from its state, by each way to keep it."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    results = {}
+    for how, options in {
+        "sharded": StateDictOptions(),
+        "flat": StateDictOptions(flatten_optimizer_state_dict=True),
+        "whole": StateDictOptions(full_state_dict=True),
+    }.items():
+        torch.manual_seed(1)
+        first, second = (shard(make("timm").double()) for _ in range(2))
+        runs = [(model, OPTIMIZERS[name](model)) for model in (first, second)]
+        trained(first, rank, world, optimizer=runs[0][1])
+        set_model_state_dict(second, get_model_state_dict(first, options=options), options=options)
+        state = get_optimizer_state_dict(*runs[0], options=options)
+        set_optimizer_state_dict(*runs[1], copy.deepcopy(state), options=options)
+        results[how] = [trained(model, rank, world, optimizer=o, seed=5)["losses"] for model, o in runs]
+    return results
 
 
 def mixed_precision() -> dict:
@@ -263,6 +341,7 @@ def run(rank: int, world: int, folder: Path) -> None:
     for name, build in MODELS.items():
         torch.manual_seed(1)
         results["trained"][name] = trained(shard(build().double()), rank, world)
+    results["optimized"] = {name: optimized(name, rank, world) for name in OPTIMIZERS}
     finish(results, rank, folder)
 
 
@@ -274,6 +353,7 @@ def special(rank: int, world: int, folder: Path) -> None:
         "kept": kept_between_passes(),
         "twice": {form: backward_twice(form) for form in ("fold", "apply")},
         "refusals": refusals(),
+        "resumed": {name: resumed(name) for name in OPTIMIZERS},
     }
     finish(results, rank, folder)
 

@@ -94,6 +94,36 @@ def test_fuse_works_on_shards(ranks):
 
 
 @pytest.fixture(scope="module")
+def whole():
+    """Training by optimizers that hold R, in this process alone."""
+    return {name: fsdp_worker.optimized(name) for name in fsdp_worker.OPTIMIZERS}
+
+
+@pytest.mark.parametrize("name", fsdp_worker.OPTIMIZERS)
+def test_optimizers_that_hold_R_train_sharded_weights_as_whole_ones(ranks, whole, name):
+    wanted = whole[name]
+    R = [key for key in wanted["optimizer"] if key.rpartition(".")[2] in ("decor_R", "decor_Q", "decor_S")]
+    assert len(R) == 1 + 2 * (2 + 2 * 2)
+    for rank in ranks:
+        found = rank["optimized"][name]
+        torch.testing.assert_close(found["losses"], wanted["losses"], rtol=1e-10, atol=0)
+        for key, value in wanted["state"].items():
+            torch.testing.assert_close(found["state"][key], value, rtol=1e-8, atol=1e-8)
+        first = ranks[0]["optimized"][name]
+        assert all(map(torch.equal, found["R"], first["R"]))
+    found = ranks[0]["optimized"][name]["optimizer"]  # a whole state is on the first process alone
+    assert found.keys() == wanted["optimizer"].keys()
+    for key, value in wanted["optimizer"].items():
+        torch.testing.assert_close(found[key], value, rtol=1e-7, atol=1e-8)
+        if key in R:
+            start = 0.0 if key.endswith("S") else torch.eye(*value.shape, dtype=value.dtype)
+            assert (value - start).abs().max() > 1e-4
+    shares = [rank["optimized"][name]["moments"] for rank in ranks]
+    assert sum(shares) == wanted["moments"]
+    assert max(shares) < 1.2 * wanted["moments"] / len(ranks)
+
+
+@pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair")
     launch(fsdp_worker.special, 2, folder)
@@ -104,6 +134,12 @@ def test_no_weight_stays_between_forward_and_backward(pair):
     whole = fsdp_worker.held_bytes(fsdp_worker.chain("fold"), torch.randn(70, 48))
     assert whole == 4 * (48 * 64 + 64 * 40 + 40 * 56) - 4 * 48 * 64  # the first x needs no gradient
     assert pair["kept"] == {"stock": 0, "fold": 0, "apply": 0}
+
+
+@pytest.mark.parametrize("name", fsdp_worker.OPTIMIZERS)
+def test_a_sharded_run_goes_on_from_its_state(pair, name):
+    for how, (first, second) in pair["resumed"][name].items():
+        assert torch.equal(first, second), how
 
 
 def test_a_graph_can_be_walked_twice(pair):
