@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 from vits import HuggingFaceViT, captured, decorrelated, everything, images, mlp, randomise
 
-from dbpkern import distributed
+from dbpkern import Decor, DecorAdamW, DecorMuon, distributed
 
 MICRO, STEPS, BATCH = 2, 3, 8
 
@@ -199,6 +199,8 @@ CASES = {
     "low rank, limited, scale-free": {"eta": 2.0, "limit": 0.3, "scale_free": True},
     "preconditioner": {"eta": 0.2},
     "preconditioner, low rank": {"eta": 0.2, "rank": 2},
+    "DecorAdamW": {"eta": 0.2, "every": 2},
+    "DecorMuon, low rank": {"eta": 0.2, "rank": 2},
 }
 
 
@@ -211,15 +213,19 @@ def uneven_training(case: str, rank: int = 0, world: int = 1) -> dict:
     torch.manual_seed(4)
     model = randomise(Blocks().double())
     options = CASES[case] | {"sample": 1.0}
-    if "preconditioner" not in case:
+    kind = case.partition(",")[0]
+    around = kind in ("preconditioner", "DecorAdamW", "DecorMuon")
+    if not around:
         convert(model, sites=None, filter=everything, rank=2 if "low rank" in case else None)
     net = parallel(model, False) if world > 1 else model
-    main = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    if "preconditioner" in case:
-        chosen = {"sites": None, "filter": everything, "rank": None, "every": 1}
-        decor = preconditioner(model, main, **chosen | options)
+    rule = {"sites": None, "filter": everything, "rank": None, "every": 1} | options
+    if kind == "DecorAdamW":
+        main = decor = DecorAdamW(model.parameters(), 0.01, model=model, decor=Decor(**rule))
+    elif kind == "DecorMuon":
+        main = decor = DecorMuon(model.parameters(), 0.01, model=model, decor=Decor(**rule))
     else:
-        decor = decor_sgd(model, **options)
+        main = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        decor = preconditioner(model, main, **rule) if around else decor_sgd(model, **options)
     rates, counts = [], []
     for step, rows in enumerate(ROWS):
         main.zero_grad()
@@ -230,12 +236,12 @@ def uneven_training(case: str, rank: int = 0, world: int = 1) -> dict:
                 (net(x).square().sum() * world / sum(rows)).backward()
         counts.append(captured(decor).get("stem", x[:0]).shape[0])
         main.step()
-        if "preconditioner" not in case:
+        if not around:
             decor.step()
         rates.append({name: rate.clone() for name, rate in decor.engine.rates().items()})
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    if "preconditioner" in case:
-        for name, layer in decor.layers.items():
+    if around:
+        for name, layer in decor.engine.layers.items():
             state |= {f"{name}.{i}.R": factor.clone() for i, factor in enumerate(layer.factors)}
     return {"state": state, "rates": rates, "rows": counts}
 
