@@ -48,7 +48,9 @@ def test_the_default_step_under_autocast_launches_the_kernels(rows, arm, every_s
     assert STATISTICS | {"rows_kernel", "patches_kernel"} <= due.keys()
 
 
-@pytest.mark.parametrize("arm", ["DecorAdamW", "DecorPreconditioner", "DecorPreconditioner, full R, sublayers"])
+@pytest.mark.parametrize(
+    "arm", ["DecorAdamW", "DecorPreconditioner", "DecorPreconditioner, full R, sublayers"]
+)
 def test_launches_beyond_plain_training_are_few(rows, arm):
     for due in (False, True):
         if (arm, due) in rows:
@@ -73,7 +75,10 @@ def test_figures_agree(rows):
         both = [rows[arm, d]["overhead"] for d in (False, True) if (arm, d) in rows]
         assert row["mean_overhead"] == pytest.approx(sum(both) / len(both))
         assert sum(row["flops"].values()) >= sum(base["flops"].values()) * 0.999, (arm, due)
-    assert rows["published", True]["operations_beyond_plain"] > 500
+    assert (
+        rows["published", True]["operations_beyond_plain"]
+        > 2 * rows["DecorAdamW", True]["operations_beyond_plain"]
+    )
 
 
 def test_the_interpreter_launches_nothing():
