@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from rotary_embedding_torch import RotaryEmbedding, apply_rotary_emb
+from rules import convert, decor_sgd, preconditioner
 from timm.layers import apply_rot_embed_cat
 from timm.models import eva
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -29,7 +30,6 @@ from models.darl import (
     two_stream_mask,
 )
 from models.vit import patchify, sincos_positions
-from rules import convert, decor_sgd, precondition
 
 # A grid of 3 by 5 patches: nothing is square, so swapped axes do not go unnoticed.
 SMALL = {"img_size": (24, 60), "patch_size": (8, 12), "embed_dim": 48, "depth": 2, "num_heads": 3}
@@ -1159,7 +1159,7 @@ def test_preconditioned_layers(options, names):
     extra = arguments(model, imgs)
     expected, keys = model(imgs, **extra), list(model.state_dict())
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    decor = precondition(model, optimizer, rank=None, sample=1.0, every=1)
+    decor = preconditioner(model, optimizer, rank=None, sample=1.0, every=1)
     assert decor.layers.keys() == names
     assert list(model.state_dict()) == keys
     for found, wanted in zip(model(imgs, **extra), expected, strict=True):

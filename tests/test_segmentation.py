@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from rules import convert, decor_sgd, preconditioner
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from torch import nn
@@ -15,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import dbpkern
 from dbpkern.sites import find_sites
-from dbpkern.stock import preconditioned
+from dbpkern.stock import stock_layer
 from models import darl, mae
 from models.classifier import (
     Architecture,
@@ -38,7 +39,6 @@ from models.segmentation import (
     segmenter_state_dict,
     sliding_logits,
 )
-from rules import convert, decor_sgd, precondition
 
 SIZES = {"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
 MAE = Architecture("mae_vit_tiny", 32, SIZES)
@@ -610,7 +610,7 @@ def test_training_with_decorrelation_leaves_a_stock_model(head, architecture, op
 def test_a_preconditioner_serves_the_encoder():
     model = build("upernet")
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    decor = precondition(model, optimizer, sites="all", eta=0.02, every=1)
+    decor = preconditioner(model, optimizer, sites="all", eta=0.02, every=1)
     expected = {m for found in find_sites(model.encoder).values() for m in found.values()}
     assert {m for m in model.modules() if stock_layer(m)} == expected
     images, target = torch.randn(2, 3, 32, 32), torch.randint(5, (2, 32, 32))
