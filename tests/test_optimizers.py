@@ -347,6 +347,36 @@ def test_lr_as_a_tensor(make_optimizer, rule):
 
 
 @BOTH
+def test_eta_follows_the_schedule(make_optimizer):
+    model = network()
+    optimizer = make_optimizer(model, replace(RULE, follow=True, every=1, limit=None))
+    with pytest.raises(RuntimeError, match="initial_lr"):
+        train(model, optimizer, 1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    for step in range(3):
+        train(model, optimizer, 1, step)
+        scheduler.step()
+        rates = optimizer.engine.rates()
+        assert list(rates) == ["0", "3"]
+        assert float(rates["0"]) == pytest.approx(0.1 * 0.5**step)
+
+
+def test_weights_of_16_bits_have_R_of_32():
+    models = network(torch.bfloat16), network(torch.bfloat16)
+    start = parameters(models[0])
+    whole, plain = adamw(models[0]), torch.optim.AdamW(groups(models[1]), 0.01)
+    around = DecorPreconditioner(models[1], plain, RULE)
+    for model, optimizer in zip(models, (whole, plain), strict=True):
+        train(model, optimizer, 6)
+    assert moved(models[0], start)
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0.02, atol=0.02)
+    for one, other in zip(factors(whole), around.engine.factors(), strict=True):
+        assert one.dtype == torch.float32
+        torch.testing.assert_close(one, other, rtol=0.01, atol=0.01)
+
+
+@BOTH
 def test_a_GradScaler_skips_steps(make_optimizer):
     model = network(torch.float32)
     optimizer = make_optimizer(model)
@@ -478,6 +508,21 @@ def test_a_run_can_be_resumed_before_its_first_step():
     same_run(*runs)
 
 
+def test_DecorAdamW_and_DecorPreconditioner_take_each_others_state():
+    model, other = network(), network()
+    whole, plain = adamw(model), torch.optim.AdamW(groups(other), 0.01)
+    around = DecorPreconditioner(other, plain, RULE)
+    train(model, whole, 3)
+    other.load_state_dict(model.state_dict())
+    plain.load_state_dict(saved(whole)[0])
+    losses = train(model, whole, 3, 3)
+    assert train(other, plain, 3, 3) == pytest.approx(losses, rel=1e-10)
+    whole.load_state_dict(saved(plain)[0])
+    identical(factors(whole), around.engine.factors())
+    model.load_state_dict(other.state_dict())
+    assert train(model, whole, 3, 6) == pytest.approx(train(other, plain, 3, 6), rel=1e-10)
+
+
 @BOTH
 def test_a_plain_state_loads_with_one_warning_and_R_is_the_identity(make_optimizer):
     model, other = network(), network()
@@ -568,7 +613,8 @@ def test_a_copy_of_the_model_alone_has_no_R():
 @BOTH
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("rule", ["full", "mixed"])
-def test_distributed_checkpoints_resume_exactly(make_optimizer, rule, flat):
+@pytest.mark.parametrize("used", [False, True], ids=["fresh", "used"])
+def test_distributed_checkpoints_resume_exactly(make_optimizer, used, rule, flat):
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
     straight, first = ((m, make_optimizer(m, RULES[rule])) for m in (network(), network()))
     expected = train(*straight, 7)
@@ -578,6 +624,8 @@ def test_distributed_checkpoints_resume_exactly(make_optimizer, rule, flat):
     assert train(*first, 4, 3) == expected[3:]  # asking changes nothing
     model = network()
     optimizer = make_optimizer(model, RULES[rule])
+    if used:
+        train(model, optimizer, 2, 20)
     model.load_state_dict(weights)
     set_optimizer_state_dict(model, optimizer, state, options=options)
     identical(model.state_dict().values(), weights.values())
