@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from rules import convert, decor_sgd
 from torch import nn
 from torch.nn.utils import prune
 from vits import (
@@ -25,7 +26,6 @@ import dbpkern
 from dbpkern import DecorConv2d, DecorLinear, DecorMultiheadAttention, DecorSGD
 from dbpkern.sites import PRESETS
 from dbpkern.sites import SITES as SITE_NAMES
-from rules import convert, decor_sgd
 
 pytestmark = pytest.mark.filterwarnings("error")
 

@@ -8,14 +8,14 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from rules import convert, decor_sgd
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from vits import captured, decorrelated, everything, images, make, mlp, shake
 
 import dbpkern
-from dbpkern import DecorSGD, distributed, reference
+from dbpkern import distributed, reference
 from dbpkern.capture import Sampler
-from rules import convert, decor_sgd
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -302,7 +302,7 @@ def test_a_second_DecorSGD_takes_over():
     backward(model, x)
     assert captured(first) == {}
     for method in (first.engine.stacks, first.engine.loss):
-        with pytest.raises(RuntimeError, match="samples of 0 no longer come here: .* another optimizer"):
+        with pytest.raises(RuntimeError, match=r"samples of 0 no longer come here: .* another optimizer"):
             method()
     before = Rs(model)
     second.step()

@@ -3,11 +3,11 @@
 import itertools
 
 import torch
+from rules import convert
 from torch import nn
 
 import dbpkern
 from dbpkern.layers.modules import Decorrelated
-from rules import convert
 
 WIDTH, HEADS, CLASSES, PIXELS = 24, 3, 5, 32
 
