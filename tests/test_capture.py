@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from vits import captured, everything
 
-from dbpkern.capture import TURNS
+from dbpkern.capture import TURNS, RowKind, Sampler, Slot, slot_of
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -227,3 +227,39 @@ def test_a_dtype_that_changes_gets_room_of_its_own():
         assert decor.layers["0"].factors[0].dtype == dtype
         assert decor.engine.loss()["0"].dtype == dtype
     assert captured(decor) == {}
+
+
+# The operator by which the backward of a compiled layer leaves its rows.
+
+
+class Everything:
+    """A layer whose rows are its input's."""
+
+    def count_rows(self, x):
+        return len(x)
+
+    def take_rows(self, out, x, index):
+        out.copy_(x if index is None else x[index])
+
+
+def slot_of_rows(width):
+    slot = Slot(Everything(), Sampler(1.0, 0))
+    slot.kind = RowKind(torch.eye(width)[None])
+    return slot
+
+
+def test_the_operator():
+    slot = slot_of_rows(5)
+    torch.library.opcheck(torch.ops.dbpkern.capture.default, (torch.randn(4, 5), torch.randn(3, 5), slot.key))
+    slot.clear()
+    gradient, x = torch.randn(4, 5), torch.randn(3, 5)
+    before = gradient.clone()
+    torch.ops.dbpkern.capture(gradient, x, slot.key)
+    assert torch.equal(slot.gather(), x)
+    assert torch.equal(gradient, before)
+
+
+def test_a_slot_that_is_gone_takes_nothing():
+    key = slot_of_rows(5).key
+    assert slot_of(key) is None
+    torch.ops.dbpkern.capture(torch.randn(4, 5), torch.randn(3, 5), key)
