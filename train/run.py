@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 import dbpkern
-from dbpkern import diagnostics
 from dbpkern.env import collect
 from train import checkpoint, plots, processes
 from train.config import RunConfig
+from train.correlations import plot_losses
 from train.data import DataError
 from train.loop import Diverged, Interrupted, Loop
 from train.processes import Processes
@@ -133,7 +133,7 @@ def plot_correlations(records: Sequence[Mapping], path: Path) -> None:
         if record["kind"] == "eval":
             for name, value in record["decorrelation_loss"].items():
                 history.setdefault(name, {})[record["step"]] = value
-    diagnostics.plot_losses(history, path, "Decorrelation loss of z = R x, held out")
+    plot_losses(history, path, "Decorrelation loss of z = R x, held out")
 
 
 def summary_of(loop: Loop, records: Sequence[Mapping]) -> dict:
