@@ -264,6 +264,29 @@ def test_accumulation_and_skipped_steps():
     )
 
 
+@pytest.mark.parametrize("rank", [None, 5])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_GradScaler_skips_steps(rank, fused):
+    """A fused optimizer makes the step itself, and leaves all as it is."""
+    model = network(torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01, fused=fused)
+    decor = precondition(model, optimizer, rank=rank)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1000)
+    for step in range(4):
+        before = [t.clone() for t in (*model.parameters(), *decor.engine.factors())]
+        optimizer.zero_grad()
+        scaler.scale(loss_of(model, batch(step, dtype=torch.float32))).backward()
+        if step == 1:
+            model[0].weight.grad[0, 0] = torch.inf
+        scaler.step(optimizer)
+        scaler.update()
+        after = (*model.parameters(), *decor.engine.factors())
+        same = [torch.equal(a, b) for a, b in zip(before, after, strict=True)]
+        assert all(same) if step == 1 else not any(same)
+    assert scaler.get_scale() == 2.0**9
+    assert decor.engine.caution() == {}
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_activation_checkpointing_samples_once(reentrant):
     torch.manual_seed(0)
