@@ -668,6 +668,66 @@ def test_distributed_checkpoints_around_any_optimizer(flat):
     identical(again.engine.factors(), around.engine.factors())
 
 
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("rule", ["full", "mixed"])
+def test_distributed_checkpoints_around_an_optimizer_that_keeps_no_state(rule, flat):
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+
+    def start():
+        model = network()
+        optimizer = torch.optim.SGD(model.parameters(), 0.05)
+        return model, optimizer, DecorPreconditioner(model, optimizer, RULES[rule])
+
+    first, second = start(), start()
+    train(*first[:2], 3)
+    state = copy.deepcopy(get_optimizer_state_dict(*first[:2], options=options))
+    second[0].load_state_dict(first[0].state_dict())
+    set_optimizer_state_dict(*second[:2], state, options=options)
+    assert train(*first[:2], 4, 3) == train(*second[:2], 4, 3)
+    identical(first[2].engine.factors(), second[2].engine.factors())
+
+
+@BOTH
+@pytest.mark.parametrize("flat", [False, True])
+def test_distributed_checkpoints_with_a_frozen_weight(make_optimizer, flat):
+    """They leave out what does not train."""
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+
+    def start():
+        model = network()
+        model[0].weight.requires_grad_(False)
+        return model, make_optimizer(model)
+
+    first, second = start(), start()
+    with pytest.warns(UserWarning, match="1 of 2 layers sampled no input"):
+        train(*first, 3)
+    state = copy.deepcopy(get_optimizer_state_dict(*first, options=options))
+    second[0].load_state_dict(first[0].state_dict())
+    set_optimizer_state_dict(*second, state, options=options)
+    with pytest.warns(UserWarning, match="1 of 2 layers sampled no input"):
+        losses = train(*second, 4, 3)
+    assert train(*first, 4, 3) == losses
+    same_run(first, second)
+
+
+@pytest.mark.parametrize("thaws", [False, True])
+def test_the_state_of_a_run_with_a_frozen_weight(thaws):
+    """Other optimizers take it, and a run in which the weight trains from then on."""
+    runs = [(m, adamw(m)) for m in (network(), network())]
+    for model, _ in runs[: 1 if thaws else 2]:
+        model[0].weight.requires_grad_(False)
+    with pytest.warns(UserWarning, match="1 of 2 layers sampled no input"):
+        train(*runs[0], 3)
+    plain = torch.optim.AdamW(groups(network()), 0.01)
+    plain.load_state_dict(saved(runs[0][1])[0])
+    runs[1][0].load_state_dict(runs[0][0].state_dict())
+    runs[1][1].load_state_dict(saved(runs[0][1])[0])
+    identical(factors(runs[0][1]), factors(runs[1][1]))
+    if thaws:
+        train(*runs[1], 2, 3)
+        assert not torch.equal(factors(runs[1][1])[0], torch.eye(D).double())
+
+
 # Refusals.
 
 

@@ -36,7 +36,7 @@ def _entries(engine: Engine, site: Site) -> dict[str, Tensor | int]:
 
 
 def attach(engine: Engine, optimizer: torch.optim.Optimizer) -> None:
-    """Put R into the optimizer's live state, where it keeps one for the weight.
+    """Put R into the optimizer's live state of weights that it has met, after a step.
 
     Some loaders ask the live state, and not `state_dict`, what a parameter has. An optimizer that has not met a
     parameter yet takes an empty state for the sign of it.
@@ -44,7 +44,8 @@ def attach(engine: Engine, optimizer: torch.optim.Optimizer) -> None:
     sites = _weights(engine, optimizer)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            if id(parameter) in sites and optimizer.state.get(parameter):
+            met = optimizer.state.get(parameter) or parameter.grad is not None
+            if met and id(parameter) in sites:
                 optimizer.state[parameter].update(_entries(engine, sites[id(parameter)]))
 
 
@@ -56,14 +57,19 @@ def detach(optimizer: torch.optim.Optimizer) -> None:
 
 
 def write(engine: Engine, optimizer: torch.optim.Optimizer, state_dict: dict) -> dict:
-    """Add R to a `state_dict` of the optimizer; returns it."""
+    """Add R to a `state_dict` of the optimizer; returns it.
+
+    No R of weights that were never stepped, it is the identity. Every parameter has an entry, if an empty
+    one: some loaders ask for one of each once there are any.
+    """
     sites = _weights(engine, optimizer)
     parameters = (p for group in optimizer.param_groups for p in group["params"])
     numbers = (number for group in state_dict["param_groups"] for number in group["params"])
     for parameter, number in zip(parameters, numbers, strict=True):
-        if id(parameter) in sites:
-            entry = dict(state_dict["state"].get(number, {}))
-            state_dict["state"][number] = entry | _entries(engine, sites[id(parameter)])
+        entry, site = dict(state_dict["state"].get(number, {})), sites.get(id(parameter))
+        if site is not None and (entry or any(layer.trains for layer in site.layers)):
+            entry |= _entries(engine, site)
+        state_dict["state"][number] = entry
     return state_dict
 
 
@@ -90,8 +96,8 @@ def split(
     if taken and len(parameters) == len(numbers):
         for parameter, number in zip(parameters, numbers, strict=True):
             site, entry = sites.get(id(parameter)), taken.get(number, {})
-            if site is None and not entry:
-                continue
+            if not entry and (site is None or number not in own):
+                continue  # a weight that was never stepped: R is the identity
             expected = {} if site is None else _shapes(_entries(engine, site))
             got = _shapes({PREFIX + k: v for k, v in entry.items()})
             if expected != got:
@@ -121,11 +127,12 @@ def restore(engine: Engine, found: list[tuple[Site, dict]]) -> None:
             "decorrelation",
             stacklevel=3,
         )
-        for site in engine.sites:
+        engine.sampler.seek(engine.decor.seed, 0)
+    given = {id(site) for site, _ in found}
+    for site in engine.sites:
+        if id(site) not in given:
             site.layers[0].structure.reset(*site.factors)
             site.caution.fill_(1.0)
-        engine.sampler.seek(engine.decor.seed, 0)
-        return
     for site, entry in found:
         for name, factor in zip(site.layers[0].structure.names, site.factors, strict=True):
             factor.copy_(entry[name])
