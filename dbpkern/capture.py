@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dbpkern import distributed
+from dbpkern.ops._dispatch import capturing
 
 TURNS = 64
 """Micro-batches of one step that are sampled, at most: further ones add memory and hardly any evidence."""
@@ -78,7 +79,9 @@ class Sampler:
         key = (n, turn, device)
         if key not in self._drawn:
             generator = None
-            if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+            # Fake tensors have a device that may not be there.
+            there = device.type != "cuda" or torch.cuda.is_available()
+            if there and not capturing(device):
                 if device not in self._generators:
                     self._generators[device] = torch.Generator(device)
                 generator = self._generators[device]

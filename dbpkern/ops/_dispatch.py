@@ -225,6 +225,11 @@ def tiles(kernel: str, kind: str, d: int) -> Tiles:
     return rows[max(row for row in rows if d >= row[0] and d % row[1] == 0)]
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured there."""
+    return device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 def on_device(tensor: Tensor) -> bool:
     """Whether the tensor has memory behind it: neither meta nor fake."""
     from torch._subclasses.fake_tensor import FakeTensor
