@@ -184,12 +184,15 @@ TILES: dict[tuple[str, str], dict[tuple[int, int], Tiles]] = {
     ("correlation", "16bit"): _TENSOR_CORES,
     ("correlation", "tf32"): _TENSOR_CORES,
     ("correlation", "ieee"): _IEEE,
-    # By the width, an odd one where rows are not aligned.
-    ("map", "16bit"): {(0, 1): Tiles(64, 64, 32, 4, 3), (0, 16): Tiles(128, 128, 64, 8, 3)},
-    ("adamw", "16bit"): {(0, 1): Tiles(64, 64, 32, 4, 3), (0, 16): Tiles(64, 128, 64, 8, 3)},
-    # By the rank, likewise.
-    ("lowrank_map", "16bit"): {(0, 1): Tiles(32, 32, 32, 4, 2), (0, 16): Tiles(64, 64, 64, 8, 3)},
-    ("lowrank_adamw", "16bit"): {(0, 1): Tiles(32, 32, 32, 4, 2), (0, 16): Tiles(64, 64, 32, 8, 3)},
+    # By the width, and by the rank; either is odd where rows are not aligned.
+    ("map", "16bit"): {(0, 1): Tiles(64, 64, 32, 8, 2), (0, 16): Tiles(64, 128, 64, 8, 3)},
+    ("adamw", "16bit"): {(0, 1): Tiles(64, 64, 32, 8, 2), (0, 16): Tiles(64, 128, 64, 8, 3)},
+    ("lowrank_map", "16bit"): {(0, 1): Tiles(32, 32, 32, 8, 2), (0, 16): Tiles(64, 64, 64, 8, 3)},
+    ("lowrank_adamw", "16bit"): {
+        (0, 1): Tiles(32, 32, 32, 8, 2),
+        (0, 16): Tiles(32, 32, 32, 4, 3),
+        (65, 16): Tiles(32, 32, 32, 8, 2),
+    },
     # By the rank.
     ("lowrank", "16bit"): {
         (0, 1): Tiles(64, 32, 32, 8, 2),
