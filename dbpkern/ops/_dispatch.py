@@ -89,7 +89,7 @@ PROCESSORS = {(8, 0): 108, (9, 0): 132, (10, 0): 148}
 
 
 def processors(device: torch.device) -> int:
-    """How many multiprocessors the device has, so many programs at least run at a time; 1 in the interpreter."""
+    """How many multiprocessors the device has, or is assumed to have; 1 in the interpreter."""
     if _assumed is not None:
         return PROCESSORS[_assumed]
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

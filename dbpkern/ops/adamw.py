@@ -78,7 +78,7 @@ def strip_times(
     strip, deviation, product, padded, TRANSPOSED: tl.constexpr,
     EMULATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A strip times R - I, or its transpose, into another; all threads wait for each other before and after."""
+    """A strip times R - I, or its transpose, into another; threads wait for each other before and after."""
     m = tl.arange(0, BLOCK_M)[:, None]
     n = tl.arange(0, BLOCK_N)[None, :]
     tl.debug_barrier()
@@ -215,7 +215,7 @@ def triton_adamw(
     factors: Sequence[Sequence[Tensor]],
     rule: Rule,
 ) -> None:
-    """The step by the kernels, layouts they do not know in eager; each weight's matrices are V, g, moments."""
+    """The step by the kernels, layouts they do not know in eager; `matrices` are V, g and the moments."""
     lr, beta1, beta2, eps, weight_decay = rule
     on_host = lr.device.type == "cpu" and steps[0].device.type != "cpu"
     numbers = {
@@ -352,10 +352,11 @@ def adamw_(
     check_like("exp_avg_sqs", exp_avg_sqs, weights)
     if len(steps) != len(weights):
         raise ValueError(f"steps: expected {len(weights)} tensors, got {len(steps)}")
-    for i, step in enumerate(steps):
-        if step.dim() or step.dtype != torch.float32:
+    for i, (step, V) in enumerate(zip(steps, weights, strict=True)):
+        if step.dim() or step.dtype != torch.float32 or step.device not in (V.device, torch.device("cpu")):
             raise ValueError(
-                f"steps[{i}]: expected a 0-d float32 tensor, got {list(step.shape)} {step.dtype}"
+                f"steps[{i}]: expected a 0-d float32 tensor on {V.device} or the CPU, "
+                f"got {list(step.shape)}, {step.dtype} on {step.device}"
             )
     if not isinstance(lr, Tensor):
         lr = torch.tensor(lr, dtype=torch.float64)

@@ -169,8 +169,8 @@ def lowrank_map_kernel(
 ):  # fmt: skip
     """`map_kernel` for `R = I + Q S Q^T`; a block of rows on axis 0.
 
-    The table's matrices are x, with CHANGE before, Q and S. The first pass over the columns gives `x Q`, which
-    stays in registers; the second takes them in reverse, since those read last are still in L2.
+    The table's matrices are x, with CHANGE before, Q and S. The first pass over the columns gives `x Q`,
+    which stays in registers; the second takes them in reverse, since those read last are still in L2.
     """
     weight, row, m_in = locate(table, tl.program_id(0), count, SPAN, BLOCK_M)
     x, x_m = matrix(table, weight, count, row, 0, DTYPE, ALIGNED)
@@ -285,7 +285,7 @@ def distinct(Rs: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
 
 
 def serves(matrices: Sequence[Tensor], factors: Sequence[Tensor]) -> bool:
-    """Whether the kernels know the layouts: rows in one piece each, within reach, and ranks up to MAX_RANK."""
+    """Whether kernels know the layouts: rows in one piece each, within reach, and ranks up to MAX_RANK."""
     o, d = len(matrices[0]), matrices[0].shape[1:].numel()
     try:
         rows = [*(t.view(o, d) for t in matrices), *factors]

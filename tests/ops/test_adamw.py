@@ -15,6 +15,7 @@ from test_maps import (
     meta,
     mixed_layers,
     names,
+    operand,
     rounded_deviation,
     small_tiles,  # noqa: F401
     tensor,
@@ -39,17 +40,23 @@ def number(step):
 def state(*shape, dtype=torch.float32, gradient=None):
     """V, its gradient and moments, as after a few steps."""
     g = tensor(*shape, dtype=gradient or dtype)
-    return [tensor(*shape, dtype=dtype), g, 0.3 * tensor(*shape, dtype=dtype), tensor(*shape, dtype=dtype) ** 2]
+    return [
+        tensor(*shape, dtype=dtype),
+        g,
+        0.3 * tensor(*shape, dtype=dtype),
+        tensor(*shape, dtype=dtype) ** 2,
+    ]
 
 
 def peer(V, g, exp_avg, exp_avg_sq, own, step, dtype):
-    """The step with operands of bf16 and sums of fp32; moments are rounded to their dtype."""
-    g = g.float() + rounded_deviation(g.float(), own, True)
+    """The step with operands of bf16 and sums of fp32; the products of a full R wait in bf16, too."""
+    held = operand if len(own) == 1 else torch.clone
+    g = g.float() + held(rounded_deviation(g.float(), own, True))
     exp_avg = exp_avg.float().lerp(g, 1 - RULE["beta1"]).to(dtype)
     exp_avg_sq = exp_avg_sq.float().lerp(g * g, 1 - RULE["beta2"]).to(dtype)
     m, v = exp_avg.float() / (1 - RULE["beta1"] ** step), exp_avg_sq.float() / (1 - RULE["beta2"] ** step)
     D = m / (v.sqrt() + RULE["eps"]) + RULE["weight_decay"] * V.float()
-    return (V.float() - RULE["lr"] * (D + rounded_deviation(D, own))).to(dtype), exp_avg, exp_avg_sq
+    return (V.float() - RULE["lr"] * (D + held(rounded_deviation(D, own)))).to(dtype), exp_avg, exp_avg_sq
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -76,8 +83,10 @@ def test_kernels(rows, d, r, dtype):
 def test_eager_is_AdamW_between_the_maps(r):
     V = tensor(6, 2, 5, dtype=torch.float64).requires_grad_()
     own = [tuple(f.double() for f in factors(10, r))]
-    settings = {"betas": (RULE["beta1"], RULE["beta2"]), "eps": RULE["eps"], "weight_decay": RULE["weight_decay"]}
-    optimizer = torch.optim.AdamW([V], RULE["lr"], foreach=False, **settings)
+    lr, beta1, beta2, eps, weight_decay = RULE.values()
+    optimizer = torch.optim.AdamW(
+        [V], lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, foreach=False
+    )
     found = V.detach().clone()
     moments = [torch.zeros_like(found), torch.zeros_like(found)]
     for step in range(1, 5):
@@ -88,16 +97,13 @@ def test_eager_is_AdamW_between_the_maps(r):
         optimizer.step()
         with torch.no_grad():
             ops.map_changes_([V], [before], own)
-        ops.adamw_([found], [g], [moments[0]], [moments[1]], [number(step)], own, **RULE)
-        exact = reference.adamw(
-            before.flatten(1), g.flatten(1), matrix(own[0]), *held, step, *RULE.values()
-        ) if step > 1 else None
-        held = [m.flatten(1).clone() for m in moments]
-        torch.testing.assert_close(found, V.detach(), rtol=0, atol=1e-12)
-        if exact:
-            torch.testing.assert_close(found.flatten(1), exact[0], rtol=0, atol=1e-12)
-    for moment, key in zip(moments, ("exp_avg", "exp_avg_sq"), strict=True):
-        torch.testing.assert_close(moment, optimizer.state[V][key], rtol=0, atol=1e-12)
+        old = [t.flatten(1).clone() for t in moments]
+        ops.adamw_([found], [g], *([t] for t in moments), [number(step)], own, **RULE)
+        expected = [V.detach(), *(optimizer.state[V][key] for key in ("exp_avg", "exp_avg_sq"))]
+        exact = reference.adamw(before.flatten(1), g.flatten(1), matrix(own[0]), *old, step, *RULE.values())
+        for actual, wanted, specified in zip([found, *moments], expected, exact, strict=True):
+            torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-12)
+            torch.testing.assert_close(actual.flatten(1), specified, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -107,7 +113,9 @@ def test_weights_of_all_kinds_in_one_call(backend):
     states = [state(*shape, dtype=dtype, gradient=other) for shape, dtype, other in kinds]
     states.append([t.to(memory_format=torch.channels_last) for t in state(8, 3, 2, 4)])
     states.append([tensor(37, 20).T, *state(20, 37)[1:]])
-    own = [factors(ts[0].shape[1:].numel(), r) for ts, r in zip(states, itertools.cycle([0, 3]), strict=False)]
+    own = [
+        factors(ts[0].shape[1:].numel(), r) for ts, r in zip(states, itertools.cycle([0, 3]), strict=False)
+    ]
     old = [[t.double().flatten(1) for t in ts] for ts in states]
     steps = [number(3)] * len(states)
     ops.adamw_(*map(list, zip(*states, strict=True)), steps, own, **RULE, backend=backend)
@@ -121,8 +129,7 @@ def test_weights_of_all_kinds_in_one_call(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("r", [0, 4])
 def test_the_rate_may_be_a_tensor_on_the_device(backend, r):
-    found, expected = state(9, 20), None
-    own = [factors(20, r)]
+    found, own = state(9, 20), [factors(20, r)]
     expected = [t.clone() for t in found]
     for ts, lr in ((found, torch.tensor(0.1, device=DEVICE)), (expected, 0.1)):
         ops.adamw_(*([t] for t in ts), [number(2)], own, **{**RULE, "lr": lr}, backend=backend)
@@ -218,13 +225,22 @@ def test_what_is_refused():
         call(exp_avg=exp_avg.bfloat16())
     with pytest.raises(ValueError, match="steps: expected 1 tensors, got 0"):
         call(steps=())
-    with pytest.raises(ValueError, match=r"steps\[0\]: expected a 0-d float32 tensor, got \[1\] torch.float32"):
-        call(steps=(step[None],))
+    for wrong in (step[None], step.double(), meta()):
+        with pytest.raises(ValueError, match=r"steps\[0\]: expected a 0-d float32 tensor on c"):
+            call(steps=(wrong,))
     with pytest.raises(ValueError, match=r"lr: expected a number or a 0-d tensor, got \[1\]"):
         call(lr=torch.ones(1))
     with pytest.raises(ValueError, match="expected all tensors on one device"):
         call(g=meta(3, 4))
     with pytest.raises(ValueError, match="does not serve float64"):
         call(g=g.double(), backend="triton")
+
+
+@pytest.mark.gpu
+def test_steps_on_the_host_are_eager():
+    V, g, exp_avg, exp_avg_sq = state(3, 4)
     with pytest.raises(ValueError, match="it reads the steps on the weights' device"):
-        call(steps=(meta(),), backend="triton")
+        ops.adamw_(
+            [V], [g], [exp_avg], [exp_avg_sq], [torch.tensor(1.0)], [factors(4, 0)], **RULE, backend="triton"
+        )
+    ops.adamw_([V], [g], [exp_avg], [exp_avg_sq], [torch.tensor(1.0)], [factors(4, 0)], **RULE)

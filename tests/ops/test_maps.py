@@ -17,8 +17,8 @@ from dbpkern.ops.maps import triton_maps
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 BACKENDS = ["eager", "triton"]
-# (rows of each weight, d, r or 0 for a full R): one of each, primes, fewer rows than a block and several blocks,
-# a width that is no multiple of 16.
+# (rows of each weight, d, r or 0 for a full R): one of each, primes, fewer rows than a block, several blocks, no
+# rows.
 GROUPS = [
     ((1,), 1, 0),
     ((5, 40), 37, 0),
@@ -193,10 +193,10 @@ def names(launches):
 
 
 def mixed_layers(make):
-    """Three weights of one width with full R, two of them sharing one, and three of two heights with Q and S."""
-    shared = (make(64, 64),)
-    weights = [make(96, 64), make(96, 64), make(32, 64), make(48, 32), make(48, 32), make(16, 32)]
-    own = [shared, shared, (make(64, 64),), *((make(32, 8), make(8, 8)) for _ in range(3))]
+    """Three weights of one width with full R, two of them sharing one, and three with Q and S."""
+    shared = (make(32, 32),)
+    weights = [make(40, 32), make(40, 32), make(16, 32), make(48, 16), make(48, 16), make(16, 16)]
+    own = [shared, shared, (make(32, 32),), *((make(16, 8), make(8, 8)) for _ in range(3))]
     return weights, own
 
 
