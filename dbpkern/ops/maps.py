@@ -203,7 +203,7 @@ def lowrank_map_kernel(
 
 def as_matrix(t: Tensor) -> Tensor:
     """t as `[o, d]`: a view where its strides allow one, otherwise a copy."""
-    return t.reshape(len(t), t.shape[1:].numel())
+    return t.reshape(t.shape[0], t.shape[1:].numel())
 
 
 class Group:
@@ -225,7 +225,7 @@ class Group:
             (a | row * size) % 16 == 0 for own in places for (a, row), size in zip(own, sizes, strict=True)
         )
         self.tiles = tiles = _dispatch.tiles(name, "16bit", size if aligned else size | 1)
-        rows = [len(own[0]) for own in matrices]
+        rows = [own[0].shape[0] for own in matrices]
         firsts = list(itertools.accumulate((cdiv(o, tiles.m) for o in rows), initial=0))
         self.blocks = firsts.pop()
         numbers = [(*itertools.chain(*own), *more) for own, more in zip(places, extra, strict=True)]
@@ -286,7 +286,8 @@ def distinct(Rs: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
 
 def serves(matrices: Sequence[Tensor], factors: Sequence[Tensor]) -> bool:
     """Whether kernels know the layouts: rows in one piece each, within reach, and ranks up to MAX_RANK."""
-    o, d = len(matrices[0]), matrices[0].shape[1:].numel()
+    o, *width = matrices[0].shape
+    d = math.prod(width)
     try:
         rows = [*(t.view(o, d) for t in matrices), *factors]
     except RuntimeError:
@@ -294,7 +295,7 @@ def serves(matrices: Sequence[Tensor], factors: Sequence[Tensor]) -> bool:
     return (
         factors[-1].shape[1] <= (d if len(factors) == 1 else MAX_RANK)
         and all(t.stride(1) == 1 for t in rows if t.shape[1] > 1)
-        and all(max(t.stride(0), 1) * max(len(factors[0]), 128) < 2**31 for t in rows)
+        and all(max(t.stride(0), 1) * max(d, 128) < 2**31 for t in rows)
     )
 
 

@@ -17,7 +17,7 @@ from dbpkern.ops.maps import triton_maps
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 BACKENDS = ["eager", "triton"]
-# (rows of each weight, d, r or 0 for a full R): one of each, primes, fewer rows than a block, several blocks, no
+# (rows of each weight, d, r or 0 for a full R): one of each, primes, less than a block, several blocks, no
 # rows.
 GROUPS = [
     ((1,), 1, 0),
