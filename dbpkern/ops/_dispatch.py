@@ -185,9 +185,14 @@ TILES: dict[tuple[str, str], dict[tuple[int, int], Tiles]] = {
     ("correlation", "tf32"): _TENSOR_CORES,
     ("correlation", "ieee"): _IEEE,
     # By the width, and by the rank; either is odd where rows are not aligned.
-    ("map", "16bit"): {(0, 1): Tiles(64, 64, 32, 8, 2), (0, 16): Tiles(64, 128, 64, 8, 3)},
+    ("map", "16bit"): {(0, 1): Tiles(64, 64, 32, 8, 2), (0, 16): Tiles(64, 128, 32, 8, 4)},
     ("adamw", "16bit"): {(0, 1): Tiles(64, 64, 32, 8, 2), (0, 16): Tiles(64, 128, 64, 8, 3)},
-    ("lowrank_map", "16bit"): {(0, 1): Tiles(32, 32, 32, 8, 2), (0, 16): Tiles(64, 64, 64, 8, 3)},
+    ("lowrank_map", "16bit"): {
+        (0, 1): Tiles(32, 32, 16, 8, 2),
+        (0, 16): Tiles(64, 64, 32, 8, 3),
+        (65, 1): Tiles(16, 32, 32, 8, 2),
+        (65, 16): Tiles(64, 64, 32, 8, 3),
+    },
     ("lowrank_adamw", "16bit"): {
         (0, 1): Tiles(32, 32, 32, 8, 2),
         (0, 16): Tiles(32, 32, 32, 4, 2),

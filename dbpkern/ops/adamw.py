@@ -263,9 +263,8 @@ def eager_adamw(
     step = step.double()
     correction1, correction2 = 1 - beta1**step, 1 - beta2**step
     denominator = (exp_avg_sq.to(compute).sqrt() / correction2.sqrt()).add_(eps)
-    change = (
-        (exp_avg.to(compute) / denominator).mul_(lr / correction1).addcmul_(V.to(compute), lr * weight_decay)
-    )
+    change = (exp_avg.to(compute) / denominator).mul_(lr / correction1)
+    change += V.to(compute) * (lr * weight_decay)
     old, change = as_matrix(V).to(compute), as_matrix(change)
     V.copy_(add_deviation(old - change, -change, factors).view(V.shape))
 
