@@ -196,7 +196,7 @@ TILES: dict[tuple[str, str], dict[tuple[int, int], Tiles]] = {
     ("lowrank_adamw", "16bit"): {
         (0, 1): Tiles(32, 32, 32, 8, 2),
         (0, 16): Tiles(32, 32, 32, 4, 2),
-        (65, 1): Tiles(16, 32, 32, 8, 2),
+        (65, 1): Tiles(16, 16, 32, 8, 2),
         (65, 16): Tiles(32, 32, 32, 8, 2),
     },
     # By the rank.
