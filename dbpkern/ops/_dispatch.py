@@ -89,7 +89,7 @@ PROCESSORS = {(8, 0): 108, (9, 0): 132, (10, 0): 148}
 
 
 def processors(device: torch.device) -> int:
-    """How many multiprocessors the device has: so many programs at least run at a time. 1 on a CPU."""
+    """How many multiprocessors the device has, or is assumed to have; 1 in the interpreter."""
     if _assumed is not None:
         return PROCESSORS[_assumed]
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
@@ -117,8 +117,8 @@ def triton_refusal(device: torch.device, *dtypes: torch.dtype) -> str | None:
 
 
 AUTOMATIC: dict[str, str] = {
-    "choose_rates_": "triton",
     "adamw_": "triton",
+    "choose_rates_": "triton",
     "correlation": "triton",
     "fold": "triton",
     "fused_step": "triton",
@@ -126,11 +126,11 @@ AUTOMATIC: dict[str, str] = {
     "lowrank_statistics": "triton",
     "lowrank_step_": "triton",
     "lowrank_transform": "triton",
+    "map_changes_": "triton",
+    "map_gradients_": "triton",
     "orthogonalize": "triton",
     "sample_patches_": "triton",
     "sample_rows_": "triton",
-    "map_changes_": "triton",
-    "map_gradients_": "triton",
     "transform": "triton",
 }
 """The backend that serves an op by itself on a GPU, if not eager. An op that is not listed, and fp32 or TF32
@@ -191,12 +191,21 @@ TILES: dict[tuple[str, str], dict[tuple[int, int], Tiles]] = {
     ("correlation", "16bit"): {**_TENSOR_CORES, (128, 16): Tiles(128, 128, 64, 8, 3)},
     ("correlation", "tf32"): {**_TENSOR_CORES, (128, 1): Tiles(64, 64, 16, 8, 2)},
     ("correlation", "ieee"): _IEEE,
-    # By the width, an odd one where rows are not aligned.
-    ("map", "16bit"): {(0, 1): Tiles(64, 64, 32, 4, 3), (0, 16): Tiles(128, 128, 64, 8, 3)},
-    ("adamw", "16bit"): {(0, 1): Tiles(64, 64, 32, 4, 3), (0, 16): Tiles(64, 128, 64, 8, 3)},
-    # By the rank, likewise.
-    ("lowrank_map", "16bit"): {(0, 1): Tiles(32, 32, 32, 4, 2), (0, 16): Tiles(64, 64, 64, 8, 3)},
-    ("lowrank_adamw", "16bit"): {(0, 1): Tiles(32, 32, 32, 4, 2), (0, 16): Tiles(64, 64, 32, 8, 3)},
+    # By the width, and by the rank; either is odd where rows are not aligned.
+    ("map", "16bit"): {(0, 1): Tiles(64, 64, 32, 8, 2), (0, 16): Tiles(64, 128, 32, 8, 4)},
+    ("adamw", "16bit"): {(0, 1): Tiles(64, 64, 32, 8, 2), (0, 16): Tiles(64, 128, 64, 8, 3)},
+    ("lowrank_map", "16bit"): {
+        (0, 1): Tiles(32, 32, 16, 8, 2),
+        (0, 16): Tiles(64, 64, 32, 8, 3),
+        (65, 1): Tiles(16, 32, 32, 8, 2),
+        (65, 16): Tiles(64, 64, 32, 8, 3),
+    },
+    ("lowrank_adamw", "16bit"): {
+        (0, 1): Tiles(32, 32, 32, 8, 2),
+        (0, 16): Tiles(32, 32, 32, 4, 2),
+        (65, 1): Tiles(16, 16, 32, 8, 2),
+        (65, 16): Tiles(32, 32, 32, 8, 2),
+    },
     ("fused", "16bit"): _TENSOR_CORES,
     ("fused", "tf32"): _TENSOR_CORES,
     ("fused", "ieee"): _IEEE,

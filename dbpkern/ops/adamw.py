@@ -19,19 +19,20 @@ from dbpkern.ops._triton import jit, tl
 from dbpkern.ops.lowrank_fold import ieee_products
 from dbpkern.ops.maps import (
     Factors,
-    Table,
+    Group,
     add_deviation,
     as_matrix,
     check_like,
     checked_factors,
     distinct,
     grouped,
+    load_factor,
+    load_tile,
     locate,
     map_flops,
     mapped_gradient,
     matrix,
     nested,
-    rank_block,
     served_by,
     strip_product,
     times_S,
@@ -47,9 +48,13 @@ def correction(table, log_beta, count, weight, COLUMN: tl.constexpr):
 
 
 @jit
-def load_tile(tile, inside):
-    """The tile that pointers point to, in fp32."""
-    return tl.load(tile, mask=inside, other=0.0).to(tl.float32)
+def load_lr(lr, LR_TENSOR: tl.constexpr):
+    """The rate of the weights, a number or a tensor that the device may change between launches."""
+    if LR_TENSOR:
+        rate = tl.load(lr).to(tl.float32)
+    else:
+        rate = lr
+    return rate
 
 
 @jit
@@ -69,31 +74,17 @@ def direction(V, exp_avg, exp_avg_sq, inside, correction1, correction2, eps, wei
 
 
 @jit
-def load_lr(lr, LR_TENSOR: tl.constexpr):
-    """The rate of the weights, a number or a tensor that the device may change between launches."""
-    if LR_TENSOR:
-        rate = tl.load(lr).to(tl.float32)
-    else:
-        rate = lr
-    return rate
-
-
-@jit
 def strip_times(
     strip, deviation, product, padded, TRANSPOSED: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    EMULATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A strip times R - I, or its transpose, into another strip; waits for the program's threads around it."""
+    """A strip times R - I, or its transpose, into another; threads wait for each other before and after."""
     m = tl.arange(0, BLOCK_M)[:, None]
     n = tl.arange(0, BLOCK_N)[None, :]
     tl.debug_barrier()
     for start in range(0, padded, BLOCK_N):
-        acc = strip_product(
-            strip, deviation, padded, start, TRANSPOSED,
-            OPERAND, PRECISION, EMULATE, BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-        tl.store(product + start + (m * padded + n), rounded(acc, OPERAND, EMULATE))
+        acc = strip_product(strip, deviation, padded, start, TRANSPOSED, EMULATE, BLOCK_M, BLOCK_N, BLOCK_K)
+        tl.store(product + start + (m * padded + n), rounded(acc, tl.bfloat16, EMULATE))
     tl.debug_barrier()
 
 
@@ -101,52 +92,47 @@ def strip_times(
 def adamw_kernel(
     table, deviation, strips, products, lr, count, blocks, D, padded,
     weight1, weight2, log_beta1, log_beta2, eps, weight_decay,
-    LR_TENSOR: tl.constexpr, V_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr,
-    ALIGNED: tl.constexpr, SPAN: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr,
+    LR_TENSOR: tl.constexpr, DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
+    SPAN: tl.constexpr, EMULATE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The step of the weights of a table with full R.
+    """The step of the weights of a table with full R; weight1 is `1 - beta1`, weight2 `1 - beta2`.
 
-    The table's matrices are V, g and the moments; then R's number in `deviation`, and the step's address. Two
+    The table's matrices are V, g and the moments; then the step's address, and R's number in `deviation`. Two
     strips of scratch hold a block in 16 bits: first g, whose product with R - I goes into the other, then the
-    direction, whose product comes back. weight1 is `1 - beta1`, weight2 `1 - beta2`.
+    direction, whose product comes back.
     """
     rate = load_lr(lr, LR_TENSOR)
-    HALF: tl.constexpr = BLOCK_K // 2  # few numbers of each matrix at a time, for they are four
+    HALF: tl.constexpr = BLOCK_K // 2  # few columns at a time, for there are four matrices
     m = tl.arange(0, BLOCK_M)[:, None]
     n = tl.arange(0, HALF)[None, :]
     strip = strips + tl.program_id(0).to(tl.int64) * BLOCK_M * padded
     product = products + tl.program_id(0).to(tl.int64) * BLOCK_M * padded
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
         weight, row, m_in = locate(table, block, count, SPAN, BLOCK_M)
-        V, V_m = matrix(table, weight, count, row, 0, V_DTYPE, ALIGNED)
+        V, V_m = matrix(table, weight, count, row, 0, DTYPE, ALIGNED)
         g, g_m = matrix(table, weight, count, row, 1, G_DTYPE, ALIGNED)
-        exp_avg, exp_avg_m = matrix(table, weight, count, row, 2, V_DTYPE, ALIGNED)
-        exp_avg_sq, exp_avg_sq_m = matrix(table, weight, count, row, 3, V_DTYPE, ALIGNED)
-        R = deviation + tl.load(table + 10 * count + weight) * padded * padded
-        correction1 = correction(table, log_beta1, count, weight, 11)
-        correction2 = correction(table, log_beta2, count, weight, 11)
+        exp_avg, exp_avg_m = matrix(table, weight, count, row, 2, DTYPE, ALIGNED)
+        exp_avg_sq, exp_avg_sq_m = matrix(table, weight, count, row, 3, DTYPE, ALIGNED)
+        correction1 = correction(table, log_beta1, count, weight, 10)
+        correction2 = correction(table, log_beta2, count, weight, 10)
+        R = deviation + tl.load(table + 11 * count + weight) * padded * padded
         for start in range(0, padded, HALF):
             tile = load_tile(g + start + (m * g_m + n), m_in & (n < D - start))
-            tl.store(strip + start + (m * padded + n), rounded(tile, OPERAND, EMULATE))
-        strip_times(
-            strip, R, product, padded, True, OPERAND, PRECISION, EMULATE, BLOCK_M, BLOCK_N, BLOCK_K
-        )
+            tl.store(strip + start + (m * padded + n), rounded(tile, tl.bfloat16, EMULATE))
+        strip_times(strip, R, product, padded, True, EMULATE, BLOCK_M, BLOCK_N, BLOCK_K)
         for start in range(0, padded, HALF):
             inside = m_in & (n < D - start)
             held = product + start + (m * padded + n)
             mapped = load_tile(g + start + (m * g_m + n), inside) + tl.load(held).to(tl.float32)
             first = exp_avg + start + (m * exp_avg_m + n)
-            first = new_moment(first, inside, mapped, weight1, V_DTYPE, EMULATE)
+            first = new_moment(first, inside, mapped, weight1, DTYPE, EMULATE)
             second = exp_avg_sq + start + (m * exp_avg_sq_m + n)
-            second = new_moment(second, inside, mapped * mapped, weight2, V_DTYPE, EMULATE)
+            second = new_moment(second, inside, mapped * mapped, weight2, DTYPE, EMULATE)
             old = load_tile(V + start + (m * V_m + n), inside)
             change = direction(old, first, second, inside, correction1, correction2, eps, weight_decay)
-            tl.store(held, rounded(change, OPERAND, EMULATE))
-        strip_times(
-            product, R, strip, padded, False, OPERAND, PRECISION, EMULATE, BLOCK_M, BLOCK_N, BLOCK_K
-        )
+            tl.store(held, rounded(change, tl.bfloat16, EMULATE))
+        strip_times(product, R, strip, padded, False, EMULATE, BLOCK_M, BLOCK_N, BLOCK_K)
         for start in range(0, padded, HALF):
             inside = m_in & (n < D - start)
             first = load_tile(exp_avg + start + (m * exp_avg_m + n), inside)
@@ -154,17 +140,15 @@ def adamw_kernel(
             old = load_tile(V + start + (m * V_m + n), inside)
             change = direction(old, first, second, inside, correction1, correction2, eps, weight_decay)
             change += tl.load(strip + start + (m * padded + n)).to(tl.float32)
-            new = rounded(old - rate * change, V_DTYPE, EMULATE)
-            tl.store(V + start + (m * V_m + n), new, mask=inside)
+            tl.store(V + start + (m * V_m + n), rounded(old - rate * change, DTYPE, EMULATE), mask=inside)
         tl.debug_barrier()  # the next block overwrites the strips
 
 
 @jit
 def lowrank_adamw_kernel(
     table, lr, count, D, RANK, weight1, weight2, log_beta1, log_beta2, eps, weight_decay,
-    LR_TENSOR: tl.constexpr, V_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr,
-    ALIGNED: tl.constexpr, SPAN: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr,
+    LR_TENSOR: tl.constexpr, DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
+    SPAN: tl.constexpr, EMULATE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """`adamw_kernel` for `R = I + Q S Q^T`; a block of rows on axis 0.
@@ -174,10 +158,10 @@ def lowrank_adamw_kernel(
     """
     rate = load_lr(lr, LR_TENSOR)
     weight, row, m_in = locate(table, tl.program_id(0), count, SPAN, BLOCK_M)
-    V, V_m = matrix(table, weight, count, row, 0, V_DTYPE, ALIGNED)
+    V, V_m = matrix(table, weight, count, row, 0, DTYPE, ALIGNED)
     g, g_m = matrix(table, weight, count, row, 1, G_DTYPE, ALIGNED)
-    exp_avg, exp_avg_m = matrix(table, weight, count, row, 2, V_DTYPE, ALIGNED)
-    exp_avg_sq, exp_avg_sq_m = matrix(table, weight, count, row, 3, V_DTYPE, ALIGNED)
+    exp_avg, exp_avg_m = matrix(table, weight, count, row, 2, DTYPE, ALIGNED)
+    exp_avg_sq, exp_avg_sq_m = matrix(table, weight, count, row, 3, DTYPE, ALIGNED)
     Q, q_d = matrix(table, weight, count, 0, 4, tl.float32, ALIGNED)
     correction1 = correction(table, log_beta1, count, weight, 14)
     correction2 = correction(table, log_beta2, count, weight, 14)
@@ -185,45 +169,39 @@ def lowrank_adamw_kernel(
     n = tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     rank = tl.arange(0, BLOCK_R)
-    rank_in = rank < RANK
     t = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for start in range(0, D, BLOCK_K):
-        k_in = k < D - start
-        tile = tl.load(g + start + (m * g_m + k[None, :]), mask=m_in & k_in[None, :], other=0.0)
-        factor = Q + start * q_d + (k[:, None] * q_d + rank[None, :])
-        factor = tl.load(factor, mask=k_in[:, None] & rank_in[None, :], other=0.0)
-        t = dot(tile, factor, t, OPERAND, PRECISION, EMULATE)
-    t = times_S(t, table, weight, count, RANK, 5, ALIGNED, True, OPERAND, PRECISION, EMULATE, BLOCK_R)
+        tile = g + start + (m * g_m + k[None, :])
+        tile = tl.load(tile, mask=m_in & (k < D - start)[None, :], other=0.0)
+        factor = load_factor(Q, q_d, start, k, D, rank, RANK, EMULATE)
+        t = dot(tile, factor, t, tl.bfloat16, "ieee", EMULATE)
+    t = times_S(t, table, weight, count, RANK, 5, True, ALIGNED, EMULATE, BLOCK_R)
     p = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     steps = tl.cdiv(D, BLOCK_N)
     for step in range(steps):
         start = (steps - 1 - step) * BLOCK_N
-        n_in = n < D - start
-        inside = m_in & n_in[None, :]
-        factor = Q + start * q_d + (n[:, None] * q_d + rank[None, :])
-        factor = rounded(tl.load(factor, mask=n_in[:, None] & rank_in[None, :], other=0.0), OPERAND, EMULATE)
+        inside = m_in & (n < D - start)[None, :]
+        factor = load_factor(Q, q_d, start, n, D, rank, RANK, EMULATE)
         mapped = load_tile(g + start + (m * g_m + n[None, :]), inside)
-        mapped = dot(t, tl.trans(factor), mapped, OPERAND, PRECISION, EMULATE)
+        mapped = dot(t, tl.trans(factor), mapped, tl.bfloat16, "ieee", EMULATE)
         first = exp_avg + start + (m * exp_avg_m + n[None, :])
-        first = new_moment(first, inside, mapped, weight1, V_DTYPE, EMULATE)
+        first = new_moment(first, inside, mapped, weight1, DTYPE, EMULATE)
         second = exp_avg_sq + start + (m * exp_avg_sq_m + n[None, :])
-        second = new_moment(second, inside, mapped * mapped, weight2, V_DTYPE, EMULATE)
-        tile = load_tile(V + start + (m * V_m + n[None, :]), inside)
-        tile = direction(tile, first, second, inside, correction1, correction2, eps, weight_decay)
-        p = dot(tile, factor, p, OPERAND, PRECISION, EMULATE)
-    p = times_S(p, table, weight, count, RANK, 5, ALIGNED, False, OPERAND, PRECISION, EMULATE, BLOCK_R)
+        second = new_moment(second, inside, mapped * mapped, weight2, DTYPE, EMULATE)
+        old = load_tile(V + start + (m * V_m + n[None, :]), inside)
+        change = direction(old, first, second, inside, correction1, correction2, eps, weight_decay)
+        p = dot(change, factor, p, tl.bfloat16, "ieee", EMULATE)
+    p = times_S(p, table, weight, count, RANK, 5, False, ALIGNED, EMULATE, BLOCK_R)
     tl.debug_barrier()  # the moments are written
     for start in range(0, D, BLOCK_N):
-        n_in = n < D - start
-        inside = m_in & n_in[None, :]
+        inside = m_in & (n < D - start)[None, :]
         first = load_tile(exp_avg + start + (m * exp_avg_m + n[None, :]), inside)
         second = load_tile(exp_avg_sq + start + (m * exp_avg_sq_m + n[None, :]), inside)
         old = load_tile(V + start + (m * V_m + n[None, :]), inside)
         change = direction(old, first, second, inside, correction1, correction2, eps, weight_decay)
-        factor = Q + start * q_d + (n[None, :] * q_d + rank[:, None])
-        factor = tl.load(factor, mask=rank_in[:, None] & n_in[None, :], other=0.0)
-        change = dot(p, factor, change, OPERAND, PRECISION, EMULATE)
-        new = rounded(old - rate * change, V_DTYPE, EMULATE)
+        factor = load_factor(Q, q_d, start, n, D, rank, RANK, EMULATE)
+        change = dot(p, tl.trans(factor), change, tl.bfloat16, "ieee", EMULATE)
+        new = rounded(old - rate * change, DTYPE, EMULATE)
         tl.store(V + start + (m * V_m + n[None, :]), new, mask=inside)
 
 
@@ -237,7 +215,7 @@ def triton_adamw(
     factors: Sequence[Sequence[Tensor]],
     rule: Rule,
 ) -> None:
-    """The step by the kernels; layouts they do not know in eager. `matrices`: V, g and moments of each weight."""
+    """The step by the kernels, layouts they do not know in eager; `matrices` are V, g and the moments."""
     lr, beta1, beta2, eps, weight_decay = rule
     on_host = lr.device.type == "cpu" and steps[0].device.type != "cpu"
     numbers = {
@@ -247,21 +225,20 @@ def triton_adamw(
         "eps": eps, "weight_decay": weight_decay,
     }  # fmt: skip
     groups, rest = grouped(matrices, factors)
-    for (full, d, r, V_dtype, g_dtype, *_), members in groups.items():
+    for (full, d, r, dtype, g_dtype, *_), members in groups.items():
         own = [[as_matrix(t) for t in matrices[i]] for i in members]
-        constants = {
-            "LR_TENSOR": not on_host, "V_DTYPE": dtype_name(V_dtype), "G_DTYPE": dtype_name(g_dtype),
-        }  # fmt: skip
         places = [address(steps[i]) for i in members]
+        constants = {
+            "LR_TENSOR": not on_host, "DTYPE": dtype_name(dtype), "G_DTYPE": dtype_name(g_dtype),
+        }  # fmt: skip
         if full:
             Rs, indices = distinct([factors[i][0] for i in members])
-            table = Table(own, list(zip(indices, places, strict=True)), "adamw", d)
-            grid, scratch = table.scratch(Rs, ["strips", "products"])
-            table.launch(adamw_kernel, grid, numbers | scratch, constants)
+            group = Group("adamw", d, own, list(zip(places, indices, strict=True)))
+            group.launch_full(adamw_kernel, Rs, ["strips", "products"], numbers, constants)
         else:
             own = [[*ts, *factors[i]] for ts, i in zip(own, members, strict=True)]
-            table = Table(own, [(place,) for place in places], "lowrank_adamw", r)
-            table.launch(lowrank_adamw_kernel, table.blocks, numbers | {"RANK": r}, constants | rank_block(r))
+            group = Group("lowrank_adamw", r, own, [(place,) for place in places])
+            group.launch_lowrank(lowrank_adamw_kernel, r, numbers, constants)
     for i in rest:
         eager_adamw(*matrices[i], steps[i], factors[i], rule)
 
@@ -286,9 +263,8 @@ def eager_adamw(
     step = step.double()
     correction1, correction2 = 1 - beta1**step, 1 - beta2**step
     denominator = (exp_avg_sq.to(compute).sqrt() / correction2.sqrt()).add_(eps)
-    change = (
-        (exp_avg.to(compute) / denominator).mul_(lr / correction1).addcmul_(V.to(compute), lr * weight_decay)
-    )
+    change = (exp_avg.to(compute) / denominator).mul_(lr / correction1)
+    change += V.to(compute) * (lr * weight_decay)
     old, change = as_matrix(V).to(compute), as_matrix(change)
     V.copy_(add_deviation(old - change, -change, factors).view(V.shape))
 
@@ -322,23 +298,7 @@ def _adamw(
             eager_adamw(*own, step, pair, rule)
 
 
-@_adamw.register_fake
-def _(
-    weights: list[Tensor],
-    gradients: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    factors: list[Tensor],
-    sizes: list[int],
-    lr: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    backend: str,
-) -> None:
-    return None
+_adamw.register_fake(lambda *args: None)
 
 
 @register_flop_formula(torch.ops.dbpkern.adamw_)
@@ -364,8 +324,8 @@ def adamw_(
     """One step of AdamW on fused weights in place, with the maps of DBP before and after it.
 
     The same as `map_gradients_`, `torch.optim.AdamW` and `map_changes_`, but for what these round in between:
-    `g <- g R^T`, both moments, `D = m_hat / (sqrt(v_hat) + eps) + weight_decay V`, `V <- V - lr D R`. The decay
-    (Loshchilov and Hutter, arXiv 1711.05101) is mapped with the rest of the change.
+    `g <- g R^T`, both moments, `D = m_hat / (sqrt(v_hat) + eps) + weight_decay V`, `V <- V - lr D R`. The
+    decay (Loshchilov and Hutter, arXiv 1711.05101) is mapped with the rest of the change.
 
     Args:
         weights: V, `[o, ...]` each, taken as `[o, d]`; changed in place.
@@ -391,10 +351,11 @@ def adamw_(
     check_like("exp_avg_sqs", exp_avg_sqs, weights)
     if len(steps) != len(weights):
         raise ValueError(f"steps: expected {len(weights)} tensors, got {len(steps)}")
-    for i, step in enumerate(steps):
-        if step.dim() or step.dtype != torch.float32:
+    for i, (step, V) in enumerate(zip(steps, weights, strict=True)):
+        if step.dim() or step.dtype != torch.float32 or step.device not in (V.device, torch.device("cpu")):
             raise ValueError(
-                f"steps[{i}]: expected a 0-d float32 tensor, got {list(step.shape)} {step.dtype}"
+                f"steps[{i}]: expected a 0-d float32 tensor on {V.device} or the CPU, "
+                f"got {list(step.shape)}, {step.dtype} on {step.device}"
             )
     if not isinstance(lr, Tensor):
         lr = torch.tensor(lr, dtype=torch.float64)

@@ -1,8 +1,8 @@
 """The maps around a step of the weights, for all layers in a few launches: `g R^T` before, `dV R` after it.
 
-Both are written with `R - I`: what R is multiplied with is added as it is, so the 16-bit operands of the tensor
-cores count only in what R differs from the identity. A program owns a block of rows over their whole width;
-nothing it reads is written by another, so the matrices change in place and no program waits.
+Both are written with `R - I`: what R is multiplied with is added as it is, so the 16-bit operands of the
+tensor cores count only in what R differs from the identity. A program owns a block of rows over their whole
+width; nothing it reads is written by another, so the matrices change in place and no program waits.
 """
 
 import itertools
@@ -15,8 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from dbpkern.ops import _dispatch, _triton
 from dbpkern.ops._common import autocast_off, check_matrix, check_tensor, operator
-from dbpkern.ops._dispatch import Operands, Tiles
-from dbpkern.ops._matmul import cdiv, dot, dtype_name, less_identity, operand_constants, product_loop, rounded
+from dbpkern.ops._matmul import cdiv, dot, dtype_name, less_identity, product_loop, rounded
 from dbpkern.ops._table import address, address_table
 from dbpkern.ops._triton import jit, tl
 from dbpkern.ops.lowrank_fold import check_factors, ieee_products, lowrank_flops
@@ -26,13 +25,8 @@ Factors = tuple[Tensor] | tuple[Tensor, Tensor]
 MAX_RANK = 128
 """The widest S that fits into shared memory as an operand."""
 
-REACH = 2**23
-"""Rows of a block so far apart that 32 bits do not hold their distance are left to eager."""
-
 PROGRAMS = 2
 """Programs of a kernel with scratch on each multiprocessor."""
-
-OPERANDS = operand_constants(Operands(torch.bfloat16, "ieee"))
 
 
 @jit
@@ -65,27 +59,31 @@ def matrix(table, weight, count, row, SLOT: tl.constexpr, DTYPE: tl.constexpr, A
 
 
 @jit
+def load_tile(tile, inside):
+    """The tile that pointers point to, in fp32."""
+    return tl.load(tile, mask=inside, other=0.0).to(tl.float32)
+
+
+@jit
 def deviation_kernel(table, deviation, D, padded, EMULATE: tl.constexpr, BLOCK: tl.constexpr):
-    """`R - I` in 16 bits, `[*, padded, padded]` with zeros beyond D; rows on axis 0, columns on 1, an R on 2."""
+    """`R - I` in 16 bits, `[*, padded, padded]`, zeros beyond D; rows on axis 0, columns on 1, an R on 2."""
     R = tl.program_id(2)
     pointer = tl.load(table + R).to(tl.pointer_type(tl.float32))
+    stride = tl.load(table + tl.num_programs(2) + R)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    stride = tl.load(table + tl.num_programs(2) + R)
     inside = (i < D)[:, None] & (j < D)[None, :]
-    tile = tl.load(pointer + i[:, None] * stride + j[None, :], mask=inside, other=0.0)
-    tile = tl.where(inside, less_identity(tile, i, j), 0.0)
-    deviation += R.to(tl.int64) * padded * padded + i[:, None] * padded + j[None, :]
-    tl.store(
-        deviation, rounded(tile, tl.bfloat16, EMULATE), mask=(i < padded)[:, None] & (j < padded)[None, :]
-    )
+    tile = load_tile(pointer + i[:, None] * stride + j[None, :], inside)
+    tile = rounded(tl.where(inside, less_identity(tile, i, j), 0.0), tl.bfloat16, EMULATE)
+    deviation += R.to(tl.int64) * padded * padded
+    inside = (i < padded)[:, None] & (j < padded)[None, :]
+    tl.store(deviation + (i[:, None] * padded + j[None, :]), tile, mask=inside)
 
 
 @jit
 def strip_product(
     strip, deviation, padded, start, TRANSPOSED: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    EMULATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N columns from `start` on of a strip `[BLOCK_M, padded]` times R - I, or its transpose."""
     if TRANSPOSED:
@@ -100,7 +98,7 @@ def strip_product(
         strip + (m[:, None] * padded + k[None, :]),
         deviation + start * d_n + (k[:, None] * d_k + n[None, :] * d_n),
         tl.full((BLOCK_M, 1), True, tl.int1), tl.full((1, BLOCK_N), True, tl.int1), padded, 1, d_k, n,
-        False, OPERAND, PRECISION, EMULATE, True, BLOCK_M, BLOCK_N, BLOCK_K,
+        False, tl.bfloat16, "ieee", EMULATE, True, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
 
 
@@ -108,8 +106,7 @@ def strip_product(
 def map_kernel(
     table, deviation, strips, count, blocks, D, padded,
     CHANGE: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, SPAN: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    EMULATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """`x += x (R - I)^T`, or with CHANGE `x += (x - before) (R - I)`, for the weights of a table.
 
@@ -117,63 +114,63 @@ def map_kernel(
     multiplied waits in 16 bits in the program's own strip of scratch, since x is overwritten tile by tile.
     """
     m = tl.arange(0, BLOCK_M)[:, None]
-    n = tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
+    n = tl.arange(0, BLOCK_N)[None, :]
+    k = tl.arange(0, BLOCK_K)[None, :]
     strip = strips + tl.program_id(0).to(tl.int64) * BLOCK_M * padded
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
         weight, row, m_in = locate(table, block, count, SPAN, BLOCK_M)
         x, x_m = matrix(table, weight, count, row, 0, DTYPE, ALIGNED)
         if CHANGE:
             before, before_m = matrix(table, weight, count, row, 1, DTYPE, ALIGNED)
-        R = tl.load(table + (4 + 2 * CHANGE) * count + weight)
+        R = deviation + tl.load(table + (4 + 2 * CHANGE) * count + weight) * padded * padded
         for start in range(0, padded, BLOCK_K):
-            inside = m_in & (k < D - start)[None, :]
-            tile = tl.load(x + start + (m * x_m + k[None, :]), mask=inside, other=0.0).to(tl.float32)
+            inside = m_in & (k < D - start)
+            tile = load_tile(x + start + (m * x_m + k), inside)
             if CHANGE:
-                old = tl.load(before + start + (m * before_m + k[None, :]), mask=inside, other=0.0)
-                tile -= old.to(tl.float32)
-            tl.store(strip + start + (m * padded + k[None, :]), rounded(tile, OPERAND, EMULATE))
+                tile -= load_tile(before + start + (m * before_m + k), inside)
+            tl.store(strip + start + (m * padded + k), rounded(tile, tl.bfloat16, EMULATE))
         tl.debug_barrier()
         for start in range(0, D, BLOCK_N):
-            acc = strip_product(
-                strip, deviation + R * padded * padded, padded, start, not CHANGE,
-                OPERAND, PRECISION, EMULATE, BLOCK_M, BLOCK_N, BLOCK_K,
-            )  # fmt: skip
-            inside = m_in & (n < D - start)[None, :]
-            tile = x + start + (m * x_m + n[None, :])
-            acc += tl.load(tile, mask=inside, other=0.0).to(tl.float32)
-            tl.store(tile, rounded(acc, DTYPE, EMULATE), mask=inside)
+            acc = strip_product(strip, R, padded, start, not CHANGE, EMULATE, BLOCK_M, BLOCK_N, BLOCK_K)
+            inside = m_in & (n < D - start)
+            acc += load_tile(x + start + (m * x_m + n), inside)
+            tl.store(x + start + (m * x_m + n), rounded(acc, DTYPE, EMULATE), mask=inside)
         tl.debug_barrier()  # the next block overwrites the strip
 
 
 @jit
+def load_factor(Q, q_d, start, n, D, rank, RANK, EMULATE: tl.constexpr):
+    """Rows of Q from `start` on, as an operand `[n, rank]`."""
+    inside = (n < D - start)[:, None] & (rank < RANK)[None, :]
+    factor = tl.load(Q + start * q_d + (n[:, None] * q_d + rank[None, :]), mask=inside, other=0.0)
+    return rounded(factor, tl.bfloat16, EMULATE)
+
+
+@jit
 def times_S(
-    t, table, weight, count, RANK, SLOT: tl.constexpr, ALIGNED: tl.constexpr, TRANSPOSED: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr, BLOCK_R: tl.constexpr,
+    t, table, weight, count, RANK, SLOT: tl.constexpr, TRANSPOSED: tl.constexpr,
+    ALIGNED: tl.constexpr, EMULATE: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """`t S`, or `t S^T`, for `t [*, BLOCK_R]`: rounded to be the operand of the next product."""
+    """`t S`, or `t S^T`, for `t [*, BLOCK_R]`, as the operand of the next product."""
     S, stride = matrix(table, weight, count, 0, SLOT, tl.float32, ALIGNED)
     rank = tl.arange(0, BLOCK_R)
-    inside = (rank < RANK)[:, None] & (rank < RANK)[None, :]
+    S = load_factor(S, stride, 0, rank, RANK, rank, RANK, EMULATE)
     if TRANSPOSED:
-        S += rank[None, :] * stride + rank[:, None]
-    else:
-        S += rank[:, None] * stride + rank[None, :]
-    t = dot(t, tl.load(S, mask=inside, other=0.0), tl.zeros_like(t), OPERAND, PRECISION, EMULATE)
-    return rounded(t, OPERAND, EMULATE)
+        S = tl.trans(S)
+    return rounded(dot(t, S, tl.zeros_like(t), tl.bfloat16, "ieee", EMULATE), tl.bfloat16, EMULATE)
 
 
 @jit
 def lowrank_map_kernel(
     table, count, D, RANK,
     CHANGE: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, SPAN: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    EMULATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """`map_kernel` for `R = I + Q S Q^T`; a block of rows on axis 0.
 
-    The table's matrices are x, with CHANGE before, Q and S. The first pass over the columns gives `x Q`, which
-    stays in registers; the second takes them in reverse, the last ones read being those still in L2.
+    The table's matrices are x, with CHANGE before, Q and S. The first pass over the columns gives `x Q`,
+    which stays in registers; the second takes them in reverse, since those read last are still in L2.
     """
     weight, row, m_in = locate(table, tl.program_id(0), count, SPAN, BLOCK_M)
     x, x_m = matrix(table, weight, count, row, 0, DTYPE, ALIGNED)
@@ -184,115 +181,99 @@ def lowrank_map_kernel(
     n = tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     rank = tl.arange(0, BLOCK_R)
-    rank_in = rank < RANK
     t = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for start in range(0, D, BLOCK_K):
-        k_in = k < D - start
-        inside = m_in & k_in[None, :]
+        inside = m_in & (k < D - start)[None, :]
         tile = tl.load(x + start + (m * x_m + k[None, :]), mask=inside, other=0.0)
         if CHANGE:
-            old = tl.load(before + start + (m * before_m + k[None, :]), mask=inside, other=0.0)
-            tile = tile.to(tl.float32) - old.to(tl.float32)
-        factor = Q + start * q_d + (k[:, None] * q_d + rank[None, :])
-        factor = tl.load(factor, mask=k_in[:, None] & rank_in[None, :], other=0.0)
-        t = dot(tile, factor, t, OPERAND, PRECISION, EMULATE)
-    t = times_S(
-        t, table, weight, count, RANK, 2 + CHANGE, ALIGNED, not CHANGE, OPERAND, PRECISION, EMULATE, BLOCK_R
-    )
+            tile = tile.to(tl.float32) - load_tile(before + start + (m * before_m + k[None, :]), inside)
+        factor = load_factor(Q, q_d, start, k, D, rank, RANK, EMULATE)
+        t = dot(tile, factor, t, tl.bfloat16, "ieee", EMULATE)
+    t = times_S(t, table, weight, count, RANK, 2 + CHANGE, not CHANGE, ALIGNED, EMULATE, BLOCK_R)
     tl.debug_barrier()  # every thread has read x
     steps = tl.cdiv(D, BLOCK_N)
     for step in range(steps):
         start = (steps - 1 - step) * BLOCK_N
-        n_in = (n < D - start)[None, :]
-        factor = Q + start * q_d + (n[None, :] * q_d + rank[:, None])
-        factor = tl.load(factor, mask=rank_in[:, None] & n_in, other=0.0)
-        tile = x + start + (m * x_m + n[None, :])
-        acc = tl.load(tile, mask=m_in & n_in, other=0.0).to(tl.float32)
-        acc = dot(t, factor, acc, OPERAND, PRECISION, EMULATE)
-        tl.store(tile, rounded(acc, DTYPE, EMULATE), mask=m_in & n_in)
+        inside = m_in & (n < D - start)[None, :]
+        acc = load_tile(x + start + (m * x_m + n[None, :]), inside)
+        factor = load_factor(Q, q_d, start, n, D, rank, RANK, EMULATE)
+        acc = dot(t, tl.trans(factor), acc, tl.bfloat16, "ieee", EMULATE)
+        tl.store(x + start + (m * x_m + n[None, :]), rounded(acc, DTYPE, EMULATE), mask=inside)
 
 
 def as_matrix(t: Tensor) -> Tensor:
     """t as `[o, d]`: a view where its strides allow one, otherwise a copy."""
-    return t.reshape(len(t), t.shape[1:].numel())
+    return t.reshape(t.shape[0], t.shape[1:].numel())
 
 
-class Table:
-    """The pointers of a group of weights, and how its kernels are compiled.
+class Group:
+    """Weights that one launch serves, of equal width and dtypes: their table, and how it is launched.
 
     Args:
-        matrices: for each weight its matrices, rows as long as the group's width in the first.
+        name: the kernel's in the table of tiles.
+        size: the width or rank that the tiles go by.
+        matrices: for each weight the matrices `[o, *]` of the table's slots, the weight's own first.
         extra: for each weight numbers that follow them.
-        kernel: which rows of the table of tiles.
-        key: the group's width or rank, by which the tiles go.
     """
 
     def __init__(
-        self, matrices: Sequence[Sequence[Tensor]], extra: Sequence[Sequence[int]], kernel: str, key: int
+        self, name: str, size: int, matrices: Sequence[Sequence[Tensor]], extra: Sequence[Sequence[int]]
     ):
-        slots = [[(address(t), t.stride(0)) for t in slot] for slot in zip(*matrices, strict=True)]
-        sizes = [slot[0].itemsize for slot in zip(*matrices, strict=True)]
+        places = [[(address(t), t.stride(0)) for t in own] for own in matrices]
+        sizes = [t.itemsize for t in matrices[0]]
         aligned = all(
-            a % 16 == 0 and stride * size % 16 == 0
-            for slot, size in zip(slots, sizes, strict=True)
-            for a, stride in slot
+            (a | row * size) % 16 == 0 for own in places for (a, row), size in zip(own, sizes, strict=True)
         )
-        self.tiles = _dispatch.tiles(kernel, "16bit", key if aligned else key | 1)
-        rows = [len(own[0]) for own in matrices]
-        firsts = list(itertools.accumulate((cdiv(o, self.tiles.m) for o in rows), initial=0))
+        self.tiles = tiles = _dispatch.tiles(name, "16bit", size if aligned else size | 1)
+        rows = [own[0].shape[0] for own in matrices]
+        firsts = list(itertools.accumulate((cdiv(o, tiles.m) for o in rows), initial=0))
         self.blocks = firsts.pop()
-        columns = [firsts, rows]
-        for slot in slots:
-            columns += zip(*slot, strict=True)
-        columns += zip(*extra, strict=True)
+        numbers = [(*itertools.chain(*own), *more) for own, more in zip(places, extra, strict=True)]
         x = matrices[0][0]
-        self.device = x.device
-        self.args = {
-            "table": address_table(columns, x.device), "count": len(rows), "D": x.shape[1],
-        }  # fmt: skip
+        self.device, self.d = x.device, x.shape[1]
+        table = address_table([firsts, rows, *zip(*numbers, strict=True)], x.device)
+        self.args = {"table": table, "count": len(rows), "D": self.d}
         self.constants = {
-            "ALIGNED": aligned, "SPAN": 1 << (len(rows) - 1).bit_length(), **OPERANDS, **blocks_of(self.tiles),
+            "ALIGNED": aligned, "SPAN": 1 << (len(rows) - 1).bit_length(), "EMULATE": _triton.INTERPRETED,
+            "BLOCK_M": tiles.m, "BLOCK_N": tiles.n, "BLOCK_K": tiles.k,
         }  # fmt: skip
 
     def launch(
         self, kernel: Callable, grid: int, args: dict[str, object], constants: dict[str, object]
     ) -> None:
-        """Launch a kernel on the group."""
-        tiles = self.tiles
-        _triton.launch(
-            kernel, (grid,), self.args | args, self.constants | constants, tiles.warps, tiles.stages
-        )
+        """Launch a kernel on the group's table."""
+        constants = self.constants | constants
+        _triton.launch(kernel, (grid,), self.args | args, constants, self.tiles.warps, self.tiles.stages)
 
-    def scratch(self, Rs: Sequence[Tensor], strips: Sequence[str]) -> tuple[int, dict[str, object]]:
-        """The grid of a kernel with strips of scratch, and its arguments; launches `deviation_kernel`."""
-        tiles, D = self.tiles, self.args["D"]
-        wide = max(tiles.n, tiles.k)
-        padded = cdiv(D, wide) * wide
+    def launch_full(
+        self, kernel: Callable, Rs: Sequence[Tensor], strips: Sequence[str], args: dict, constants: dict
+    ) -> None:
+        """Write `R - I` of the matrices R, and launch a kernel with such strips of scratch."""
+        wide = max(self.tiles.n, self.tiles.k)
+        padded = cdiv(self.d, wide) * wide
         deviation = torch.empty(len(Rs), padded, padded, dtype=torch.bfloat16, device=self.device)
         columns = [[address(R) for R in Rs], [R.stride(0) for R in Rs]]
         _triton.launch(
             deviation_kernel,
             (cdiv(padded, 64), cdiv(padded, 64), len(Rs)),
-            {"table": address_table(columns, self.device), "deviation": deviation, "D": D, "padded": padded},
+            {
+                "table": address_table(columns, self.device), "deviation": deviation,
+                "D": self.d, "padded": padded,
+            },
             {"EMULATE": _triton.INTERPRETED, "BLOCK": 64},
             4,
             1,
-        )
+        )  # fmt: skip
         grid = min(self.blocks, PROGRAMS * _dispatch.processors(self.device))
-        args = {"deviation": deviation, "blocks": self.blocks, "padded": padded}
-        for name in strips:
-            args[name] = torch.empty(grid, tiles.m, padded, dtype=torch.bfloat16, device=self.device)
-        return grid, args
+        rooms = torch.empty(len(strips), grid, self.tiles.m, padded, dtype=torch.bfloat16, device=self.device)
+        args = args | dict(zip(strips, rooms, strict=True))
+        args |= {"deviation": deviation, "blocks": self.blocks, "padded": padded}
+        self.launch(kernel, grid, args, constants)
 
-
-def blocks_of(tiles: Tiles) -> dict[str, int]:
-    """The block sizes as a kernel's constants."""
-    return {"BLOCK_M": tiles.m, "BLOCK_N": tiles.n, "BLOCK_K": tiles.k}
-
-
-def rank_block(r: int) -> dict[str, int]:
-    """The block of ranks as a kernel's constant."""
-    return {"BLOCK_R": max(16, 1 << (r - 1).bit_length())}
+    def launch_lowrank(self, kernel: Callable, r: int, args: dict, constants: dict) -> None:
+        """Launch a kernel with a program for each block of rows."""
+        constants = constants | {"BLOCK_R": max(16, 1 << (r - 1).bit_length())}
+        self.launch(kernel, self.blocks, args | {"RANK": r}, constants)
 
 
 def distinct(Rs: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
@@ -303,26 +284,31 @@ def distinct(Rs: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
     return list(found.values()), [numbers[key] for key in keys]
 
 
+def serves(matrices: Sequence[Tensor], factors: Sequence[Tensor]) -> bool:
+    """Whether kernels know the layouts: rows in one piece each, within reach, and ranks up to MAX_RANK."""
+    o, *width = matrices[0].shape
+    d = math.prod(width)
+    try:
+        rows = [*(t.view(o, d) for t in matrices), *factors]
+    except RuntimeError:
+        return False
+    return (
+        factors[-1].shape[1] <= (d if len(factors) == 1 else MAX_RANK)
+        and all(t.stride(1) == 1 for t in rows if t.shape[1] > 1)
+        and all(max(t.stride(0), 1) * max(d, 128) < 2**31 for t in rows)
+    )
+
+
 def grouped(
     matrices: Sequence[Sequence[Tensor]], factors: Sequence[Sequence[Tensor]]
 ) -> tuple[dict[tuple, list[int]], list[int]]:
-    """The numbers of the weights that one launch serves, by rank (0 for a full R) and dtypes; then the rest.
-
-    Kernels want matrices whose rows lie in one piece each, and ranks up to MAX_RANK.
-    """
+    """The numbers of the weights by what one launch serves: (full, d, r, dtypes); then the rest of them."""
     groups, rest = {}, []
     for i, (own, factor) in enumerate(zip(matrices, factors, strict=True)):
-        o, d = own[0].shape[0], own[0].shape[1:].numel()
-        if not o * d:
+        if not own[0].numel():
             continue
-        r = factor[0].shape[1] if len(factor) == 2 else 0
-        try:
-            views = [t.view(o, d) for t in own]
-        except RuntimeError:
-            views = []
-        rows = [t.stride() for t in (*views, *factor) if t.shape[1] > 1]
-        if views and r <= MAX_RANK and all(stride[1] == 1 and stride[0] < REACH for stride in rows):
-            key = (len(factor) == 1, d, r, *(t.dtype for t in own))
+        if serves(own, factor):
+            key = (len(factor) == 1, *factor[0].shape, *(t.dtype for t in own))
             groups.setdefault(key, []).append(i)
         else:
             rest.append(i)
@@ -340,13 +326,12 @@ def triton_maps(
         constants = {"CHANGE": before is not None, "DTYPE": dtype_name(dtype)}
         if full:
             Rs, numbers = distinct([factors[i][0] for i in members])
-            table = Table(own, [(number,) for number in numbers], "map", d)
-            grid, scratch = table.scratch(Rs, ["strips"])
-            table.launch(map_kernel, grid, scratch, constants)
+            group = Group("map", d, own, [(number,) for number in numbers])
+            group.launch_full(map_kernel, Rs, ["strips"], {}, constants)
         else:
             own = [[*ts, *factors[i]] for ts, i in zip(own, members, strict=True)]
-            table = Table(own, [()] * len(own), "lowrank_map", r)
-            table.launch(lowrank_map_kernel, table.blocks, {"RANK": r}, constants | rank_block(r))
+            group = Group("lowrank_map", r, own, [()] * len(own))
+            group.launch_lowrank(lowrank_map_kernel, r, {}, constants)
     for i in rest:
         eager_map(xs[i], None if before is None else before[i], factors[i])
 
@@ -425,16 +410,8 @@ def _map_changes(
     _maps("map_changes_", weights, before, factors, sizes, backend)
 
 
-@_map_gradients.register_fake
-def _(gradients: list[Tensor], factors: list[Tensor], sizes: list[int], backend: str) -> None:
-    return None
-
-
-@_map_changes.register_fake
-def _(
-    weights: list[Tensor], before: list[Tensor], factors: list[Tensor], sizes: list[int], backend: str
-) -> None:
-    return None
+_map_gradients.register_fake(lambda *args: None)
+_map_changes.register_fake(lambda *args: None)
 
 
 def map_flops(shapes: Sequence[Sequence[int]], factor_shapes: Sequence, sizes: Sequence[int]) -> int:
@@ -507,8 +484,8 @@ def map_gradients_(
             `R = I + Q S Q^T`. Several may share one.
         backend: None for the automatic choice, "eager" or "triton". Eager forms the products in the wider
             dtype of gradient and R. Triton takes R in fp32, writes the map as `g + g (R - I)^T`, rounds the
-            operands to bf16 and sums in fp32; matrices without contiguous rows, and ranks above 128, are left to
-            eager.
+            operands to bf16 and sums in fp32; matrices without contiguous rows, and ranks above 128, are left
+            to eager.
 
     Raises:
         TypeError: not floating-point tensors, Q and S of unequal dtypes.
