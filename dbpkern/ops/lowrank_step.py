@@ -30,6 +30,8 @@ ROTATION_STEPS = 6
 # The widest rank whose matrices stay in registers.
 MAX_RANK = 128
 TINY = torch.finfo(torch.float32).tiny
+# Features, and terms of a product, that a program takes at a time. Not measured.
+BLOCK_D, BLOCK_K = 64, 32
 
 
 @jit
@@ -51,133 +53,154 @@ def inverse_factor(M, RANK, BLOCK: tl.constexpr):
 
 
 @jit
-def transposed_product(
-    a, b, weights, first, last, RANK, WEIGHTED: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr
-):
-    """`a^T b [BLOCK_R, BLOCK_R]` over the rows from `first` to `last` of `a, b [*, RANK]`, b weighted."""
-    d = tl.arange(0, BLOCK_D)
-    rank = tl.arange(0, BLOCK_R)[None, :]
-    acc = tl.zeros((BLOCK_R, BLOCK_R), tl.float32)
-    for start in range(first, last, BLOCK_D):
-        rows = start + d
-        inside = (rows < last)[:, None] & (rank < RANK)
-        place = rows[:, None] * RANK + rank
-        left = tl.trans(tl.load(a + place, mask=inside, other=0.0))
-        right = tl.load(b + place, mask=inside, other=0.0)
-        if WEIGHTED:
-            right *= tl.load(weights + rows, mask=rows < last, other=0.0)[:, None]
-        acc = tl.dot(left, right, acc, input_precision="tf32x3")
+def product(
+    a, b, M, N, K, a_m, a_k, b_k, b_n, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """`a [M, K] @ b [K, N]` in fp32, of any strides; both come from memory piece by piece.
+
+    Whole matrices of ranks as operands would take all registers. What the program itself has written there
+    needs a barrier before.
+    """
+    m = tl.arange(0, BLOCK_M)[:, None]
+    n = tl.arange(0, BLOCK_N)[None, :]
+    k = tl.arange(0, BLOCK_K)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        terms = start + k
+        left = tl.load(a + m * a_m + terms[None, :] * a_k, mask=(m < M) & (terms < K)[None, :], other=0.0)
+        right = tl.load(b + terms[:, None] * b_k + n * b_n, mask=(n < N) & (terms < K)[:, None], other=0.0)
+        acc = tl.dot(left, right, acc, input_precision=PRECISION)
     return acc
 
 
 @jit
 def moved_kernel(
-    Q,
-    S,
-    B,
-    Y,
-    c,
-    A,
-    g,
-    sums,
-    sizes,
-    D,
-    RANK,
-    ROWS,
-    q_eta,
-    ridge,
-    BLOCK_D: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """`A = Q + q_eta (Y B^-1 - Q)` and the mean squares g of z, for the ROWS features of a part of a layer.
+    Q, S, B, Y, c, A, gQ, sums, sizes, D, RANK, ROWS, q_eta, ridge,
+    PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """`A = Q + q_eta (Y B^-1 - Q)` and `diag(g) Q`, g the mean squares of z, for ROWS features of a layer.
 
-    Stores the part's terms of `Q^T diag(g) Q`, `A^T A` and `A^T Q` in `sums [L, parts, 3, BLOCK_R, BLOCK_R]`,
-    and of the sums of c and of g in `sizes [L, parts, 2]`. A part on grid axis 0, a layer on axis 1. Each
+    Stores these features' terms of `Q^T diag(g) Q`, `A^T A` and `A^T Q` in `sums [L, parts, 3, r, r]`, and
+    of the sums of c and of g in `sizes [L, parts, 2]`. A part on grid axis 0, a layer on axis 1. Each part
     inverts B for itself: that takes no longer than to wait for one that does. A is formed before its Gram
-    matrix is: that of its terms, put together, would lose digits with the square of B's condition number.
+    matrix is: put together from those of Q and Y, it would lose digits with the square of B's condition.
     """
     layer = tl.program_id(1).to(tl.int64)
     part = layer * tl.num_programs(0) + tl.program_id(0)
     d = tl.arange(0, BLOCK_D)
     i = tl.arange(0, BLOCK_R)[:, None]
     j = tl.arange(0, BLOCK_R)[None, :]
-    square = layer * RANK * RANK + i * RANK + j
+    square = i * RANK + j
     square_in = (i < RANK) & (j < RANK)
+    area = RANK * RANK
+    S += layer * area
+    B += layer * area
+    # Until they are known, the room of the sums holds what the program needs of B.
+    factor = sums + part * 3 * area
+    inverse = factor + area
+    SB = inverse + area
     b = tl.load(B + square, mask=square_in, other=0.0)
-    trace = tl.sum(tl.where(i == j, b, 0.0))
-    inverse = inverse_factor(b + tl.where(i == j, tl.where(i < RANK, ridge * trace, 1.0), 0.0), RANK, BLOCK_R)
-    s = tl.load(S + square, mask=square_in, other=0.0)
-    Q += layer * D * RANK
-    Y += layer * D * RANK
-    A += layer * D * RANK
-    c += layer * D
-    g += layer * D
+    b += tl.where(i == j, tl.where(i < RANK, ridge * tl.sum(tl.where(i == j, b, 0.0)), 1.0), 0.0)
+    tl.store(factor + square, inverse_factor(b, RANK, BLOCK_R), mask=square_in)
+    found = product(S, B, RANK, RANK, RANK, RANK, 1, RANK, 1, PRECISION, BLOCK_R, BLOCK_R, BLOCK_K)
+    tl.store(SB + square, found, mask=square_in)
+    tl.debug_barrier()
+    found = product(factor, factor, RANK, RANK, RANK, 1, RANK, RANK, 1, PRECISION, BLOCK_R, BLOCK_R, BLOCK_K)
+    tl.store(inverse + square, found, mask=square_in)
+    tl.debug_barrier()
+
     first = tl.program_id(0) * ROWS
     last = min(first + ROWS, D)
+    corner = layer * D + first
+    Q += corner * RANK
+    Y += corner * RANK
+    A += corner * RANK
+    gQ += corner * RANK
+    c += corner
+    rows = last - first
     c_sum = tl.zeros((BLOCK_D,), tl.float32)
     g_sum = tl.zeros((BLOCK_D,), tl.float32)
-    for start in range(first, last, BLOCK_D):
-        rows = start + d
-        inside = (rows < last)[:, None] & (j < RANK)
-        place = rows[:, None] * RANK + j
-        q = tl.load(Q + place, mask=inside, other=0.0)
+    for start in range(0, rows, BLOCK_D):
+        left = rows - start
+        at = start * RANK
+        V = product(Q + at, S, left, RANK, RANK, RANK, 1, RANK, 1, PRECISION, BLOCK_D, BLOCK_R, BLOCK_K)
+        VB = product(Q + at, SB, left, RANK, RANK, RANK, 1, RANK, 1, PRECISION, BLOCK_D, BLOCK_R, BLOCK_K)
+        place = (start + d[:, None]) * RANK + j
+        inside = (d < left)[:, None] & (j < RANK)
         y = tl.load(Y + place, mask=inside, other=0.0)
-        v = tl.dot(q, s, input_precision="tf32x3")
-        vb = tl.dot(v, b, input_precision="tf32x3")
-        c_rows = tl.load(c + rows, mask=rows < last, other=0.0)
-        g_rows = c_rows + tl.sum((2 * y + vb) * v, axis=1)
-        half = tl.dot(y, tl.trans(inverse), input_precision="tf32x3")
-        target = tl.dot(half, inverse, input_precision="tf32x3")
-        tl.store(A + place, q + q_eta * (target - q), mask=inside)
-        tl.store(g + rows, g_rows, mask=rows < last)
+        c_rows = tl.load(c + start + d, mask=d < left, other=0.0)
+        g = c_rows + tl.sum((2 * y + VB) * V, axis=1)
         c_sum += c_rows
-        g_sum += g_rows
+        g_sum += g
+        q = tl.load(Q + place, mask=inside, other=0.0)
+        tl.store(gQ + place, g[:, None] * q, mask=inside)
+        target = product(
+            Y + at, inverse, left, RANK, RANK, RANK, 1, RANK, 1, PRECISION, BLOCK_D, BLOCK_R, BLOCK_K
+        )
+        q = tl.load(Q + place, mask=inside, other=0.0)
+        tl.store(A + place, q + q_eta * (target - q), mask=inside)
     tl.store(sizes + 2 * part, tl.sum(c_sum))
     tl.store(sizes + 2 * part + 1, tl.sum(g_sum))
-    tl.debug_barrier()  # A and g are read by other threads than wrote them
-    sums += part * 3 * BLOCK_R * BLOCK_R + i * BLOCK_R + j
-    tl.store(sums, transposed_product(Q, Q, g, first, last, RANK, True, BLOCK_D, BLOCK_R))
-    sums += BLOCK_R * BLOCK_R
-    tl.store(sums, transposed_product(A, A, g, first, last, RANK, False, BLOCK_D, BLOCK_R))
-    sums += BLOCK_R * BLOCK_R
-    tl.store(sums, transposed_product(A, Q, g, first, last, RANK, False, BLOCK_D, BLOCK_R))
+    tl.debug_barrier()
+    found = product(Q, gQ, RANK, RANK, rows, 1, RANK, RANK, 1, PRECISION, BLOCK_R, BLOCK_R, BLOCK_K)
+    tl.store(factor + square, found, mask=square_in)
+    found = product(A, A, RANK, RANK, rows, 1, RANK, RANK, 1, PRECISION, BLOCK_R, BLOCK_R, BLOCK_K)
+    tl.store(inverse + square, found, mask=square_in)
+    found = product(A, Q, RANK, RANK, rows, 1, RANK, RANK, 1, PRECISION, BLOCK_R, BLOCK_R, BLOCK_K)
+    tl.store(SB + square, found, mask=square_in)
 
 
 @jit
-def sum_parts(sums, parts, BLOCK_R: tl.constexpr):
+def sum_parts(sums, inside, parts, area, BLOCK_R: tl.constexpr):
     """The sum of one of the three matrices over the parts of a layer."""
     total = tl.zeros((BLOCK_R, BLOCK_R), tl.float32)
     for _ in range(parts):
-        total += tl.load(sums)
-        sums += 3 * BLOCK_R * BLOCK_R
+        total += tl.load(sums, mask=inside, other=0.0)
+        sums += 3 * area
     return total
 
 
 @jit
 def small_kernel(
-    S, B, caution, rates, sums, sizes, factors, moves, eta, kappa, limit, D, RANK, parts,
+    S, B, caution, rates, sums, sizes, X, room, moves, eta, kappa, limit, D, RANK, parts,
     ETA_TENSOR: tl.constexpr, ETA_STRIDE: tl.constexpr, SCALE_FREE: tl.constexpr, LIMITED: tl.constexpr,
     TINY: tl.constexpr, STEPS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """The rate and the new S of a layer, `L^-1` of `A^T A = L L^T`, and whether Q is to become `A L^-T`."""
+    """The rate and the new S of a layer, `X = L^-T` of `A^T A = L L^T`, and whether Q is to become `A X`.
+
+    `room [L, 5, r, r]` holds what products need of earlier ones.
+    """
     layer = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK_R)[:, None]
     j = tl.arange(0, BLOCK_R)[None, :]
     p = tl.arange(0, BLOCK_P)
-    sums += layer * parts * 3 * BLOCK_R * BLOCK_R + i * BLOCK_R + j
+    area = RANK * RANK
+    square = i * RANK + j
+    inside = (i < RANK) & (j < RANK)
+    S += layer * area
+    B += layer * area
+    X += layer * area
+    sums += layer * parts * 3 * area + square
     sizes += 2 * (layer * parts + p)
+    T = room + layer * 5 * area
+    U = T + area
+    stepped = U + area
+    one = stepped + area
+    other = one + area
+
     size = tl.sum(tl.load(sizes, mask=p < parts, other=0.0))
     mean = tl.sum(tl.load(sizes + 1, mask=p < parts, other=0.0)) / D
     sound = tl.abs(size) < float("inf")
-    seen = sound & (size != 0)
-
-    square = layer * RANK * RANK + i * RANK + j
-    square_in = (i < RANK) & (j < RANK)
-    s = tl.load(S + square, mask=square_in, other=0.0)
-    b = tl.load(B + square, mask=square_in, other=0.0)
-    T = s + tl.where(i == j, 1.0, 0.0)
-    M = tl.dot(tl.dot(T, b, input_precision=PRECISION), tl.trans(T), input_precision=PRECISION)
+    s = tl.load(S + square, mask=inside, other=0.0)
+    tl.store(T + square, s + tl.where(i == j, 1.0, 0.0), mask=inside)
+    tl.debug_barrier()
+    found = product(T, B, RANK, RANK, RANK, RANK, 1, RANK, 1, PRECISION, BLOCK_R, BLOCK_R, BLOCK_K)
+    tl.store(one + square, found, mask=inside)
+    tl.debug_barrier()
+    M = product(one, T, RANK, RANK, RANK, RANK, 1, 1, RANK, PRECISION, BLOCK_R, BLOCK_R, BLOCK_K)
 
     if SCALE_FREE:
         unit = tl.maximum(2 * mean, TINY)
@@ -192,38 +215,61 @@ def small_kernel(
     tl.store(caution + layer, careful)
     tl.store(rates + layer, rate)
 
-    diagonal = sum_parts(sums, parts, BLOCK_R)  # Q^T diag(g) Q
-    M = (1 - kappa) * (M - diagonal) + kappa * (diagonal - tl.where((i == j) & (i < RANK), 1.0, 0.0))
-    s -= rate / unit * tl.dot(M, T, input_precision=PRECISION)
+    diagonal = sum_parts(sums, inside, parts, area, BLOCK_R)  # Q^T diag(g) Q
+    M = (1 - kappa) * (M - diagonal) + kappa * (diagonal - tl.where(i == j, 1.0, 0.0))
+    tl.store(other + square, M, mask=inside)
+    tl.debug_barrier()
+    found = product(other, T, RANK, RANK, RANK, RANK, 1, RANK, 1, PRECISION, BLOCK_R, BLOCK_R, BLOCK_K)
+    s = tl.load(S + square, mask=inside, other=0.0)
+    tl.store(stepped + square, s - rate / unit * found, mask=inside)
 
-    gram = sum_parts(sums + BLOCK_R * BLOCK_R, parts, BLOCK_R)
-    inverse = inverse_factor(gram + tl.where((i == j) & (i >= RANK), 1.0, 0.0), RANK, BLOCK_R)
-    found = tl.sum(inverse * 0.0) == 0
-    tl.store(factors + (layer * BLOCK_R + i) * BLOCK_R + j, inverse)
-    tl.store(moves + layer, (seen & found).to(tl.int32))
+    gram = sum_parts(sums + area, inside, parts, area, BLOCK_R)
+    factor = inverse_factor(gram + tl.where((i == j) & (i >= RANK), 1.0, 0.0), RANK, BLOCK_R)
+    valid = tl.sum(factor * 0.0) == 0
+    seen = sound & (size != 0)
+    tl.store(X + j * RANK + i, factor, mask=inside)
+    tl.store(moves + layer, (seen & valid).to(tl.int32))
 
     # The rotation nearest to Q_new^T Q.
-    U = tl.dot(inverse, sum_parts(sums + 2 * BLOCK_R * BLOCK_R, parts, BLOCK_R), input_precision=PRECISION)
+    tl.store(one + square, sum_parts(sums + 2 * area, inside, parts, area, BLOCK_R), mask=inside)
+    tl.debug_barrier()
+    found = product(X, one, RANK, RANK, RANK, 1, RANK, RANK, 1, PRECISION, BLOCK_R, BLOCK_R, BLOCK_K)
+    tl.store(U + square, found, mask=inside)
+    tl.debug_barrier()
     for _ in range(STEPS):
-        cube = tl.dot(tl.dot(U, tl.trans(U), input_precision=PRECISION), U, input_precision=PRECISION)
-        U = 1.5 * U - 0.5 * cube
-    turned = tl.dot(tl.dot(U, s, input_precision=PRECISION), tl.trans(U), input_precision=PRECISION)
-    tl.store(S + square, tl.where(found, turned, s), mask=(i < tl.where(seen, RANK, 0)) & (j < RANK))
+        found = product(U, U, RANK, RANK, RANK, RANK, 1, 1, RANK, PRECISION, BLOCK_R, BLOCK_R, BLOCK_K)
+        tl.store(other + square, found, mask=inside)
+        tl.debug_barrier()
+        found = product(other, U, RANK, RANK, RANK, RANK, 1, RANK, 1, PRECISION, BLOCK_R, BLOCK_R, BLOCK_K)
+        found = 1.5 * tl.load(U + square, mask=inside, other=0.0) - 0.5 * found
+        tl.debug_barrier()
+        tl.store(U + square, found, mask=inside)
+        tl.debug_barrier()
+    found = product(U, stepped, RANK, RANK, RANK, RANK, 1, RANK, 1, PRECISION, BLOCK_R, BLOCK_R, BLOCK_K)
+    tl.store(one + square, found, mask=inside)
+    tl.debug_barrier()
+    found = product(one, U, RANK, RANK, RANK, RANK, 1, 1, RANK, PRECISION, BLOCK_R, BLOCK_R, BLOCK_K)
+    found = tl.where(valid, found, tl.load(stepped + square, mask=inside, other=0.0))
+    tl.store(S + square, found, mask=(i < tl.where(seen, RANK, 0)) & (j < RANK))
 
 
 @jit
-def turn_kernel(Q, A, factors, moves, D, RANK, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr):
-    """`Q = A L^-T` where it moves: a block of features on grid axis 0, a layer on axis 1."""
+def turn_kernel(
+    Q, A, X, moves, D, RANK, PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """`Q = A X` where it moves: a block of features on grid axis 0, a layer on axis 1."""
     layer = tl.program_id(1).to(tl.int64)
-    rows = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    i = tl.arange(0, BLOCK_R)[:, None]
-    j = tl.arange(0, BLOCK_R)[None, :]
-    place = (layer * D + rows[:, None]) * RANK + j
-    inside = (rows < D * tl.load(moves + layer))[:, None] & (j < RANK)
-    a = tl.load(A + place, mask=inside, other=0.0)
-    transposed = tl.load(factors + (layer * BLOCK_R + j) * BLOCK_R + i)
-    q = tl.dot(a, transposed, input_precision="tf32x3")
-    tl.store(Q + place, q, mask=inside)
+    first = tl.program_id(0) * BLOCK_D
+    rows = D * tl.load(moves + layer) - first
+    corner = (layer * D + first) * RANK
+    q = product(
+        A + corner, X + layer * RANK * RANK, rows, RANK, RANK, RANK, 1, RANK, 1,
+        PRECISION, BLOCK_D, BLOCK_R, BLOCK_K,
+    )  # fmt: skip
+    d = tl.arange(0, BLOCK_D)[:, None]
+    rank = tl.arange(0, BLOCK_R)[None, :]
+    tl.store(Q + corner + d * RANK + rank, q, mask=(d < rows) & (rank < RANK))
 
 
 def triton_step(
@@ -232,47 +278,49 @@ def triton_step(
 ) -> None:  # fmt: skip
     """The step by three launches, for contiguous fp32 tensors."""
     L, d, r = Q.shape
-    block_r, block_d, warps = rank_block(r), 64, 4 if r <= 32 else 8
     # As many programs as run at a time, each with a number of whole blocks of features.
-    rows = cdiv(cdiv(d, block_d), max(1, 2 * _dispatch.processors(Q.device) // max(L, 1))) * block_d
+    rows = cdiv(cdiv(d, BLOCK_D), max(1, 2 * _dispatch.processors(Q.device) // max(L, 1))) * BLOCK_D
     parts = cdiv(d, rows)
-    A, g = torch.empty_like(Q), torch.empty_like(c)
-    sums = torch.empty(L, parts, 3, block_r, block_r, dtype=torch.float32, device=Q.device)
-    sizes = torch.empty(L, parts, 2, dtype=torch.float32, device=Q.device)
-    factors = torch.empty(L, block_r, block_r, dtype=torch.float32, device=Q.device)
+    A, gQ, c_sizes = torch.empty_like(Q), torch.empty_like(Q), torch.empty(L, parts, 2, device=Q.device)
+    sums, room, X = (torch.empty(L, *n, r, r, device=Q.device) for n in ((parts, 3), (5,), ()))
     moves = torch.empty(L, dtype=torch.int32, device=Q.device)
-    shape, blocks = {"D": d, "RANK": r}, {"BLOCK_D": block_d, "BLOCK_R": block_r}
+    warps = 4 if r <= 32 else 8
+    constants = {"BLOCK_K": BLOCK_K, "BLOCK_R": rank_block(r)}
+    by_rows = {**constants, "PRECISION": "tf32x3", "BLOCK_D": BLOCK_D}
+    shape = {"D": d, "RANK": r}
     _triton.launch(
         moved_kernel,
         (parts, L),
         {
-            "Q": Q, "S": S, "B": B, "Y": Y, "c": c, "A": A, "g": g, "sums": sums, "sizes": sizes,
+            "Q": Q, "S": S, "B": B, "Y": Y, "c": c, "A": A, "gQ": gQ, "sums": sums, "sizes": c_sizes,
             **shape, "ROWS": rows, "q_eta": q_eta, "ridge": RIDGE,
         },
-        blocks, warps, 1,
+        by_rows, warps, 1,
     )  # fmt: skip
     eta_argument, eta_constants = rate_arguments(eta, Q.device)
     _triton.launch(
         small_kernel,
         (L,),
         {
-            "S": S, "B": B, "caution": caution, "rates": rates, "sums": sums, "sizes": sizes,
-            "factors": factors, "moves": moves, **eta_argument, "kappa": kappa, "limit": limit or 0.0,
+            "S": S, "B": B, "caution": caution, "rates": rates, "sums": sums, "sizes": c_sizes, "X": X,
+            "room": room, "moves": moves, **eta_argument, "kappa": kappa, "limit": limit or 0.0,
             **shape, "parts": parts,
         },
         {
-            **eta_constants, "SCALE_FREE": scale_free, "LIMITED": limit is not None, "STEPS": ROTATION_STEPS,
-            "PRECISION": "ieee" if r <= 64 else "tf32x3", "BLOCK_R": block_r,
-            "BLOCK_P": max(2, 1 << (parts - 1).bit_length()), "TINY": TINY,
+            **constants, **eta_constants, "SCALE_FREE": scale_free, "LIMITED": limit is not None,
+            "TINY": TINY, "STEPS": ROTATION_STEPS, "PRECISION": "ieee",
+            "BLOCK_P": max(2, 1 << (parts - 1).bit_length()),
         },
         warps, 1,
     )  # fmt: skip
     _triton.launch(
         turn_kernel,
-        (cdiv(d, block_d), L),
-        {"Q": Q, "A": A, "factors": factors, "moves": moves, **shape},
-        blocks, warps, 1,
-    )  # fmt: skip
+        (cdiv(d, BLOCK_D), L),
+        {"Q": Q, "A": A, "X": X, "moves": moves, **shape},
+        by_rows,
+        warps,
+        1,
+    )
 
 
 def _identity(like: Tensor) -> Tensor:
