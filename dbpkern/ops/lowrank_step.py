@@ -31,12 +31,12 @@ ROTATION_STEPS = 6
 MAX_RANK = 128
 TINY = torch.finfo(torch.float32).tiny
 # Features, and terms of a product, that a program takes at a time. Not measured.
-BLOCK_D, BLOCK_K = 64, 32
+BLOCK_D, BLOCK_K, WARPS, STAGES = 64, 16, 8, 1
 
 
 @jit
-def inverse_factor(M, RANK, BLOCK: tl.constexpr):
-    """`L^-1` of `M = L L^T [BLOCK, BLOCK]`, which is the identity beyond RANK; NaN or infinite without an L.
+def inverse_factor(M, RANK: tl.constexpr, BLOCK: tl.constexpr):
+    """`L^-1` of `M = L L^T [RANK, RANK]` in a block of zeros; NaN or infinite where there is no L.
 
     Elimination in place: what turns column k into zeros below the diagonal takes their room.
     """
@@ -49,7 +49,8 @@ def inverse_factor(M, RANK, BLOCK: tl.constexpr):
         factor = tl.where(i > k, column / pivot, 0.0)
         M = tl.where((i > k) & (j == k), -factor, M - factor * row)
     pivots = tl.sum(tl.where(i == j, M, 0.0), axis=1)[:, None]
-    return tl.where(i == j, 1.0, tl.where(i > j, M, 0.0)) / tl.sqrt_rn(pivots)
+    scale = 1.0 / tl.sqrt_rn(tl.where(i < RANK, pivots, 1.0))
+    return tl.where(i == j, 1.0, tl.where(i > j, M, 0.0)) * scale
 
 
 @jit
@@ -75,9 +76,36 @@ def product(
 
 
 @jit
+def small_product(
+    a, b, a_m, a_k, b_k, b_n,
+    RANK: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """`product` of two matrices of ranks, once all threads have written them."""
+    tl.debug_barrier()
+    return product(a, b, RANK, RANK, RANK, a_m, a_k, b_k, b_n, PRECISION, BLOCK_R, BLOCK_R, BLOCK_K)
+
+
+@jit
+def load_small(a, RANK: tl.constexpr, BLOCK_R: tl.constexpr):
+    """A matrix of ranks in a block of zeros."""
+    i = tl.arange(0, BLOCK_R)[:, None]
+    j = tl.arange(0, BLOCK_R)[None, :]
+    return tl.load(a + i * RANK + j, mask=(i < RANK) & (j < RANK), other=0.0)
+
+
+@jit
+def store_small(a, value, RANK: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Store a matrix of ranks, once all threads have read what was there."""
+    i = tl.arange(0, BLOCK_R)[:, None]
+    j = tl.arange(0, BLOCK_R)[None, :]
+    tl.debug_barrier()
+    tl.store(a + i * RANK + j, value, mask=(i < RANK) & (j < RANK))
+
+
+@jit
 def moved_kernel(
-    Q, S, B, Y, c, A, gQ, sums, sizes, D, RANK, ROWS, q_eta, ridge,
-    PRECISION: tl.constexpr,
+    Q, S, B, Y, c, A, gQ, sums, sizes, D, ROWS, q_eta, ridge,
+    RANK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """`A = Q + q_eta (Y B^-1 - Q)` and `diag(g) Q`, g the mean squares of z, for ROWS features of a layer.
@@ -89,37 +117,32 @@ def moved_kernel(
     """
     layer = tl.program_id(1).to(tl.int64)
     part = layer * tl.num_programs(0) + tl.program_id(0)
-    d = tl.arange(0, BLOCK_D)
-    i = tl.arange(0, BLOCK_R)[:, None]
-    j = tl.arange(0, BLOCK_R)[None, :]
-    square = i * RANK + j
-    square_in = (i < RANK) & (j < RANK)
-    area = RANK * RANK
-    S += layer * area
-    B += layer * area
+    AREA: tl.constexpr = RANK * RANK
+    S += layer * AREA
+    B += layer * AREA
     # Until they are known, the room of the sums holds what the program needs of B.
-    factor = sums + part * 3 * area
-    inverse = factor + area
-    SB = inverse + area
-    b = tl.load(B + square, mask=square_in, other=0.0)
-    b += tl.where(i == j, tl.where(i < RANK, ridge * tl.sum(tl.where(i == j, b, 0.0)), 1.0), 0.0)
-    tl.store(factor + square, inverse_factor(b, RANK, BLOCK_R), mask=square_in)
-    found = product(S, B, RANK, RANK, RANK, RANK, 1, RANK, 1, PRECISION, BLOCK_R, BLOCK_R, BLOCK_K)
-    tl.store(SB + square, found, mask=square_in)
-    tl.debug_barrier()
-    found = product(factor, factor, RANK, RANK, RANK, 1, RANK, RANK, 1, PRECISION, BLOCK_R, BLOCK_R, BLOCK_K)
-    tl.store(inverse + square, found, mask=square_in)
+    factor = sums + part * 3 * AREA
+    inverse = factor + AREA
+    SB = inverse + AREA
+    on_diagonal = tl.arange(0, BLOCK_R)[:, None] == tl.arange(0, BLOCK_R)[None, :]
+    b = load_small(B, RANK, BLOCK_R)
+    b += tl.where(on_diagonal, ridge * tl.sum(tl.where(on_diagonal, b, 0.0)), 0.0)
+    store_small(factor, inverse_factor(b, RANK, BLOCK_R), RANK, BLOCK_R)
+    store_small(SB, small_product(S, B, RANK, 1, RANK, 1, RANK, PRECISION, BLOCK_R, BLOCK_K), RANK, BLOCK_R)
+    found = small_product(factor, factor, 1, RANK, RANK, 1, RANK, PRECISION, BLOCK_R, BLOCK_K)
+    store_small(inverse, found, RANK, BLOCK_R)
     tl.debug_barrier()
 
     first = tl.program_id(0) * ROWS
-    last = min(first + ROWS, D)
+    rows = min(ROWS, D - first)
     corner = layer * D + first
     Q += corner * RANK
     Y += corner * RANK
     A += corner * RANK
     gQ += corner * RANK
     c += corner
-    rows = last - first
+    d = tl.arange(0, BLOCK_D)
+    rank = tl.arange(0, BLOCK_R)[None, :]
     c_sum = tl.zeros((BLOCK_D,), tl.float32)
     g_sum = tl.zeros((BLOCK_D,), tl.float32)
     for start in range(0, rows, BLOCK_D):
@@ -127,80 +150,70 @@ def moved_kernel(
         at = start * RANK
         V = product(Q + at, S, left, RANK, RANK, RANK, 1, RANK, 1, PRECISION, BLOCK_D, BLOCK_R, BLOCK_K)
         VB = product(Q + at, SB, left, RANK, RANK, RANK, 1, RANK, 1, PRECISION, BLOCK_D, BLOCK_R, BLOCK_K)
-        place = (start + d[:, None]) * RANK + j
-        inside = (d < left)[:, None] & (j < RANK)
-        y = tl.load(Y + place, mask=inside, other=0.0)
-        c_rows = tl.load(c + start + d, mask=d < left, other=0.0)
-        g = c_rows + tl.sum((2 * y + VB) * V, axis=1)
-        c_sum += c_rows
+        place = at + d[:, None] * RANK + rank
+        inside = (d < left)[:, None] & (rank < RANK)
+        c_block = tl.load(c + start + d, mask=d < left, other=0.0)
+        g = c_block + tl.sum((2 * tl.load(Y + place, mask=inside, other=0.0) + VB) * V, axis=1)
+        c_sum += c_block
         g_sum += g
-        q = tl.load(Q + place, mask=inside, other=0.0)
-        tl.store(gQ + place, g[:, None] * q, mask=inside)
         target = product(
             Y + at, inverse, left, RANK, RANK, RANK, 1, RANK, 1, PRECISION, BLOCK_D, BLOCK_R, BLOCK_K
         )
         q = tl.load(Q + place, mask=inside, other=0.0)
+        tl.store(gQ + place, g[:, None] * q, mask=inside)
         tl.store(A + place, q + q_eta * (target - q), mask=inside)
     tl.store(sizes + 2 * part, tl.sum(c_sum))
     tl.store(sizes + 2 * part + 1, tl.sum(g_sum))
     tl.debug_barrier()
     found = product(Q, gQ, RANK, RANK, rows, 1, RANK, RANK, 1, PRECISION, BLOCK_R, BLOCK_R, BLOCK_K)
-    tl.store(factor + square, found, mask=square_in)
+    store_small(factor, found, RANK, BLOCK_R)
     found = product(A, A, RANK, RANK, rows, 1, RANK, RANK, 1, PRECISION, BLOCK_R, BLOCK_R, BLOCK_K)
-    tl.store(inverse + square, found, mask=square_in)
+    store_small(inverse, found, RANK, BLOCK_R)
     found = product(A, Q, RANK, RANK, rows, 1, RANK, RANK, 1, PRECISION, BLOCK_R, BLOCK_R, BLOCK_K)
-    tl.store(SB + square, found, mask=square_in)
+    store_small(SB, found, RANK, BLOCK_R)
 
 
 @jit
-def sum_parts(sums, inside, parts, area, BLOCK_R: tl.constexpr):
+def sum_parts(sums, parts, RANK: tl.constexpr, BLOCK_R: tl.constexpr):
     """The sum of one of the three matrices over the parts of a layer."""
     total = tl.zeros((BLOCK_R, BLOCK_R), tl.float32)
-    for _ in range(parts):
-        total += tl.load(sums, mask=inside, other=0.0)
-        sums += 3 * area
+    for part in range(parts):
+        total += load_small(sums + part * (3 * RANK * RANK), RANK, BLOCK_R)
     return total
 
 
 @jit
 def small_kernel(
-    S, B, caution, rates, sums, sizes, X, room, moves, eta, kappa, limit, D, RANK, parts,
+    S, B, caution, rates, sums, sizes, factor, room, moves, eta, kappa, limit, D, parts,
     ETA_TENSOR: tl.constexpr, ETA_STRIDE: tl.constexpr, SCALE_FREE: tl.constexpr, LIMITED: tl.constexpr,
-    TINY: tl.constexpr, STEPS: tl.constexpr, PRECISION: tl.constexpr,
+    TINY: tl.constexpr, STEPS: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """The rate and the new S of a layer, `X = L^-T` of `A^T A = L L^T`, and whether Q is to become `A X`.
+    """The rate and the new S of a layer, `L^-1` of `A^T A = L L^T`, and whether Q is to become `A L^-T`.
 
     `room [L, 5, r, r]` holds what products need of earlier ones.
     """
     layer = tl.program_id(0).to(tl.int64)
-    i = tl.arange(0, BLOCK_R)[:, None]
-    j = tl.arange(0, BLOCK_R)[None, :]
-    p = tl.arange(0, BLOCK_P)
-    area = RANK * RANK
-    square = i * RANK + j
-    inside = (i < RANK) & (j < RANK)
-    S += layer * area
-    B += layer * area
-    X += layer * area
-    sums += layer * parts * 3 * area + square
-    sizes += 2 * (layer * parts + p)
-    T = room + layer * 5 * area
-    U = T + area
-    stepped = U + area
-    one = stepped + area
-    other = one + area
+    AREA: tl.constexpr = RANK * RANK
+    S += layer * AREA
+    B += layer * AREA
+    factor += layer * AREA
+    sums += layer * parts * 3 * AREA
+    T = room + layer * 5 * AREA
+    U = T + AREA
+    stepped = U + AREA
+    one = stepped + AREA
+    other = one + AREA
+    on_diagonal = tl.arange(0, BLOCK_R)[:, None] == tl.arange(0, BLOCK_R)[None, :]
 
+    p = tl.arange(0, BLOCK_P)
+    sizes += 2 * (layer * parts + p)
     size = tl.sum(tl.load(sizes, mask=p < parts, other=0.0))
     mean = tl.sum(tl.load(sizes + 1, mask=p < parts, other=0.0)) / D
     sound = tl.abs(size) < float("inf")
-    s = tl.load(S + square, mask=inside, other=0.0)
-    tl.store(T + square, s + tl.where(i == j, 1.0, 0.0), mask=inside)
-    tl.debug_barrier()
-    found = product(T, B, RANK, RANK, RANK, RANK, 1, RANK, 1, PRECISION, BLOCK_R, BLOCK_R, BLOCK_K)
-    tl.store(one + square, found, mask=inside)
-    tl.debug_barrier()
-    M = product(one, T, RANK, RANK, RANK, RANK, 1, 1, RANK, PRECISION, BLOCK_R, BLOCK_R, BLOCK_K)
+    store_small(T, load_small(S, RANK, BLOCK_R) + tl.where(on_diagonal, 1.0, 0.0), RANK, BLOCK_R)
+    store_small(one, small_product(T, B, RANK, 1, RANK, 1, RANK, PRECISION, BLOCK_R, BLOCK_K), RANK, BLOCK_R)
+    M = small_product(one, T, RANK, 1, 1, RANK, RANK, PRECISION, BLOCK_R, BLOCK_K)
 
     if SCALE_FREE:
         unit = tl.maximum(2 * mean, TINY)
@@ -215,56 +228,48 @@ def small_kernel(
     tl.store(caution + layer, careful)
     tl.store(rates + layer, rate)
 
-    diagonal = sum_parts(sums, inside, parts, area, BLOCK_R)  # Q^T diag(g) Q
-    M = (1 - kappa) * (M - diagonal) + kappa * (diagonal - tl.where(i == j, 1.0, 0.0))
-    tl.store(other + square, M, mask=inside)
-    tl.debug_barrier()
-    found = product(other, T, RANK, RANK, RANK, RANK, 1, RANK, 1, PRECISION, BLOCK_R, BLOCK_R, BLOCK_K)
-    s = tl.load(S + square, mask=inside, other=0.0)
-    tl.store(stepped + square, s - rate / unit * found, mask=inside)
+    diagonal = sum_parts(sums, parts, RANK, BLOCK_R)  # Q^T diag(g) Q
+    M = (1 - kappa) * (M - diagonal) + kappa * (diagonal - tl.where(on_diagonal, 1.0, 0.0))
+    store_small(other, M, RANK, BLOCK_R)
+    found = small_product(other, T, RANK, 1, RANK, 1, RANK, PRECISION, BLOCK_R, BLOCK_K)
+    # A step too small to show in T still shows in S.
+    store_small(stepped, load_small(S, RANK, BLOCK_R) - rate / unit * found, RANK, BLOCK_R)
 
-    gram = sum_parts(sums + area, inside, parts, area, BLOCK_R)
-    factor = inverse_factor(gram + tl.where((i == j) & (i >= RANK), 1.0, 0.0), RANK, BLOCK_R)
-    valid = tl.sum(factor * 0.0) == 0
+    inverse = inverse_factor(sum_parts(sums + AREA, parts, RANK, BLOCK_R), RANK, BLOCK_R)
+    valid = tl.sum(inverse * 0.0) == 0
     seen = sound & (size != 0)
-    tl.store(X + j * RANK + i, factor, mask=inside)
+    store_small(factor, inverse, RANK, BLOCK_R)
     tl.store(moves + layer, (seen & valid).to(tl.int32))
 
     # The rotation nearest to Q_new^T Q.
-    tl.store(one + square, sum_parts(sums + 2 * area, inside, parts, area, BLOCK_R), mask=inside)
-    tl.debug_barrier()
-    found = product(X, one, RANK, RANK, RANK, 1, RANK, RANK, 1, PRECISION, BLOCK_R, BLOCK_R, BLOCK_K)
-    tl.store(U + square, found, mask=inside)
-    tl.debug_barrier()
+    store_small(one, sum_parts(sums + 2 * AREA, parts, RANK, BLOCK_R), RANK, BLOCK_R)
+    found = small_product(factor, one, RANK, 1, RANK, 1, RANK, PRECISION, BLOCK_R, BLOCK_K)
+    store_small(U, found, RANK, BLOCK_R)
     for _ in range(STEPS):
-        found = product(U, U, RANK, RANK, RANK, RANK, 1, 1, RANK, PRECISION, BLOCK_R, BLOCK_R, BLOCK_K)
-        tl.store(other + square, found, mask=inside)
-        tl.debug_barrier()
-        found = product(other, U, RANK, RANK, RANK, RANK, 1, RANK, 1, PRECISION, BLOCK_R, BLOCK_R, BLOCK_K)
-        found = 1.5 * tl.load(U + square, mask=inside, other=0.0) - 0.5 * found
-        tl.debug_barrier()
-        tl.store(U + square, found, mask=inside)
-        tl.debug_barrier()
-    found = product(U, stepped, RANK, RANK, RANK, RANK, 1, RANK, 1, PRECISION, BLOCK_R, BLOCK_R, BLOCK_K)
-    tl.store(one + square, found, mask=inside)
-    tl.debug_barrier()
-    found = product(one, U, RANK, RANK, RANK, RANK, 1, 1, RANK, PRECISION, BLOCK_R, BLOCK_R, BLOCK_K)
-    found = tl.where(valid, found, tl.load(stepped + square, mask=inside, other=0.0))
-    tl.store(S + square, found, mask=(i < tl.where(seen, RANK, 0)) & (j < RANK))
+        found = small_product(U, U, RANK, 1, 1, RANK, RANK, PRECISION, BLOCK_R, BLOCK_K)
+        store_small(other, found, RANK, BLOCK_R)
+        found = small_product(other, U, RANK, 1, RANK, 1, RANK, PRECISION, BLOCK_R, BLOCK_K)
+        store_small(U, 1.5 * load_small(U, RANK, BLOCK_R) - 0.5 * found, RANK, BLOCK_R)
+    found = small_product(U, stepped, RANK, 1, RANK, 1, RANK, PRECISION, BLOCK_R, BLOCK_K)
+    store_small(one, found, RANK, BLOCK_R)
+    found = small_product(one, U, RANK, 1, 1, RANK, RANK, PRECISION, BLOCK_R, BLOCK_K)
+    found = tl.where(valid, found, load_small(stepped, RANK, BLOCK_R))
+    # A layer that rests keeps its S bit for bit.
+    store_small(S, tl.where(seen, found, load_small(S, RANK, BLOCK_R)), RANK, BLOCK_R)
 
 
 @jit
 def turn_kernel(
-    Q, A, X, moves, D, RANK, PRECISION: tl.constexpr,
+    Q, A, factor, moves, D, RANK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """`Q = A X` where it moves: a block of features on grid axis 0, a layer on axis 1."""
+    """`Q = A L^-T` where it moves: a block of features on grid axis 0, a layer on axis 1."""
     layer = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * BLOCK_D
     rows = D * tl.load(moves + layer) - first
     corner = (layer * D + first) * RANK
     q = product(
-        A + corner, X + layer * RANK * RANK, rows, RANK, RANK, RANK, 1, RANK, 1,
+        A + corner, factor + layer * RANK * RANK, rows, RANK, RANK, RANK, 1, 1, RANK,
         PRECISION, BLOCK_D, BLOCK_R, BLOCK_K,
     )  # fmt: skip
     d = tl.arange(0, BLOCK_D)[:, None]
@@ -281,46 +286,42 @@ def triton_step(
     # As many programs as run at a time, each with a number of whole blocks of features.
     rows = cdiv(cdiv(d, BLOCK_D), max(1, 2 * _dispatch.processors(Q.device) // max(L, 1))) * BLOCK_D
     parts = cdiv(d, rows)
-    A, gQ, c_sizes = torch.empty_like(Q), torch.empty_like(Q), torch.empty(L, parts, 2, device=Q.device)
-    sums, room, X = (torch.empty(L, *n, r, r, device=Q.device) for n in ((parts, 3), (5,), ()))
+    A, gQ, sizes = torch.empty_like(Q), torch.empty_like(Q), Q.new_empty(L, parts, 2)
+    sums, room, factor = (Q.new_empty(L, *lead, r, r) for lead in ((parts, 3), (5,), ()))
     moves = torch.empty(L, dtype=torch.int32, device=Q.device)
-    warps = 4 if r <= 32 else 8
-    constants = {"BLOCK_K": BLOCK_K, "BLOCK_R": rank_block(r)}
+    constants = {"RANK": r, "BLOCK_K": BLOCK_K, "BLOCK_R": rank_block(r)}
     by_rows = {**constants, "PRECISION": "tf32x3", "BLOCK_D": BLOCK_D}
-    shape = {"D": d, "RANK": r}
     _triton.launch(
         moved_kernel,
         (parts, L),
         {
-            "Q": Q, "S": S, "B": B, "Y": Y, "c": c, "A": A, "gQ": gQ, "sums": sums, "sizes": c_sizes,
-            **shape, "ROWS": rows, "q_eta": q_eta, "ridge": RIDGE,
+            "Q": Q, "S": S, "B": B, "Y": Y, "c": c, "A": A, "gQ": gQ, "sums": sums, "sizes": sizes,
+            "D": d, "ROWS": rows, "q_eta": q_eta, "ridge": RIDGE,
         },
-        by_rows, warps, 1,
+        by_rows, WARPS, STAGES,
     )  # fmt: skip
     eta_argument, eta_constants = rate_arguments(eta, Q.device)
     _triton.launch(
         small_kernel,
         (L,),
         {
-            "S": S, "B": B, "caution": caution, "rates": rates, "sums": sums, "sizes": c_sizes, "X": X,
-            "room": room, "moves": moves, **eta_argument, "kappa": kappa, "limit": limit or 0.0,
-            **shape, "parts": parts,
+            "S": S, "B": B, "caution": caution, "rates": rates, "sums": sums, "sizes": sizes,
+            "factor": factor, "room": room, "moves": moves, **eta_argument,
+            "kappa": kappa, "limit": limit or 0.0, "D": d, "parts": parts,
         },
         {
             **constants, **eta_constants, "SCALE_FREE": scale_free, "LIMITED": limit is not None,
             "TINY": TINY, "STEPS": ROTATION_STEPS, "PRECISION": "ieee",
             "BLOCK_P": max(2, 1 << (parts - 1).bit_length()),
         },
-        warps, 1,
+        WARPS, STAGES,
     )  # fmt: skip
     _triton.launch(
         turn_kernel,
         (cdiv(d, BLOCK_D), L),
-        {"Q": Q, "A": A, "X": X, "moves": moves, **shape},
-        by_rows,
-        warps,
-        1,
-    )
+        {"Q": Q, "A": A, "factor": factor, "moves": moves, "D": d},
+        by_rows, WARPS, STAGES,
+    )  # fmt: skip
 
 
 def _identity(like: Tensor) -> Tensor:
