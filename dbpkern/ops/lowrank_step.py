@@ -31,7 +31,7 @@ ROTATION_STEPS = 6
 MAX_RANK = 128
 TINY = torch.finfo(torch.float32).tiny
 # Features, and terms of a product, that a program takes at a time. Not measured.
-BLOCK_D, BLOCK_K, WARPS, STAGES = 64, 16, 8, 1
+BLOCK_D, BLOCK_K, WARPS, STAGES = 64, 16, 8, 2
 
 
 @jit
@@ -214,6 +214,7 @@ def small_kernel(
     store_small(T, load_small(S, RANK, BLOCK_R) + tl.where(on_diagonal, 1.0, 0.0), RANK, BLOCK_R)
     store_small(one, small_product(T, B, RANK, 1, RANK, 1, RANK, PRECISION, BLOCK_R, BLOCK_K), RANK, BLOCK_R)
     M = small_product(one, T, RANK, 1, 1, RANK, RANK, PRECISION, BLOCK_R, BLOCK_K)
+    store_small(other, M, RANK, BLOCK_R)
 
     if SCALE_FREE:
         unit = tl.maximum(2 * mean, TINY)
@@ -229,7 +230,8 @@ def small_kernel(
     tl.store(rates + layer, rate)
 
     diagonal = sum_parts(sums, parts, RANK, BLOCK_R)  # Q^T diag(g) Q
-    M = (1 - kappa) * (M - diagonal) + kappa * (diagonal - tl.where(on_diagonal, 1.0, 0.0))
+    M = (1 - kappa) * (load_small(other, RANK, BLOCK_R) - diagonal)
+    M += kappa * (diagonal - tl.where(on_diagonal, 1.0, 0.0))
     store_small(other, M, RANK, BLOCK_R)
     found = small_product(other, T, RANK, 1, RANK, 1, RANK, PRECISION, BLOCK_R, BLOCK_K)
     # A step too small to show in T still shows in S.
@@ -314,7 +316,7 @@ def triton_step(
             "TINY": TINY, "STEPS": ROTATION_STEPS, "PRECISION": "ieee",
             "BLOCK_P": max(2, 1 << (parts - 1).bit_length()),
         },
-        WARPS, STAGES,
+        4 if r <= 64 else 8, STAGES,
     )  # fmt: skip
     _triton.launch(
         turn_kernel,
