@@ -154,9 +154,7 @@ def test_two_launches(d, r):
     assert [launch.kernel.__name__ for launch in launches] == ["project_kernel", "moments_kernel"]
 
 
-@pytest.mark.parametrize(
-    ("dtype", "launched"), [(torch.bfloat16, 2), (torch.float16, 2), (torch.float32, 0)]
-)
+@pytest.mark.parametrize(("dtype", "launched"), [(torch.bfloat16, 2), (torch.float16, 2), (torch.float32, 0)])
 def test_triton_serves_16_bit_rows_on_a_gpu(dtype, launched, monkeypatch):
     monkeypatch.setattr(_triton, "INTERPRETED", False)
     monkeypatch.setattr(extension, "load", lambda: pytest.fail("nobody asked for the extension"))
