@@ -139,7 +139,7 @@ def test_traffic_is_that_of_the_collectives(ranks, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_never_reads_a_value(ranks, kind):
     low, _ = kind
-    update = "dbpkern::apply_" if low is None else "dbpkern::lowrank_apply_"
+    update = "dbpkern::apply_" if low is None else "dbpkern::lowrank_step_"
     names = [set(rank["operators"][kind]) for rank in ranks]
     assert update in names[0]  # in owner mode the last of four processes own no layer
     for operators in names:

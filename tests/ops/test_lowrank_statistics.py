@@ -1,4 +1,4 @@
-"""`lowrank_statistics` against fp64: PyTorch's products, the Triton kernels, what the extension is asked for."""
+"""`lowrank_statistics` against fp64: PyTorch's products, the Triton kernels, the extension's conditions."""
 
 import sys
 from types import SimpleNamespace

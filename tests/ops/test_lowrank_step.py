@@ -84,11 +84,11 @@ def exact(found, expected, tolerance=1e-10):
 
 
 def as_good(found, truth, peers):
-    """Errors at most twice those of PyTorch in fp32, and 16 units in the last place of the largest value."""
+    """Errors at most twice those of PyTorch in fp32, and 4 units in the last place of the largest value."""
     for actual, expected, peer in zip(found, truth, peers, strict=True):
         if expected.numel():
             error, other = ((t.double() - expected).abs().max() for t in (actual, peer))
-            allowed = 2 * other + 16 * torch.finfo(actual.dtype).eps * expected.abs().max()
+            allowed = 2 * other + 4 * torch.finfo(actual.dtype).eps * expected.abs().max()
             assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"  # false for NaN
 
 
@@ -132,18 +132,17 @@ def test_triton(parts, L, n, d, r, rule):
     as_good(found, truth, peers)
 
 
-@pytest.mark.parametrize(("n", "d", "r"), [(30, 20, 20), (100, 70, 33), (5, 40, 17)])
+@pytest.mark.parametrize(("n", "d", "r"), [(30, 20, 20), (100, 50, 33), (5, 40, 17)])
 def test_triton_is_deterministic_and_close(parts, n, d, r):
     """Also with as many ranks as features, several pieces of ranks, and fewer rows than ranks."""
     given = state(1, n, d, r)
-    q_eta = 0.2 if n >= 2 * r else 0.02
-    truth = reference.lowrank_step(*given, 0.02, 0.3, q_eta=q_eta)
-    found, again, peers = (
-        step(*given, 0.02, 0.3, q_eta=q_eta, dtype=torch.float32, backend=backend)
-        for backend in ("triton", "triton", "eager")
+    truth = reference.lowrank_step(*given, 0.02, 0.3, q_eta=0.02)
+    found, again = (
+        step(*given, 0.02, 0.3, q_eta=0.02, dtype=torch.float32, backend="triton") for _ in range(2)
     )
     assert all(map(torch.equal, found, again))
-    as_good(found, truth, peers)
+    # The condition of B, 1e4 where it is singular, times fp32's eps.
+    exact(found, truth, 1e-4)
 
 
 @pytest.mark.parametrize("backend", ["eager", "triton"])
@@ -226,7 +225,8 @@ def test_S_keeps_its_singular_values_while_Q_turns(n):
 )
 def test_Q_stays_orthonormal_and_finite(backend, n, spread):
     """Singular statistics, eigenvalues that span seven orders of magnitude, fp32."""
-    d, r, steps = (64, 16, 60) if backend == "eager" else (24, 5, 200)
+    # Triton's interpreter takes its time.
+    d, r, steps = (24, 5, 20) if backend == "triton" and DEVICE == "cpu" else (64, 16, 200)
     Q, S = factors(1, d, r, torch.float32, size=0.0)
     scale = torch.arange(1, d + 1, device=DEVICE) ** (-spread * 2)
     start, eye = Q.clone(), torch.eye(r, device=DEVICE)
