@@ -316,7 +316,7 @@ def triton_step(
             "TINY": TINY, "STEPS": ROTATION_STEPS, "PRECISION": "ieee",
             "BLOCK_P": max(2, 1 << (parts - 1).bit_length()),
         },
-        4 if r <= 64 else 16, 1,
+        *((4, 3) if r <= 64 else (16, 1)),
     )  # fmt: skip
     _triton.launch(
         turn_kernel,
