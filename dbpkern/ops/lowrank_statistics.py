@@ -108,16 +108,16 @@ def moments_kernel(
         )  # fmt: skip
         inside = first + d < D
         tl.store(c + layer * D + first + d, squares * scale, mask=inside)
-        Y += (layer * D + first) * RANK + (d[:, None] * RANK + rank[None, :])
-        tl.store(Y, acc * scale, mask=inside[:, None] & r_in)
+        y_tile = Y + (layer * D + first) * RANK + (d[:, None] * RANK + rank[None, :])
+        tl.store(y_tile, acc * scale, mask=inside[:, None] & r_in)
     else:
         first = (block - d_blocks) * BLOCK_D
         acc, squares = transposed_product(
             P, P, first, RANK, N, RANK, RANK, 1,
             OPERAND, PRECISION, EMULATE, BLOCK_D, BLOCK_K, BLOCK_R,
         )  # fmt: skip
-        B += (layer * RANK + first) * RANK + (d[:, None] * RANK + rank[None, :])
-        tl.store(B, acc * scale, mask=(first + d < RANK)[:, None] & r_in)
+        b_tile = B + (layer * RANK + first) * RANK + (d[:, None] * RANK + rank[None, :])
+        tl.store(b_tile, acc * scale, mask=(first + d < RANK)[:, None] & r_in)
 
 
 def rank_block(r: int) -> int:

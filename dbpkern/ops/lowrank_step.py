@@ -30,11 +30,13 @@ ROTATION_STEPS = 6
 # The widest rank whose matrices stay in registers.
 MAX_RANK = 128
 TINY = torch.finfo(torch.float32).tiny
+# Features, and terms of a product, that a program takes at a time. Not measured.
+BLOCK_D, BLOCK_K, WARPS, STAGES = 64, 16, 8, 2
 
 
 @jit
-def inverse_factor(M, RANK, BLOCK: tl.constexpr):
-    """`L^-1` of `M = L L^T [BLOCK, BLOCK]`, which is the identity beyond RANK; NaN or infinite without an L.
+def inverse_factor(M, RANK: tl.constexpr, BLOCK: tl.constexpr):
+    """`L^-1` of `M = L L^T [RANK, RANK]` in a block of zeros; NaN or infinite where there is no L.
 
     Elimination in place: what turns column k into zeros below the diagonal takes their room.
     """
@@ -47,137 +49,172 @@ def inverse_factor(M, RANK, BLOCK: tl.constexpr):
         factor = tl.where(i > k, column / pivot, 0.0)
         M = tl.where((i > k) & (j == k), -factor, M - factor * row)
     pivots = tl.sum(tl.where(i == j, M, 0.0), axis=1)[:, None]
-    return tl.where(i == j, 1.0, tl.where(i > j, M, 0.0)) / tl.sqrt_rn(pivots)
+    scale = 1.0 / tl.sqrt_rn(tl.where(i < RANK, pivots, 1.0))
+    return tl.where(i == j, 1.0, tl.where(i > j, M, 0.0)) * scale
 
 
 @jit
-def transposed_product(
-    a, b, weights, first, last, RANK, WEIGHTED: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr
-):
-    """`a^T b [BLOCK_R, BLOCK_R]` over the rows from `first` to `last` of `a, b [*, RANK]`, b weighted."""
-    d = tl.arange(0, BLOCK_D)
-    rank = tl.arange(0, BLOCK_R)[None, :]
-    acc = tl.zeros((BLOCK_R, BLOCK_R), tl.float32)
-    for start in range(first, last, BLOCK_D):
-        rows = start + d
-        inside = (rows < last)[:, None] & (rank < RANK)
-        place = rows[:, None] * RANK + rank
-        left = tl.trans(tl.load(a + place, mask=inside, other=0.0))
-        right = tl.load(b + place, mask=inside, other=0.0)
-        if WEIGHTED:
-            right *= tl.load(weights + rows, mask=rows < last, other=0.0)[:, None]
-        acc = tl.dot(left, right, acc, input_precision="tf32x3")
+def product(
+    a, b, M, N, K, a_m, a_k, b_k, b_n, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """`a [M, K] @ b [K, N]` in fp32, of any strides; both come from memory piece by piece.
+
+    Whole matrices of ranks as operands would take all registers. What the program itself has written there
+    needs a barrier before.
+    """
+    m = tl.arange(0, BLOCK_M)[:, None]
+    n = tl.arange(0, BLOCK_N)[None, :]
+    k = tl.arange(0, BLOCK_K)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        terms = start + k
+        left = tl.load(a + m * a_m + terms[None, :] * a_k, mask=(m < M) & (terms < K)[None, :], other=0.0)
+        right = tl.load(b + terms[:, None] * b_k + n * b_n, mask=(n < N) & (terms < K)[:, None], other=0.0)
+        acc = tl.dot(left, right, acc, input_precision=PRECISION)
     return acc
 
 
 @jit
-def moved_kernel(
-    Q,
-    S,
-    B,
-    Y,
-    c,
-    A,
-    g,
-    sums,
-    sizes,
-    D,
-    RANK,
-    ROWS,
-    q_eta,
-    ridge,
-    BLOCK_D: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """`A = Q + q_eta (Y B^-1 - Q)` and the mean squares g of z, for the ROWS features of a part of a layer.
-
-    Stores the part's terms of `Q^T diag(g) Q`, `A^T A` and `A^T Q` in `sums [L, parts, 3, BLOCK_R, BLOCK_R]`,
-    and of the sums of c and of g in `sizes [L, parts, 2]`. A part on grid axis 0, a layer on axis 1. Each
-    inverts B for itself: that takes no longer than to wait for one that does. A is formed before its Gram
-    matrix is: that of its terms, put together, would lose digits with the square of B's condition number.
-    """
-    layer = tl.program_id(1).to(tl.int64)
-    part = layer * tl.num_programs(0) + tl.program_id(0)
-    d = tl.arange(0, BLOCK_D)
-    i = tl.arange(0, BLOCK_R)[:, None]
-    j = tl.arange(0, BLOCK_R)[None, :]
-    square = layer * RANK * RANK + i * RANK + j
-    square_in = (i < RANK) & (j < RANK)
-    b = tl.load(B + square, mask=square_in, other=0.0)
-    trace = tl.sum(tl.where(i == j, b, 0.0))
-    inverse = inverse_factor(b + tl.where(i == j, tl.where(i < RANK, ridge * trace, 1.0), 0.0), RANK, BLOCK_R)
-    s = tl.load(S + square, mask=square_in, other=0.0)
-    Q += layer * D * RANK
-    Y += layer * D * RANK
-    A += layer * D * RANK
-    c += layer * D
-    g += layer * D
-    first = tl.program_id(0) * ROWS
-    last = min(first + ROWS, D)
-    c_sum = tl.zeros((BLOCK_D,), tl.float32)
-    g_sum = tl.zeros((BLOCK_D,), tl.float32)
-    for start in range(first, last, BLOCK_D):
-        rows = start + d
-        inside = (rows < last)[:, None] & (j < RANK)
-        place = rows[:, None] * RANK + j
-        q = tl.load(Q + place, mask=inside, other=0.0)
-        y = tl.load(Y + place, mask=inside, other=0.0)
-        v = tl.dot(q, s, input_precision="tf32x3")
-        vb = tl.dot(v, b, input_precision="tf32x3")
-        c_rows = tl.load(c + rows, mask=rows < last, other=0.0)
-        g_rows = c_rows + tl.sum((2 * y + vb) * v, axis=1)
-        half = tl.dot(y, tl.trans(inverse), input_precision="tf32x3")
-        target = tl.dot(half, inverse, input_precision="tf32x3")
-        tl.store(A + place, q + q_eta * (target - q), mask=inside)
-        tl.store(g + rows, g_rows, mask=rows < last)
-        c_sum += c_rows
-        g_sum += g_rows
-    tl.store(sizes + 2 * part, tl.sum(c_sum))
-    tl.store(sizes + 2 * part + 1, tl.sum(g_sum))
-    tl.debug_barrier()  # A and g are read by other threads than wrote them
-    sums += part * 3 * BLOCK_R * BLOCK_R + i * BLOCK_R + j
-    tl.store(sums, transposed_product(Q, Q, g, first, last, RANK, True, BLOCK_D, BLOCK_R))
-    sums += BLOCK_R * BLOCK_R
-    tl.store(sums, transposed_product(A, A, g, first, last, RANK, False, BLOCK_D, BLOCK_R))
-    sums += BLOCK_R * BLOCK_R
-    tl.store(sums, transposed_product(A, Q, g, first, last, RANK, False, BLOCK_D, BLOCK_R))
+def small_product(
+    a, b, a_m, a_k, b_k, b_n,
+    RANK: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """`product` of two matrices of ranks, once all threads have written them."""
+    tl.debug_barrier()
+    return product(a, b, RANK, RANK, RANK, a_m, a_k, b_k, b_n, PRECISION, BLOCK_R, BLOCK_R, BLOCK_K)
 
 
 @jit
-def sum_parts(sums, parts, BLOCK_R: tl.constexpr):
+def load_small(a, RANK: tl.constexpr, BLOCK_R: tl.constexpr):
+    """A matrix of ranks in a block of zeros."""
+    i = tl.arange(0, BLOCK_R)[:, None]
+    j = tl.arange(0, BLOCK_R)[None, :]
+    return tl.load(a + i * RANK + j, mask=(i < RANK) & (j < RANK), other=0.0)
+
+
+@jit
+def store_small(a, value, RANK: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Store a matrix of ranks, once all threads have read what was there."""
+    i = tl.arange(0, BLOCK_R)[:, None]
+    j = tl.arange(0, BLOCK_R)[None, :]
+    tl.debug_barrier()
+    tl.store(a + i * RANK + j, value, mask=(i < RANK) & (j < RANK))
+
+
+@jit
+def moved_kernel(
+    Q, S, B, Y, c, A, gQ, sums, sizes, D, ROWS, q_eta, ridge,
+    RANK: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """`A = Q + q_eta (Y B^-1 - Q)` and `diag(g) Q`, g the mean squares of z, for ROWS features of a layer.
+
+    Stores these features' terms of `Q^T diag(g) Q`, `A^T A` and `A^T Q` in `sums [L, parts, 3, r, r]`, and
+    of the sums of c and of g in `sizes [L, parts, 2]`. A part on grid axis 0, a layer on axis 1. Each part
+    inverts B for itself: that takes no longer than to wait for one that does. A is formed before its Gram
+    matrix is: put together from those of Q and Y, it would lose digits with the square of B's condition.
+    """
+    layer = tl.program_id(1).to(tl.int64)
+    part = layer * tl.num_programs(0) + tl.program_id(0)
+    AREA: tl.constexpr = RANK * RANK
+    S += layer * AREA
+    B += layer * AREA
+    # Until they are known, the room of the sums holds what the program needs of B.
+    factor = sums + part * 3 * AREA
+    inverse = factor + AREA
+    SB = inverse + AREA
+    on_diagonal = tl.arange(0, BLOCK_R)[:, None] == tl.arange(0, BLOCK_R)[None, :]
+    b = load_small(B, RANK, BLOCK_R)
+    b += tl.where(on_diagonal, ridge * tl.sum(tl.where(on_diagonal, b, 0.0)), 0.0)
+    store_small(factor, inverse_factor(b, RANK, BLOCK_R), RANK, BLOCK_R)
+    store_small(SB, small_product(S, B, RANK, 1, RANK, 1, RANK, PRECISION, BLOCK_R, BLOCK_K), RANK, BLOCK_R)
+    found = small_product(factor, factor, 1, RANK, RANK, 1, RANK, PRECISION, BLOCK_R, BLOCK_K)
+    store_small(inverse, found, RANK, BLOCK_R)
+    tl.debug_barrier()
+
+    first = tl.program_id(0) * ROWS
+    rows = min(ROWS, D - first)
+    corner = layer * D + first
+    Q += corner * RANK
+    Y += corner * RANK
+    A += corner * RANK
+    gQ += corner * RANK
+    c += corner
+    d = tl.arange(0, BLOCK_D)
+    rank = tl.arange(0, BLOCK_R)[None, :]
+    c_sum = tl.zeros((BLOCK_D,), tl.float32)
+    g_sum = tl.zeros((BLOCK_D,), tl.float32)
+    for start in range(0, rows, BLOCK_D):
+        left = rows - start
+        at = start * RANK
+        V = product(Q + at, S, left, RANK, RANK, RANK, 1, RANK, 1, PRECISION, BLOCK_D, BLOCK_R, BLOCK_K)
+        VB = product(Q + at, SB, left, RANK, RANK, RANK, 1, RANK, 1, PRECISION, BLOCK_D, BLOCK_R, BLOCK_K)
+        place = at + d[:, None] * RANK + rank
+        inside = (d < left)[:, None] & (rank < RANK)
+        c_block = tl.load(c + start + d, mask=d < left, other=0.0)
+        g = c_block + tl.sum((2 * tl.load(Y + place, mask=inside, other=0.0) + VB) * V, axis=1)
+        c_sum += c_block
+        g_sum += g
+        target = product(
+            Y + at, inverse, left, RANK, RANK, RANK, 1, RANK, 1, PRECISION, BLOCK_D, BLOCK_R, BLOCK_K
+        )
+        q = tl.load(Q + place, mask=inside, other=0.0)
+        tl.store(gQ + place, g[:, None] * q, mask=inside)
+        tl.store(A + place, q + q_eta * (target - q), mask=inside)
+    tl.store(sizes + 2 * part, tl.sum(c_sum))
+    tl.store(sizes + 2 * part + 1, tl.sum(g_sum))
+    tl.debug_barrier()
+    found = product(Q, gQ, RANK, RANK, rows, 1, RANK, RANK, 1, PRECISION, BLOCK_R, BLOCK_R, BLOCK_K)
+    store_small(factor, found, RANK, BLOCK_R)
+    found = product(A, A, RANK, RANK, rows, 1, RANK, RANK, 1, PRECISION, BLOCK_R, BLOCK_R, BLOCK_K)
+    store_small(inverse, found, RANK, BLOCK_R)
+    found = product(A, Q, RANK, RANK, rows, 1, RANK, RANK, 1, PRECISION, BLOCK_R, BLOCK_R, BLOCK_K)
+    store_small(SB, found, RANK, BLOCK_R)
+
+
+@jit
+def sum_parts(sums, parts, RANK: tl.constexpr, BLOCK_R: tl.constexpr):
     """The sum of one of the three matrices over the parts of a layer."""
     total = tl.zeros((BLOCK_R, BLOCK_R), tl.float32)
-    for _ in range(parts):
-        total += tl.load(sums)
-        sums += 3 * BLOCK_R * BLOCK_R
+    for part in range(parts):
+        total += load_small(sums + part * (3 * RANK * RANK), RANK, BLOCK_R)
     return total
 
 
 @jit
 def small_kernel(
-    S, B, caution, rates, sums, sizes, factors, moves, eta, kappa, limit, D, RANK, parts,
+    S, B, caution, rates, sums, sizes, factor, room, moves, eta, kappa, limit, D, parts,
     ETA_TENSOR: tl.constexpr, ETA_STRIDE: tl.constexpr, SCALE_FREE: tl.constexpr, LIMITED: tl.constexpr,
-    TINY: tl.constexpr, STEPS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
+    TINY: tl.constexpr, STEPS: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """The rate and the new S of a layer, `L^-1` of `A^T A = L L^T`, and whether Q is to become `A L^-T`."""
+    """The rate and the new S of a layer, `L^-1` of `A^T A = L L^T`, and whether Q is to become `A L^-T`.
+
+    `room [L, 5, r, r]` holds what products need of earlier ones.
+    """
     layer = tl.program_id(0).to(tl.int64)
-    i = tl.arange(0, BLOCK_R)[:, None]
-    j = tl.arange(0, BLOCK_R)[None, :]
+    AREA: tl.constexpr = RANK * RANK
+    S += layer * AREA
+    B += layer * AREA
+    factor += layer * AREA
+    sums += layer * parts * 3 * AREA
+    T = room + layer * 5 * AREA
+    U = T + AREA
+    stepped = U + AREA
+    one = stepped + AREA
+    other = one + AREA
+    on_diagonal = tl.arange(0, BLOCK_R)[:, None] == tl.arange(0, BLOCK_R)[None, :]
+
     p = tl.arange(0, BLOCK_P)
-    sums += layer * parts * 3 * BLOCK_R * BLOCK_R + i * BLOCK_R + j
     sizes += 2 * (layer * parts + p)
     size = tl.sum(tl.load(sizes, mask=p < parts, other=0.0))
     mean = tl.sum(tl.load(sizes + 1, mask=p < parts, other=0.0)) / D
     sound = tl.abs(size) < float("inf")
-    seen = sound & (size != 0)
-
-    square = layer * RANK * RANK + i * RANK + j
-    square_in = (i < RANK) & (j < RANK)
-    s = tl.load(S + square, mask=square_in, other=0.0)
-    b = tl.load(B + square, mask=square_in, other=0.0)
-    T = s + tl.where(i == j, 1.0, 0.0)
-    M = tl.dot(tl.dot(T, b, input_precision=PRECISION), tl.trans(T), input_precision=PRECISION)
+    store_small(T, load_small(S, RANK, BLOCK_R) + tl.where(on_diagonal, 1.0, 0.0), RANK, BLOCK_R)
+    store_small(one, small_product(T, B, RANK, 1, RANK, 1, RANK, PRECISION, BLOCK_R, BLOCK_K), RANK, BLOCK_R)
+    M = small_product(one, T, RANK, 1, 1, RANK, RANK, PRECISION, BLOCK_R, BLOCK_K)
+    store_small(other, M, RANK, BLOCK_R)
 
     if SCALE_FREE:
         unit = tl.maximum(2 * mean, TINY)
@@ -192,38 +229,54 @@ def small_kernel(
     tl.store(caution + layer, careful)
     tl.store(rates + layer, rate)
 
-    diagonal = sum_parts(sums, parts, BLOCK_R)  # Q^T diag(g) Q
-    M = (1 - kappa) * (M - diagonal) + kappa * (diagonal - tl.where((i == j) & (i < RANK), 1.0, 0.0))
-    s -= rate / unit * tl.dot(M, T, input_precision=PRECISION)
+    diagonal = sum_parts(sums, parts, RANK, BLOCK_R)  # Q^T diag(g) Q
+    M = (1 - kappa) * (load_small(other, RANK, BLOCK_R) - diagonal)
+    M += kappa * (diagonal - tl.where(on_diagonal, 1.0, 0.0))
+    store_small(other, M, RANK, BLOCK_R)
+    found = small_product(other, T, RANK, 1, RANK, 1, RANK, PRECISION, BLOCK_R, BLOCK_K)
+    # A step too small to show in T still shows in S.
+    store_small(stepped, load_small(S, RANK, BLOCK_R) - rate / unit * found, RANK, BLOCK_R)
 
-    gram = sum_parts(sums + BLOCK_R * BLOCK_R, parts, BLOCK_R)
-    inverse = inverse_factor(gram + tl.where((i == j) & (i >= RANK), 1.0, 0.0), RANK, BLOCK_R)
-    found = tl.sum(inverse * 0.0) == 0
-    tl.store(factors + (layer * BLOCK_R + i) * BLOCK_R + j, inverse)
-    tl.store(moves + layer, (seen & found).to(tl.int32))
+    inverse = inverse_factor(sum_parts(sums + AREA, parts, RANK, BLOCK_R), RANK, BLOCK_R)
+    valid = tl.sum(inverse * 0.0) == 0
+    seen = sound & (size != 0)
+    store_small(factor, inverse, RANK, BLOCK_R)
+    tl.store(moves + layer, (seen & valid).to(tl.int32))
 
     # The rotation nearest to Q_new^T Q.
-    U = tl.dot(inverse, sum_parts(sums + 2 * BLOCK_R * BLOCK_R, parts, BLOCK_R), input_precision=PRECISION)
+    store_small(one, sum_parts(sums + 2 * AREA, parts, RANK, BLOCK_R), RANK, BLOCK_R)
+    found = small_product(factor, one, RANK, 1, RANK, 1, RANK, PRECISION, BLOCK_R, BLOCK_K)
+    store_small(U, found, RANK, BLOCK_R)
     for _ in range(STEPS):
-        cube = tl.dot(tl.dot(U, tl.trans(U), input_precision=PRECISION), U, input_precision=PRECISION)
-        U = 1.5 * U - 0.5 * cube
-    turned = tl.dot(tl.dot(U, s, input_precision=PRECISION), tl.trans(U), input_precision=PRECISION)
-    tl.store(S + square, tl.where(found, turned, s), mask=(i < tl.where(seen, RANK, 0)) & (j < RANK))
+        found = small_product(U, U, RANK, 1, 1, RANK, RANK, PRECISION, BLOCK_R, BLOCK_K)
+        store_small(other, found, RANK, BLOCK_R)
+        found = small_product(other, U, RANK, 1, RANK, 1, RANK, PRECISION, BLOCK_R, BLOCK_K)
+        store_small(U, 1.5 * load_small(U, RANK, BLOCK_R) - 0.5 * found, RANK, BLOCK_R)
+    found = small_product(U, stepped, RANK, 1, RANK, 1, RANK, PRECISION, BLOCK_R, BLOCK_K)
+    store_small(one, found, RANK, BLOCK_R)
+    found = small_product(one, U, RANK, 1, 1, RANK, RANK, PRECISION, BLOCK_R, BLOCK_K)
+    found = tl.where(valid, found, load_small(stepped, RANK, BLOCK_R))
+    # A layer that rests keeps its S bit for bit.
+    store_small(S, tl.where(seen, found, load_small(S, RANK, BLOCK_R)), RANK, BLOCK_R)
 
 
 @jit
-def turn_kernel(Q, A, factors, moves, D, RANK, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr):
+def turn_kernel(
+    Q, A, factor, moves, D, RANK: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
     """`Q = A L^-T` where it moves: a block of features on grid axis 0, a layer on axis 1."""
     layer = tl.program_id(1).to(tl.int64)
-    rows = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    i = tl.arange(0, BLOCK_R)[:, None]
-    j = tl.arange(0, BLOCK_R)[None, :]
-    place = (layer * D + rows[:, None]) * RANK + j
-    inside = (rows < D * tl.load(moves + layer))[:, None] & (j < RANK)
-    a = tl.load(A + place, mask=inside, other=0.0)
-    transposed = tl.load(factors + (layer * BLOCK_R + j) * BLOCK_R + i)
-    q = tl.dot(a, transposed, input_precision="tf32x3")
-    tl.store(Q + place, q, mask=inside)
+    first = tl.program_id(0) * BLOCK_D
+    rows = D * tl.load(moves + layer) - first
+    corner = (layer * D + first) * RANK
+    q = product(
+        A + corner, factor + layer * RANK * RANK, rows, RANK, RANK, RANK, 1, 1, RANK,
+        PRECISION, BLOCK_D, BLOCK_R, BLOCK_K,
+    )  # fmt: skip
+    d = tl.arange(0, BLOCK_D)[:, None]
+    rank = tl.arange(0, BLOCK_R)[None, :]
+    tl.store(Q + corner + d * RANK + rank, q, mask=(d < rows) & (rank < RANK))
 
 
 def triton_step(
@@ -232,24 +285,22 @@ def triton_step(
 ) -> None:  # fmt: skip
     """The step by three launches, for contiguous fp32 tensors."""
     L, d, r = Q.shape
-    block_r, block_d, warps = rank_block(r), 64, 4 if r <= 32 else 8
     # As many programs as run at a time, each with a number of whole blocks of features.
-    rows = cdiv(cdiv(d, block_d), max(1, 2 * _dispatch.processors(Q.device) // max(L, 1))) * block_d
+    rows = cdiv(cdiv(d, BLOCK_D), max(1, 2 * _dispatch.processors(Q.device) // max(L, 1))) * BLOCK_D
     parts = cdiv(d, rows)
-    A, g = torch.empty_like(Q), torch.empty_like(c)
-    sums = torch.empty(L, parts, 3, block_r, block_r, dtype=torch.float32, device=Q.device)
-    sizes = torch.empty(L, parts, 2, dtype=torch.float32, device=Q.device)
-    factors = torch.empty(L, block_r, block_r, dtype=torch.float32, device=Q.device)
+    A, gQ, sizes = torch.empty_like(Q), torch.empty_like(Q), Q.new_empty(L, parts, 2)
+    sums, room, factor = (Q.new_empty(L, *lead, r, r) for lead in ((parts, 3), (5,), ()))
     moves = torch.empty(L, dtype=torch.int32, device=Q.device)
-    shape, blocks = {"D": d, "RANK": r}, {"BLOCK_D": block_d, "BLOCK_R": block_r}
+    constants = {"RANK": r, "BLOCK_K": BLOCK_K, "BLOCK_R": rank_block(r)}
+    by_rows = {**constants, "PRECISION": "tf32x3", "BLOCK_D": BLOCK_D}
     _triton.launch(
         moved_kernel,
         (parts, L),
         {
-            "Q": Q, "S": S, "B": B, "Y": Y, "c": c, "A": A, "g": g, "sums": sums, "sizes": sizes,
-            **shape, "ROWS": rows, "q_eta": q_eta, "ridge": RIDGE,
+            "Q": Q, "S": S, "B": B, "Y": Y, "c": c, "A": A, "gQ": gQ, "sums": sums, "sizes": sizes,
+            "D": d, "ROWS": rows, "q_eta": q_eta, "ridge": RIDGE,
         },
-        blocks, warps, 1,
+        by_rows, WARPS, STAGES,
     )  # fmt: skip
     eta_argument, eta_constants = rate_arguments(eta, Q.device)
     _triton.launch(
@@ -257,21 +308,21 @@ def triton_step(
         (L,),
         {
             "S": S, "B": B, "caution": caution, "rates": rates, "sums": sums, "sizes": sizes,
-            "factors": factors, "moves": moves, **eta_argument, "kappa": kappa, "limit": limit or 0.0,
-            **shape, "parts": parts,
+            "factor": factor, "room": room, "moves": moves, **eta_argument,
+            "kappa": kappa, "limit": limit or 0.0, "D": d, "parts": parts,
         },
         {
-            **eta_constants, "SCALE_FREE": scale_free, "LIMITED": limit is not None, "STEPS": ROTATION_STEPS,
-            "PRECISION": "ieee" if r <= 64 else "tf32x3", "BLOCK_R": block_r,
-            "BLOCK_P": max(2, 1 << (parts - 1).bit_length()), "TINY": TINY,
+            **constants, **eta_constants, "SCALE_FREE": scale_free, "LIMITED": limit is not None,
+            "TINY": TINY, "STEPS": ROTATION_STEPS, "PRECISION": "ieee",
+            "BLOCK_P": max(2, 1 << (parts - 1).bit_length()),
         },
-        warps, 1,
+        *((4, 3) if r <= 64 else (16, 1)),
     )  # fmt: skip
     _triton.launch(
         turn_kernel,
-        (cdiv(d, block_d), L),
-        {"Q": Q, "A": A, "factors": factors, "moves": moves, **shape},
-        blocks, warps, 1,
+        (cdiv(d, BLOCK_D), L),
+        {"Q": Q, "A": A, "factor": factor, "moves": moves, "D": d},
+        by_rows, WARPS, STAGES,
     )  # fmt: skip
 
 
