@@ -161,7 +161,8 @@ def fused_kernel(
         n = tl.arange(0, BLOCK_N)
         corner = z + row.to(tl.int64) * D + column
         inside = (row + m < N)[:, None] & (column + n < D)[None, :]
-        tl.store(corner + (m[:, None] * D + n[None, :]), rounded(acc, z.dtype.element_ty, EMULATE), mask=inside)
+        value = rounded(acc, z.dtype.element_ty, EMULATE)
+        tl.store(corner + (m[:, None] * D + n[None, :]), value, mask=inside)
 
 
 def triton_fused(

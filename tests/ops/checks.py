@@ -47,10 +47,16 @@ def operand(x, kind: Operands):
 
 
 def as_good(actual, exact, peer):
-    """The error is at most twice that of PyTorch with the same dtypes, and 4 units in the last place."""
+    """The error is at most twice that of PyTorch with the same dtypes, and 4 units in the last place.
+
+    fp64, in which the specification itself is computed, is `close` to it.
+    """
     assert actual.shape == exact.shape
     assert actual.dtype == peer.dtype
     if exact.numel() == 0:
+        return
+    if actual.dtype == torch.float64:
+        close(actual, exact)
         return
     error = (actual.double() - exact).abs().max()
     allowed = 2 * (peer.double() - exact).abs().max()

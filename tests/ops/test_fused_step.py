@@ -13,7 +13,6 @@ from checks import (
     close,
     launches,
     matrix,
-    operand,
     tensor,
 )
 
@@ -22,7 +21,7 @@ from dbpkern.ops import _dispatch
 
 pytestmark = pytest.mark.usefixtures("poisoned", "small_tiles")
 # (n, samples, d)
-SHAPES = [(1, 1, 1), (5, 2, 7), (40, 13, 20), (35, 40, 33), (70, 50, 16)]
+SHAPES = [(1, 1, 1), (5, 2, 7), (35, 40, 33), (50, 20, 16)]
 
 
 def draw(n, samples):
@@ -38,15 +37,16 @@ def peers(x, R, index, kappa, backend):
     kind = _dispatch.operands(x.dtype, R.dtype)
     held = torch.bfloat16 if kind.dtype in HALVES else kind.dtype
 
-    def known(t):
-        return t.to(held).float()
+    def times(A, R, dtype):  # the operands are A and what R differs from the identity by
+        A = A.to(dtype).float()
+        return A + A @ (R - torch.eye(len(R), device=DEVICE)).to(dtype).float()
 
-    z = (operand(x, kind) @ operand(R, kind).mT).to(x.dtype)
+    z = times(x, R.mT, kind.dtype).to(x.dtype)
     sample = z[index].float()
     a = sample.square().mean(0)
-    G = known(known(sample.mT @ x[index].float() / len(index)) @ known(R).mT)
+    G = times(sample.mT @ x[index].float() / len(index), R.mT, held)
     M = (1 - kappa) * (G - torch.diag(G.diagonal())) + kappa * torch.diag(a - 1)
-    return z, R - 0.05 * (known(M) @ known(R)), a
+    return z, R - 0.05 * times(M, R, held), a
 
 
 @pytest.mark.parametrize("kappa", KAPPAS)
@@ -98,10 +98,10 @@ def test_squares_beyond_the_range_of_fp16(size):
 def test_nothing_draws_R_when_the_samples_are_white(dtype):
     """G = I and M = 0: R stays, though 16-bit operands know it by its rounded value alone."""
     R = 1.003 * torch.eye(16, device=DEVICE) + 0.0017
-    white = 16 * torch.linalg.qr(tensor(256, 16)).Q
-    x, index = torch.linalg.solve(R, white.T).T.to(dtype), torch.arange(256, device=DEVICE)
+    white = 8 * torch.linalg.qr(tensor(64, 16)).Q
+    x, index = torch.linalg.solve(R, white.T).T.to(dtype), torch.arange(64, device=DEVICE)
     expected = new = R
-    for _ in range(5):
+    for _ in range(4):
         expected = ops.fused_step(x, expected, index, 0.2, backend="eager")[1]
         new = ops.fused_step(x, new, index, 0.2, backend="triton")[1]
     torch.testing.assert_close(new, expected, rtol=0, atol=3e-3)
