@@ -47,8 +47,9 @@ from bench import __main__
 from dbpkern.ops import _dispatch
 from bench import compile
 compile.KINDS = {"16bit": compile.KINDS["16bit"]}
-_dispatch.tiles = lambda *_: _dispatch.Tiles(256, 256, 32, 4, 2)
-sys.exit(__main__.main(["compile", "--arch", "90", "--op", "orthogonalize"]))
+compile.WORKLOADS["fold"] = (((768,),), compile.WORKLOADS["fold"][1])
+_dispatch.tiles = lambda *_: _dispatch.Tiles(256, 128, 32, 4, 2)
+sys.exit(__main__.main(["compile", "--arch", "90", "--op", "fold"]))
 """
     done = run("-c", code)
     assert done.returncode == 1
