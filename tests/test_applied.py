@@ -78,7 +78,7 @@ def test_an_autoencoder_trains_alike_by_the_kernels(monkeypatch):
         _triton, "launch", lambda kernel, *args: (launched.add(kernel.__name__), launch(kernel, *args))
     )
     compare(train("apply", torch.float32, 2), folded, 1e-4)
-    assert {"pipeline_kernel", "matmul_kernel"} <= launched
+    assert {"fused_kernel", "matmul_kernel"} <= launched
 
 
 def pair(*widths, sample=0.5, **kwargs):

@@ -289,7 +289,8 @@ def fused_step(
 
     Returns:
         `z [n, d]` in the dtype of x, differentiable in x with the old R; `R_new [d, d]`; and `a [d]`, the
-        mean squares of the sampled rows of z. An empty `index` returns R unchanged and zeros.
+        mean squares of the sampled rows of z. An empty `index` returns R unchanged and zeros; sampled rows
+        that are not finite make R_new and a so.
 
     Raises:
         TypeError: dtypes other than those above.

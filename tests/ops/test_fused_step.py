@@ -119,6 +119,18 @@ def test_an_index_out_of_range(dtype, wrong):
     assert a.isnan().all()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in the interpreter
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("samples", [5, 30])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_samples_that_are_not_finite_show(backend, samples, bad):
+    x, R = tensor(40, 20), matrix(20, 20)
+    x[3, 7] = bad
+    _, R_new, a = ops.fused_step(x, R, torch.arange(samples, device=DEVICE), 0.1, backend=backend)
+    assert not R_new.isfinite().all()
+    assert not a.isfinite().any()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_samples_change_nothing(backend):
     x, R = tensor(9, 20), matrix(20, 20)
