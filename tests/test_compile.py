@@ -20,7 +20,7 @@ def run(*command):
 
 def test_a_subset_compiles_without_spills(tmp_path):
     file = tmp_path / "report.json"
-    ops = ("correlation", "update_, associated", "fused_step, on chip")
+    ops = ("choose_rates_", "correlation", "fused_step")
     done = run("-m", "bench", "compile", "--arch", "90", "--op", *ops, "--json", str(file))
     assert done.returncode == 0, done.stderr
     report = json.loads(file.read_text())
@@ -30,11 +30,12 @@ def test_a_subset_compiles_without_spills(tmp_path):
     for kernel in kernels:
         assert kernel["spills"] == 0
         assert 0 < kernel["registers"] <= 255
-        assert kernel["shared"] <= ahead.SHARED_LIMIT[90]
-        assert bool(kernel["tensor_cores"]) or kernel["kind"] == "ieee"
+        assert kernel["shared"] <= ahead.LIMITS[90].shared_of_program
+        assert kernel["resident"] >= 1
+        assert bool(kernel["tensor_cores"]) or not kernel["multiplies"]
     # Hopper's own instructions where the tiles are large enough.
-    wide = [kernel for kernel in kernels if kernel["kind"] == "16bit" and kernel["d"] == 3072]
-    assert wide
+    wide = [kernel for kernel in kernels if kernel["multiplies"] and kernel["size"] == [3072]]
+    assert {kernel["kernel"] for kernel in wide} == {"correlation_kernel", "fused_kernel"}
     assert all("HGMMA" in kernel["tensor_cores"] for kernel in wide)
     assert f"{len(kernels)} kernels compiled, 0 with a failure" in done.stdout
 
@@ -44,9 +45,11 @@ def test_a_configuration_that_spills_fails():
 import sys
 from bench import __main__
 from dbpkern.ops import _dispatch
-row = {"min_d": 0, "multiple": 1, "m": 256, "n": 256, "k": 32, "warps": 4, "stages": 2}
-_dispatch.rows = lambda name, op, kind: [row] if kind == "16bit" else []
-sys.exit(__main__.main(["compile", "--arch", "90", "--op", "correlation"]))
+from bench import compile
+compile.KINDS = {"16bit": compile.KINDS["16bit"]}
+compile.WORKLOADS["fold"] = (((768,),), compile.WORKLOADS["fold"][1])
+_dispatch.tiles = lambda *_: _dispatch.Tiles(256, 128, 32, 4, 2)
+sys.exit(__main__.main(["compile", "--arch", "90", "--op", "fold"]))
 """
     done = run("-c", code)
     assert done.returncode == 1
@@ -66,12 +69,14 @@ def resources(**changes):
         "arch": 90,
         "op": "fold",
         "kind": "16bit",
-        "d": 64,
+        "size": (64,),
         "kernel": "matmul_kernel",
         "tiles": "",
+        "warps": 8,
         "registers": 100,
         "shared": 1000,
         "spills": 0,
+        "multiplies": True,
         "tensor_cores": "HGMMA",
     }
     return ahead.Resources(**whole | changes)
@@ -81,7 +86,7 @@ def resources(**changes):
     ("changes", "failure"),
     [
         ({}, None),
-        ({"kind": "ieee", "tensor_cores": ""}, None),
+        ({"multiplies": False, "tensor_cores": ""}, None),
         ({"spills": 3}, "3 loads and stores of spilled registers"),
         ({"shared": 232_449}, "232449 bytes of shared memory, the limit is 232448"),
         ({"arch": 80, "shared": 200_000}, "the limit is 166912"),
@@ -121,32 +126,43 @@ def test_arguments_are_specialized_as_at_a_launch():
     assert set(attributes) == {(0,), (3,), (4,)}
 
 
-@pytest.mark.parametrize("arch", sorted(ahead.SHARED_LIMIT))
-def test_every_row_of_the_tables_is_compiled(arch):
-    constants = {"m": "BLOCK_M", "n": "BLOCK_N", "k": "BLOCK_K"}
-
-    def blocks(launch, field):
-        # Square tiles have one name; the kernel on chip has its width for n, and no k.
-        return launch.constants.get(constants[field], launch.constants.get("BLOCK"))
-
-    found = ahead.configurations(arch)
-    for table in {table for table, _ in ahead.WORKLOADS.values()}:
-        for kind in ahead.KINDS:
-            launches = [c.launch for c in found if (ahead.WORKLOADS[c.op][0], c.kind) == (table, kind)]
-            for row in _dispatch.rows(f"sm_{arch}", table, kind) or ():
-                fields = ["m"] if table == "fused_on_chip" else ["m", "n", "k"]
-                assert any(
-                    all(blocks(launch, field) == row[field] for field in fields)
-                    and (launch.warps, launch.stages) == (row["warps"], row["stages"])
-                    for launch in launches
-                ), (table, kind, row)
+@pytest.mark.parametrize(
+    ("registers", "shared", "warps", "resident"),
+    [
+        (128, 0, 8, 2),
+        (129, 0, 8, 1),
+        (32, 0, 8, 8),
+        (16, 0, 1, 32),
+        (32, 100_000, 4, 2),
+        (32, 116_000, 4, 1),
+    ],
+)
+def test_resident_programs(registers, shared, warps, resident):
+    found = resources(registers=registers, shared=shared, warps=warps)
+    assert found.resident == resident
 
 
-@pytest.mark.parametrize("arch", sorted(ahead.SHARED_LIMIT))
-def test_rates_are_compiled_as_numbers_and_as_tensors(arch):
-    rates = {}
-    for c in ahead.configurations(arch):
-        if "LR_TENSOR" in c.launch.constants:
-            rates.setdefault(c.op, set()).add(c.launch.constants["LR_TENSOR"])
-    assert len(rates) == 5
-    assert all(kinds == {False, True} for kinds in rates.values())
+def test_every_row_of_the_tables_is_compiled(monkeypatch):
+    asked = set()
+    tiles = _dispatch.tiles
+    rows = _dispatch.TILES
+
+    def watch(kernel, kind, size):
+        asked.update(
+            (kernel, kind, row)
+            for row, found in rows[kernel, kind].items()
+            if found is tiles(kernel, kind, size)
+        )
+        return tiles(kernel, kind, size)
+
+    monkeypatch.setattr(_dispatch, "tiles", watch)
+    ahead.configurations(90)
+    assert asked == {(kernel, kind, row) for (kernel, kind), table in rows.items() for row in table}
+
+
+def test_eta_is_compiled_as_a_number_and_as_a_tensor():
+    kinds = {}
+    for c in ahead.configurations(90):
+        if "ETA_TENSOR" in c.launch.constants:
+            kinds.setdefault(c.op, set()).add(c.launch.constants["ETA_TENSOR"])
+    assert kinds == {op: {False, True} for op in ("choose_rates_", "fused_step")}

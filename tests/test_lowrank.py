@@ -1,38 +1,24 @@
 """Low-rank R: the ops against their specification and the full rule, the Triton kernel, layers, optimizer."""
 
 import contextlib
-import copy
-import itertools
-import math
-import pickle
 import sys
 import threading
 
 import pytest
 import torch
-import torch.nn.functional as F
 from test_ops import LAYOUTS, arguments, holds_precision, peak
-from test_optim import SYNCHRONISING, operators
-from torch import nn
-from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
-from vits import MODELS, captured, decorrelated, everything, images, make, mlp, shake
 
-import dbpkern
 from dbpkern import (
-    DecorConv2d,
-    DecorLinear,
-    DecorMultiheadAttention,
-    DecorSGD,
-    diagnostics,
+    ops,
     reference,
 )
 from dbpkern.ops import _dispatch, _triton
 from dbpkern.ops.lowrank_fold import ieee_products, lowrank_fold
-from dbpkern.ops.lowrank_statistics import lowrank_statistics
-from dbpkern.ops.lowrank_step import lowrank_step_
+from dbpkern.ops.lowrank_statistics import (
+    lowrank_statistics,
+)
 from dbpkern.ops.lowrank_transform import lowrank_transform
-from rules import convert, decor_sgd
 
 pytestmark = [
     # The exception is opcheck's own.
@@ -115,6 +101,24 @@ def test_without_S_the_input_comes_back_bit_for_bit(dtype):
         identical(lowrank_fold(x, Q, S, out), x.to(out))
 
 
+BROKEN = {
+    "indefinite B": lambda B, Y, c: B[1].neg_(),
+    "NaN in B": lambda B, Y, c: B[1].fill_(NAN),
+    "NaN in Y": lambda B, Y, c: Y[1, 2].fill_(NAN),
+    "infinite Y": lambda B, Y, c: Y[1].fill_(INF),
+    "NaN in c": lambda B, Y, c: c[1].fill_(NAN),
+}
+
+
+RATES = {
+    "float": lambda L: 0.125,
+    "0-d float64": lambda L: torch.tensor(0.125, dtype=torch.float64),
+    "0-d float32": lambda L: torch.tensor(0.125),
+    "[L] float64": lambda L: 0.125 * torch.arange(1, L + 1).double(),
+    "[L] float32": lambda L: 0.125 * torch.arange(1, L + 1),
+}
+
+
 # Precision of the eager implementation: plain PyTorch in fp32, rounded once.
 
 
@@ -127,6 +131,10 @@ def test_precision(L, n, d, r, dtype):
     for out in (torch.float32, *HALVES):
         plain = (wide + wide @ Q @ S @ Q.mT).to(out)
         holds_precision(lowrank_fold(x, Q, S, out), x.double() @ R, plain)
+    expected = reference.lowrank_statistics(x.double(), Q.double())
+    plain = reference.lowrank_statistics(wide, Q)
+    for parts in zip(lowrank_statistics(x, Q), expected, plain, strict=True):
+        holds_precision(*parts)
 
 
 # fp32 products keep their digits where PyTorch may use TF32 or bf16 for its own.
@@ -231,6 +239,17 @@ def test_layouts(layout, L, n, d, r):
             found = op(x_[i], Q_[i], S_[i])
             exact(found, getattr(reference, op.__name__)(x[i], Q[i], S[i]))
             assert found.is_contiguous()
+    statistics = reference.lowrank_statistics(x, Q)
+    for actual, expected in zip(lowrank_statistics(x_, Q_), statistics, strict=True):
+        exact(actual, expected)
+        assert actual.is_contiguous()
+    expected = reference.lowrank_apply(Q, S, *statistics, 0.1)
+    (Q_, Q_base), (S_, S_base) = layout(Q), layout(S)
+    padding = Q_base.isnan(), S_base.isnan()
+    lowrank_apply_(Q_, S_, *(layout(t)[0] for t in statistics), 0.1)
+    for actual, wanted in zip((Q_, S_), expected, strict=True):
+        exact(actual, wanted, 1e-9)
+    assert all(torch.equal(base.isnan(), old) for base, old in zip((Q_base, S_base), padding, strict=True))
 
 
 # Autograd.
@@ -290,6 +309,13 @@ OPCHECKS = {
         torch.float64,
         "eager",
     ),
+    "lowrank_statistics": lambda g: (
+        randn(2, 3, 5).bfloat16(),
+        rand_factors(2, d=5, r=2, dtype=torch.float32)[0],
+        "",
+    ),
+    "lowrank_statistics no rows": lambda g: (randn(2, 0, 5), rand_factors(2, d=5, r=2)[0], ""),
+    "lowrank_apply_": lambda g: (*statistics_of(2, 5, 2), torch.tensor(0.1, **DOUBLE), 0.3, 0.2),
 }
 
 
@@ -305,6 +331,8 @@ CALLS = {
     "transform stacked": lambda Q, S, x: lowrank_transform(x, Q, S),
     "fold": lambda Q, S, x: lowrank_fold(x[0], Q[0], S[0]),
     "fold to bfloat16": lambda Q, S, x: lowrank_fold(x, Q, S, torch.bfloat16),
+    "statistics": lambda Q, S, x: lowrank_statistics(x, Q),
+    "step": lambda Q, S, x: lowrank_apply_(Q, S, *lowrank_statistics(x, Q), 0.1, 0.3),
 }
 
 
@@ -336,6 +364,7 @@ FLOPS = {
     "transform": (lambda Q, S, x: lowrank_transform(x, Q[0], S[0]), 2 * 9 * (2 * 5 * 2 + 4) * 2),
     "transform stacked": (lambda Q, S, x: lowrank_transform(x, Q, S), 2 * 9 * (2 * 5 * 2 + 4) * 2),
     "fold": (lambda Q, S, x: lowrank_fold(x[0], Q[0], S[0]), 9 * (2 * 5 * 2 + 4) * 2),
+    "statistics": (lambda Q, S, x: lowrank_statistics(x, Q), 2 * 9 * (2 * 5 * 2 + 4) * 2),
 }
 
 
@@ -358,10 +387,10 @@ def test_flops_of_the_backward_are_counted():
 def test_no_square_matrix_is_formed():
     L, n, d, r = 2, 16, 512, 4
     (Q, S), x = rand_factors(L, d=d, r=r, dtype=torch.float32), torch.randn(L, n, d)
-    caution, rates = torch.ones(L), torch.zeros(L)
+    lr = torch.tensor(0.1)
     assert peak(lambda: reference.lowrank_statistics(x, Q)) > L * d * d * 4
     for call in (
-        lambda: lowrank_step_(Q, S, caution, rates, *lowrank_statistics(x, Q), 0.1),
+        lambda: lowrank_apply_(Q, S, *lowrank_statistics(x, Q), lr),
         lambda: lowrank_transform(x, Q, S),
         lambda: lowrank_fold(x, Q, S),
     ):
@@ -395,6 +424,35 @@ REFUSALS = [
     (lambda Q, S, x: lowrank_fold(x, Q, S, torch.int8), TypeError, "out_dtype: .* got torch.int8"),
     (lambda Q, S, x: lowrank_fold(x, Q, S.to("meta")), ValueError, "one device, got .* S on meta"),
     (lambda Q, S, x: lowrank_fold(x, Q, S, backend="fast"), ValueError, "backend: .* got 'fast'"),
+    (lambda Q, S, x: lowrank_statistics(x[0], Q), ValueError, r"x: expected shape \[L, n, d\], got \[9, 5\]"),
+    (lambda Q, S, x: lowrank_statistics(x, Q[0]), ValueError, r"Q: expected shape \[L, d, r\], got \[5, 3\]"),
+    (lambda Q, S, x: lowrank_statistics(x, Q[:1]), ValueError, r"L = 2 and d = 5, got \[1, 5, 3\]"),
+    (lambda Q, S, x: lowrank_statistics(x, Q[:, :4]), ValueError, r"L = 2 and d = 5, got \[2, 4, 3\]"),
+    (lambda Q, S, x: lowrank_statistics(x, Q.half()), TypeError, "Q: expected float32 or float64"),
+    (lambda Q, S, x: lowrank_statistics(x, Q.to("meta")), ValueError, "one device, got x on cpu, Q on meta"),
+    (lambda Q, S, x: lowrank_statistics(x, Q, backend="triton"), ValueError, "no backend 'triton'; .* cuda"),
+    (
+        lambda Q, S, x: lowrank_statistics(x, Q, backend="cuda"),
+        ValueError,
+        "'cuda' cannot serve this call: it needs a CUDA device, got cpu",
+    ),
+    (lambda Q, S, x: step(Q.half(), S.half(), x), TypeError, "Q: expected float32 or float64"),
+    (lambda Q, S, x: step(Q.mT, S, x), ValueError, r"Q: expected .* r <= d, got \[2, 3, 5\]"),
+    (lambda Q, S, x: step(Q, S[:, :2, :2], x), ValueError, r"S: .* r = 3, got \[2, 2, 2\]"),
+    (lambda Q, S, x: step(Q, S.double(), x), TypeError, "equal dtypes"),
+    (lambda Q, S, x: step(Q, S, x, B=S[:1]), ValueError, r"B: expected .* \[2, 3, 3\], got \[1, 3, 3\]"),
+    (lambda Q, S, x: step(Q, S, x, Y=Q.mT), ValueError, r"Y: expected .* \[2, 5, 3\], got \[2, 3, 5\]"),
+    (lambda Q, S, x: step(Q, S, x, c=Q[..., 0].double()), TypeError, "equal dtypes, got .* c torch.float64"),
+    (lambda Q, S, x: step(Q, S, x, c=Q[..., :1]), ValueError, r"c: expected shape \[L, d\], got \[2, 5, 1\]"),
+    (lambda Q, S, x: step(Q, S, x, B=S.to("meta")), ValueError, "one device, got .* B on meta"),
+    *(
+        (lambda Q, S, x, e=e: step(Q, S, x, lr=e), ValueError, "lr: expected a finite")
+        for e in (-1, NAN, INF)
+    ),
+    (lambda Q, S, x: step(Q, S, x, lr=torch.ones(3)), ValueError, r"lr: .* L = 2, got \[3\]"),
+    *((lambda Q, S, x, k=k: step(Q, S, x, kappa=k), ValueError, "kappa: expected") for k in (-1, 2, NAN)),
+    *((lambda Q, S, x, q=q: step(Q, S, x, q_lr=q), ValueError, "q_lr: expected") for q in (-0.1, 1.1, NAN)),
+    (lambda Q, S, x: step(Q, S, x, backend="triton"), ValueError, "lowrank_apply_: no backend 'triton'"),
 ]
 
 
@@ -537,6 +595,20 @@ def test_the_right_factor_is_not_shortened(permit, monkeypatch):
     assert seen == ["ieee"]
 
 
+BACKENDS = {
+    "transform": lambda m, x: lambda **k: ops.transform(x, m, **k),
+    "fold": lambda m, x: lambda **k: ops.fold(x, m, **k),
+    "correlation": lambda m, x: lambda **k: ops.correlation(x[None], **k),
+    "apply_": lambda m, x: lambda **k: ops.apply_(m[None], m[None], 0.1, **k),
+    "update_": lambda m, x: lambda **k: ops.update_(m[None], x[None], 0.1, **k),
+    "fused_step": lambda m, x: lambda **k: ops.fused_step(x, m, torch.arange(2, device=DEVICE), 0.1, **k),
+    "lowrank_transform": lambda m, x: lambda **k: lowrank_transform(x, m, m, **k),
+    "lowrank_fold": lambda m, x: lambda **k: lowrank_fold(x, m, m, **k),
+    "lowrank_statistics": lambda m, x: lambda **k: lowrank_statistics(x[None], m[None], **k),
+    "lowrank_apply_": lambda m, x: lambda **k: step(m[None], m[None], x[None], c=m[:1], **k),
+}
+
+
 @pytest.mark.parametrize("kind", ["16bit", "tf32"])
 @pytest.mark.parametrize("op", ["lowrank_transform", "lowrank_fold"])
 def test_triton_serves_low_rank_once_its_rows_fill_the_device(op, kind, monkeypatch):
@@ -587,625 +659,3 @@ def test_triton_says_what_it_cannot_serve(d, r, dtype, match):
     Q, S = (t.to(DEVICE) for t in rand_factors(d=d, r=r, dtype=dtype))
     with pytest.raises(ValueError, match=f"lowrank_fold: backend 'triton' cannot serve this call: .*{match}"):
         lowrank_fold(torch.ones(3, d, dtype=dtype, device=DEVICE), Q, S, backend="triton")
-
-
-# Layers.
-
-RANK = 2
-
-
-def linear(form="auto", d=5, o=3, rank=RANK, dtype=torch.float64):
-    return shake(DecorLinear.from_linear(nn.Linear(d, o, dtype=dtype), form, rank), 0.4)
-
-
-def conv(form="auto", rank=RANK, dtype=torch.float64):
-    return shake(DecorConv2d.from_conv(nn.Conv2d(2, 3, 3, 2, 1, dtype=dtype), form, rank), 0.4)
-
-
-def attention(form="auto", rank=RANK, dtype=torch.float64):
-    stock = nn.MultiheadAttention(6, 2, batch_first=True, dtype=dtype)
-    for parameter in stock.parameters():
-        nn.init.normal_(parameter, std=0.5)
-    return shake(DecorMultiheadAttention.from_attention(stock, form, rank), 0.4)
-
-
-LAYERS = [linear, conv, attention]
-FORMS = ["fold", "apply"]
-
-
-def input_of(layer, dtype=torch.float64):
-    return torch.randn((2, 2, 5, 6) if layer.stock is nn.Conv2d else (2, 3, layer._matrix().shape[1])).to(
-        dtype
-    )
-
-
-def call(layer, x):
-    return layer(x, x, x)[0] if isinstance(layer, nn.MultiheadAttention) else layer(x)
-
-
-def full_twin(layer):
-    """The layer with the same R, held as a matrix."""
-    twin = layer.stock.__new__(layer.stock)
-    twin.__dict__.update(copy.deepcopy(layer).fused().__dict__)
-    twin = type(layer)._from_stock(twin, layer.form, None)
-    with torch.no_grad():
-        twin._weight.copy_(layer._weight)
-        twin.R.copy_(layer.dense_R())
-    return twin
-
-
-@pytest.mark.parametrize("form", [*FORMS, "auto"])
-@pytest.mark.parametrize("make_layer", LAYERS)
-def test_layers_compute_what_full_ones_with_the_same_R_do(make_layer, form):
-    layer = make_layer(form)
-    Q, S = layer.factors
-    exact(layer.dense_R(), torch.eye(len(Q)) + Q @ S @ Q.mT)
-    twin = full_twin(layer)
-    x = input_of(layer).requires_grad_()
-    y, expected = call(layer, x), call(twin, x)
-    exact(y, expected)
-    g = torch.randn_like(y)
-    grads, wanted = (
-        torch.autograd.grad(out, (x, *m.parameters()), g) for out, m in ((y, layer), (expected, twin))
-    )
-    for actual, other in zip(grads, wanted, strict=True):
-        exact(actual, other)
-    assert not any(f.requires_grad for f in layer.factors)
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("make_layer", LAYERS)
-def test_gradients_of_layers(make_layer, form):
-    layer = make_layer(form)
-    names, parameters = zip(*layer.named_parameters(), strict=True)
-
-    def function(x, *parameters):
-        args = (x, x, x) if make_layer is attention else (x,)
-        y = functional_call(layer, dict(zip(names, parameters, strict=True)), args)
-        return y[0] if make_layer is attention else y
-
-    inputs = [p.detach().clone().requires_grad_() for p in (input_of(layer), *parameters)]
-    assert torch.autograd.gradcheck(function, inputs)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("make_layer", LAYERS)
-def test_layers_start_as_the_stock_layer_bit_for_bit(make_layer, form, dtype):
-    layer = make_layer(form, dtype=dtype)
-    layer.reset_R()
-    x = input_of(layer, dtype)
-    same = torch.testing.assert_close if (make_layer, form) == (conv, "apply") else identical  # unfolds
-    same(call(layer, x), call(copy.deepcopy(layer).fused(), x))
-    stock = layer.stock.__new__(layer.stock)
-    stock.__dict__.update(layer.fused().__dict__)
-    again = type(layer)._from_stock(stock, form, RANK)
-    assert all(one is other for one, other in zip(again.parameters(), stock.parameters(), strict=True))
-    assert {f.dtype for f in again.factors} == {torch.float32}
-    same(call(again, x), call(stock, x))
-
-
-def test_Q_starts_orthonormal_and_the_same_everywhere():
-    torch.manual_seed(5)
-    state = torch.get_rng_state()
-    one = linear(d=9, rank=4, dtype=torch.float32)
-    torch.manual_seed(6)
-    other = linear(d=9, rank=4, dtype=torch.float32)
-    identical(one.Q, other.Q)
-    exact(one.Q.double().mT @ one.Q.double(), torch.eye(4, **DOUBLE), 1e-6)
-    assert one.Q.is_contiguous()
-    wide = linear(d=9, rank=4)
-    identical(wide.Q.float(), one.Q)
-    assert not torch.allclose(linear(d=9, rank=5).Q[:, :4], wide.Q)
-    torch.manual_seed(5)
-    DecorLinear.from_linear(nn.Linear(9, 1, device="meta"), rank=4)
-    identical(torch.get_rng_state(), state)  # the global generator is left alone
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("make_layer", LAYERS)
-def test_fused_is_bit_identical_to_the_folded_form(make_layer, form):
-    layer = make_layer(form)
-    x = input_of(layer)
-    expected, R, matrix = call(layer, x), layer.dense_R(), layer._matrix().detach().clone()
-    stock = layer.fused()
-    assert type(stock) is layer.stock
-    assert not {"Q", "S", "R", "structure"} & (stock.state_dict().keys() | vars(stock).keys())
-    exact(stock.in_proj_weight if make_layer is attention else stock.weight.flatten(1), matrix @ R)
-    if form == "fold":
-        identical(call(stock, x), expected)
-    else:
-        exact(call(stock, x), expected)
-
-
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("make_layer", LAYERS)
-def test_Q_and_S_keep_their_values_under_casts_of_the_model(make_layer, dtype):
-    layer = make_layer(dtype=torch.float32)
-    before = [f.clone() for f in layer.factors]
-    for cast in (lambda: layer.to(dtype), layer.half, layer.bfloat16):
-        cast()
-        assert next(layer.parameters()).dtype != torch.float32
-        assert equal(layer.factors, tuple(before))
-    x = input_of(layer, next(layer.parameters()).dtype)
-    torch.testing.assert_close(
-        call(layer, x).double(), call(copy.deepcopy(layer).double(), x.double()), rtol=0.05, atol=0.05
-    )
-    layer.float()
-    assert equal(layer.factors, tuple(before))
-    layer.double()
-    assert equal(layer.factors, tuple(f.double() for f in before))
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("make_layer", LAYERS)
-def test_autocast_computes_in_its_dtype(make_layer, form):
-    layer = make_layer(form, dtype=torch.float32)
-    x = input_of(layer, torch.float32).requires_grad_()
-    expected = call(layer, x)
-    with torch.autocast("cpu", torch.bfloat16):
-        y = call(layer, x)
-    assert y.dtype == torch.bfloat16
-    torch.testing.assert_close(y.float(), expected, rtol=0.05, atol=0.05)
-    y.sum().backward()
-    assert all(p.grad.dtype == torch.float32 for p in layer.parameters())
-
-
-def test_repr_shows_the_rank():
-    text = "DecorLinear(in_features=5, out_features=3, bias=True, R=[5, 5], rank=2)"
-    assert repr(linear()) == text
-    assert "R=[18, 18], rank=2, form=apply)" in repr(conv("apply"))
-
-
-@pytest.mark.parametrize("make_layer", LAYERS)
-def test_checkpoints_of_a_layer(make_layer):
-    layer, other = make_layer(), make_layer()
-    start = layer.Q.clone()
-    layer.Q.copy_(start.flip(0))
-    state = copy.deepcopy(layer.state_dict())
-    assert {"Q", "S"} <= state.keys()
-    other.load_state_dict(state)
-    assert equal(other.factors, layer.factors)
-    stock = {k: v for k, v in state.items() if k not in ("Q", "S")}
-    places = [f.data_ptr() for f in other.factors]
-    other.load_state_dict(stock)
-    identical(other.S, torch.zeros_like(layer.S))
-    identical(other.Q, start)
-    assert [f.data_ptr() for f in other.factors] == places
-    with pytest.raises(RuntimeError, match=r'Missing key.*"S"'):
-        other.load_state_dict({k: v for k, v in state.items() if k != "S"})
-
-
-def test_checkpoints_of_another_structure_are_refused_and_change_no_R():
-    low, full = linear(), linear(rank=None)
-    before = [t.clone() for t in (*low.factors, *full.factors)]
-    with pytest.raises(RuntimeError, match=r'Missing key.*"Q", "S".*\n.*Unexpected key.*"R"'):
-        low.load_state_dict(full.state_dict())
-    with pytest.raises(RuntimeError, match=r'Missing key.*"R".*\n.*Unexpected key.*"Q", "S"'):
-        full.load_state_dict(low.state_dict())
-    with pytest.raises(RuntimeError, match="size mismatch for Q"):
-        low.load_state_dict(linear(rank=3).state_dict())
-    assert equal((*low.factors, *full.factors), tuple(before))
-
-
-def test_a_stock_checkpoint_fills_a_layer_on_the_meta_device():
-    stock = nn.Linear(5, 3)
-    with torch.device("meta"):
-        layer = DecorLinear.from_linear(nn.Linear(5, 3), rank=2)
-    assert all(f.is_meta for f in layer.factors)
-    layer.load_state_dict(stock.state_dict(), assign=True)
-    x = torch.randn(7, 5)
-    identical(layer(x), stock(x))
-    start = DecorLinear.from_linear(stock, rank=2).Q
-    identical(layer.Q, start)
-    with torch.device("meta"):
-        layer = DecorLinear.from_linear(nn.Linear(5, 3), rank=2)
-    layer.to_empty(device="cpu").load_state_dict(stock.state_dict())
-    identical(layer.Q, start)
-    identical(layer(x), stock(x))
-
-
-@pytest.mark.parametrize(
-    ("rank", "error", "match"),
-    [
-        (0, ValueError, r"rank: expected an integer in \[1, 5\], the layer's width, got 0"),
-        (6, ValueError, "rank: .* got 6"),
-        (-1, ValueError, "rank: .* got -1"),
-        (2.0, TypeError, "rank: expected an integer or None, got float"),
-        (True, TypeError, "rank: .* got bool"),
-        ("2", TypeError, "rank: .* got str"),
-    ],
-)
-def test_ranks_that_are_none(rank, error, match):
-    stock = nn.Linear(5, 3)
-    with pytest.raises(error, match=match):
-        DecorLinear.from_linear(stock, rank=rank)
-
-
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_copies(duplicate):
-    model = shake(mlp(5, 4, 3, rank=2))
-    twin, x = duplicate(model), torch.randn(6, 5)
-    identical(twin(x), model(x))
-    for one, other in zip(decorrelated(twin).values(), decorrelated(model).values(), strict=True):
-        assert one.structure == other.structure
-        assert all(a.data_ptr() != b.data_ptr() for a, b in zip(one.factors, other.factors, strict=True))
-
-
-# Conversion.
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("kind", MODELS)
-def test_conversion_changes_no_output_and_fusing_gives_the_stock_model_back(kind, form):
-    stock, x = make(kind), images()
-    # The applied convolution becomes a product of patches: another order of sums.
-    sites = ("patch_embed", "qkv", "fc1") if form == "fold" else ("qkv", "fc1")
-    model = dbpkern.decorrelate(copy.deepcopy(stock), sites, form=form, rank=3)
-    assert {layer.structure.rank for layer in decorrelated(model).values()} == {3}
-    identical(model(x), stock(x))
-    shake(model)
-    expected = model(x)
-    assert not torch.allclose(expected, stock(x), rtol=1e-2)
-    dbpkern.fuse(model)
-    if form == "fold":
-        identical(model(x), expected)
-    else:
-        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
-    assert list(model.state_dict()) == list(stock.state_dict())
-
-
-def structures(model):
-    return {name: getattr(layer.structure, "rank", None) for name, layer in decorrelated(model).items()}
-
-
-def test_ranks_by_site():
-    model = dbpkern.decorrelate(make("timm"), "all", rank={"fc2": 5, "qkv": 2})
-    for name, rank in structures(model).items():
-        assert rank == (5 if name.endswith("fc2") else 2 if name.endswith("qkv") else None)
-    model = dbpkern.decorrelate(
-        make("timm"), None, lambda name, _: name.startswith("blocks"), rank={"fc1": 24}
-    )
-    assert {rank for name, rank in structures(model).items() if name.endswith("fc1")} == {24}
-    assert {rank for name, rank in structures(model).items() if not name.endswith("fc1")} == {None}
-
-
-def test_ranks_as_parts_of_the_width_are_multiples_of_eight():
-    model = dbpkern.decorrelate(make("timm"), "all", rank=0.125)
-    for name, layer in decorrelated(model).items():
-        d = layer.weight[0].numel()
-        rank = structures(model)[name]
-        assert rank % 8 == 0
-        assert rank - 8 < d / 8 <= rank
-    model = dbpkern.decorrelate(make("timm"), "all", rank={"fc2": 0.99, "blocks.0.attn.qkv": 0.2, "qkv": 3})
-    for name, rank in structures(model).items():
-        if name.endswith("fc2"):
-            assert rank is None  # the whole width
-        elif name.endswith("qkv"):
-            assert rank == (8 if name.startswith("blocks.0") else 3)
-        else:
-            assert rank is None
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "match"),
-    [
-        ({"rank": 25}, ValueError, r"blocks.0.attn.qkv: rank: expected an integer in \[1, 24\].* got 25"),
-        ({"rank": 0}, ValueError, r"patch_embed.proj: rank: .*\[1, 192\].* got 0"),
-        ({"rank": {"fc1": 25}}, ValueError, "blocks.0.mlp.fc1: rank: .* got 25"),
-        (
-            {"rank": {"fc2": 3}},
-            ValueError,
-            r"rank: expected some of the chosen sites \('patch_embed', 'qkv', 'fc1'\) as keys, got 'fc2'",
-        ),
-        ({"rank": {"blocks": 3}}, ValueError, "chosen sites .* got 'blocks'"),
-        (
-            {"rank": 3.0},
-            ValueError,
-            r"rank: expected an integer, or a part of the width in \(0, 1\), got 3.0",
-        ),
-        ({"rank": {"fc1": 0.0}}, ValueError, r"rank: .* in \(0, 1\), got 0.0"),
-        ({"rank": math.nan}, ValueError, r"rank: .* in \(0, 1\), got nan"),
-        ({"rank": {"fc1": "3"}}, TypeError, "rank: .* got str"),
-    ],
-)
-def test_refusals_of_conversion_leave_the_model_alone(arguments, error, match):
-    model = make("timm")
-    modules = list(model.modules())
-    with pytest.raises(error, match=match):
-        dbpkern.decorrelate(model, **arguments)
-    assert all(one is other for one, other in zip(model.modules(), modules, strict=True))
-
-
-def shares(model):
-    """Whether the q, k, v projections of each block hold the same Q and S, and no two blocks do."""
-    groups = [
-        [decorrelated(model)[f"encoder.layer.{i}.attention.attention.{n}"] for n in ("query", "key", "value")]
-        for i in (0, 1)
-    ]
-    same = [layer.Q is group[0].Q and layer.S is group[0].S for group in groups for layer in group]
-    return all(same) and groups[0][0].S is not groups[1][0].S
-
-
-@pytest.mark.parametrize("how", ["trained", "deepcopy", "pickle", "bfloat16"])
-def test_projections_of_one_input_share_Q_and_S(how):
-    model = dbpkern.decorrelate(make("huggingface"), "all", rank=3)
-    assert shares(model)
-    decor = DecorSGD(model, lr=0.05, sample=1.0)
-    assert len(decor.names) == 1 + 2 * 4
-    model(images()).square().mean().backward()
-    decor.step()
-    if how == "deepcopy":
-        model = copy.deepcopy(model)
-    elif how == "pickle":
-        model = pickle.loads(pickle.dumps(model))
-    elif how == "bfloat16":
-        model.bfloat16()
-    assert shares(model)
-
-
-# The optimizer.
-
-
-def factors_of(model):
-    return {name: [f.clone() for f in layer.factors] for name, layer in decorrelated(model).items()}
-
-
-def stepped(factors, rows, lr, kappa=0.0):
-    """What a step makes of the factors, for full and low-rank R."""
-    if len(factors) == 1:
-        return [reference.published_step(factors[0], rows, lr, kappa)]
-    Q, S = (f[None] for f in factors)
-    found = reference.lowrank_apply(Q, S, *reference.lowrank_statistics(rows[None], Q), lr, kappa)
-    return [f[0] for f in found]
-
-
-def check_step(model, before, rows, lr, kappa=0.0, tolerance=1e-9):
-    for name, layer in decorrelated(model).items():
-        wanted = stepped(before[name], rows[name], lr, kappa) if name in rows else before[name]
-        for actual, expected in zip(layer.factors, wanted, strict=True):
-            exact(actual, expected, tolerance)
-        assert name not in rows or not torch.equal(layer.factors[-1], before[name][-1])
-
-
-def mixed(*widths, ranks, dtype=torch.float64):
-    """Linear layers in a row with tanh in between, each of its own structure."""
-    model = mlp(*widths, dtype=dtype)
-    for i, rank in enumerate(ranks):
-        model[2 * i] = DecorLinear.from_linear(model[2 * i].fused(), rank=rank)
-    return model
-
-
-@pytest.mark.parametrize("kappa", [0.0, 0.2])
-@pytest.mark.parametrize("sizes", [(30,), (16, 14), (8, 3, 19), (1, 0, 29)])
-def test_steps_of_mixed_models_with_accumulation(sizes, kappa):
-    model = mixed(5, 5, 5, 5, 5, 7, ranks=(2, None, 2, 3, 2))
-    decor = DecorSGD(model, lr=0.05, kappa=kappa, sample=1.0)
-    assert decor.names == ["0", "2", "4", "6", "8"]
-    assert sorted(len(stack.sites) for stack in decor._stacks) == [1, 1, 3]
-    assert len(decor.param_groups[0]["params"]) == 9
-    for _ in range(3):
-        for n in sizes:
-            model(torch.randn(n, 5, **DOUBLE)).square().sum().backward()
-        before, rows = factors_of(model), captured(decor)
-        assert all(len(part) == sum(sizes) for part in rows.values())
-        decor.step()
-        check_step(model, before, rows, 0.05, kappa)
-
-
-@pytest.mark.parametrize("n", [4, 40])
-@pytest.mark.parametrize("kappa", KAPPAS)
-def test_loss_is_that_of_the_reference_before_and_after_the_step(kappa, n):
-    model = shake(mixed(5, 9, 5, 9, ranks=(2, None, 3)))
-    decor = DecorSGD(model, lr=0.05, kappa=kappa, sample=1.0)
-    assert decor.loss() == {}
-    for rows_of in (n, n // 2):
-        model(torch.randn(rows_of, 5, **DOUBLE)).square().mean().backward()
-        rows = captured(decor)
-
-        def expected(rows=rows):
-            return {
-                name: reference.loss((r @ decorrelated(model)[name].dense_R().mT)[None], kappa)[0]
-                for name, r in rows.items()
-            }
-
-        exact(decor.loss(), expected())
-        decor.step()
-        exact(decor.loss(), expected())
-
-
-def test_decorrelation_loss_falls():
-    model = mlp(16, 4, rank=3, dtype=torch.float64)
-    U = torch.linalg.qr(randn(16, 3)).Q
-    C = torch.eye(16, **DOUBLE) + 20 * U @ U.mT  # the identity and some directions of greater variance
-    x = randn(400, 16) @ torch.linalg.cholesky(C).mT
-    decor = DecorSGD(model, lr=0.01, sample=1.0)
-    losses = []
-    for _ in range(150):
-        model(x).square().mean().backward()
-        losses.append(decor.loss()["0"].item())
-        decor.step()
-    assert losses[-1] < 0.02 * losses[0]
-
-
-NEW_STORAGE = {
-    "double": lambda model: model.double(),
-    "assigned checkpoint": lambda m: m.load_state_dict(copy.deepcopy(m.state_dict()), assign=True),
-    "stock checkpoint": lambda m: m.load_state_dict(
-        {k: v for k, v in m.state_dict().items() if k.endswith(("weight", "bias"))}
-    ),
-}
-
-
-@pytest.mark.parametrize("when", ["between steps", "between backward and step"])
-@pytest.mark.parametrize("change", NEW_STORAGE)
-def test_factors_may_get_new_storage_at_any_time(change, when):
-    model = shake(mlp(6, 6, 6, rank=2))
-    decor = DecorSGD(model, lr=0.05, sample=1.0)
-    for i in range(3):
-        if i == 1 and when == "between steps":
-            NEW_STORAGE[change](model)
-        model(torch.randn(20, 6, dtype=model[0].weight.dtype)).square().sum().backward()
-        if i == 1 and when != "between steps":
-            NEW_STORAGE[change](model)
-        before, rows = factors_of(model), captured(decor)
-        decor.step()
-        rows = {name: r.to(model[0].Q.dtype) for name, r in rows.items()}
-        check_step(model, before, rows, 0.05, tolerance=2e-4)
-    (Q, S), (stack,) = model[2].factors, decor._stacks
-    assert [p is f for p, f in zip(decor.param_groups[0]["params"][2:], (Q, S), strict=True)] == [True, True]
-    assert Q.data_ptr() == stack.factors[0][1].data_ptr()
-    assert S.data_ptr() == stack.factors[1][1].data_ptr()
-
-
-def test_in_the_steady_state_nothing_moves():
-    model = mlp(6, 6, 6, rank=2)
-    decor = DecorSGD(model, lr=0.01, sample=0.5)
-    places = [f.data_ptr() for f in decor.param_groups[0]["params"]]
-    rooms = []
-    for n in (20, 20, 7, 20):
-        model(torch.randn(n, 6)).square().mean().backward()
-        decor.step()
-        rooms.append([site.slot.room.data_ptr() for site in decor._sites])
-    assert rooms[1:] == rooms[:-1]
-    assert [f.data_ptr() for layer in decorrelated(model).values() for f in layer.factors] == places
-
-
-@pytest.mark.parametrize("rows", [torch.float64, torch.bfloat16])
-def test_rows_of_other_dtypes_than_Q(rows):
-    """Rows sampled before `.float()`, or under autocast."""
-    model = mlp(6, 6, rank=2, dtype=torch.float64 if rows == torch.float64 else torch.float32)
-    decor, x = DecorSGD(model, lr=0.05, sample=1.0), torch.randn(30, 6)
-    with torch.autocast("cpu", torch.bfloat16, enabled=rows == torch.bfloat16):
-        y = model(x.double() if rows == torch.float64 else x)
-    y.float().square().mean().backward()
-    assert captured(decor)["0"].dtype == rows
-    model.float()
-    before = factors_of(model)
-    decor.step()
-    check_step(model, before, {"0": x.to(rows).float()}, 0.05, tolerance=1e-5)
-
-
-@pytest.mark.parametrize("rate", [0.1, torch.tensor(0.1)])
-def test_a_step_never_reads_a_value_and_its_work_does_not_grow_with_the_layers(rate):
-    counts = []
-    for layers in (2, 5):
-        model = mlp(*[8] * (layers + 1), rank=3)
-        decor = DecorSGD(model, lr=rate, kappa=0.1, sample=1.0)
-        for _ in range(2):
-            model(torch.randn(20, 8)).square().mean().backward()
-            names = operators(decor.step)
-        assert not SYNCHRONISING & set(names)
-        # Of the layers of a stack, only the parts of the sample buffer and of the factors are looked at.
-        work = [
-            n for n in names if n.startswith("dbpkern::") or n in ("aten::bmm", "aten::linalg_cholesky_ex")
-        ]
-        counts.append(sorted(work))
-    assert counts[0] == counts[1]
-    assert counts[0].count("dbpkern::lowrank_statistics") == 1
-    assert counts[0].count("dbpkern::lowrank_step_") == 1
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_step_waits_for_nothing_and_runs_in_a_cuda_graph(dtype, permit):
-    permit("high")  # so that the step has a precision to suspend
-    model = shake(mlp(64, 64, 64, 96, 32, rank=16)).cuda()
-    decor = DecorSGD(model, lr=torch.tensor(0.01, device="cuda"), sample=0.5)
-
-    def backward():
-        with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            loss = model(torch.randn(600, 64, device="cuda")).square().mean()
-        loss.backward()
-
-    backward()
-    decor.step()  # makes the handles of the libraries, and finds the samples their place
-    backward()
-    factors = [factor for layer in decorrelated(model).values() for factor in layer.factors]
-    start = [factor.clone() for factor in factors]
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        decor.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    expected = [factor.clone() for factor in factors]
-    for factor, before in zip(factors, start, strict=True):
-        factor.copy_(before)
-    for site in decor._sites:
-        site.slot.pending = True
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        decor.step()
-    graph.replay()
-    for factor, wanted, before in zip(factors, expected, start, strict=True):
-        torch.testing.assert_close(factor, wanted, rtol=1e-4, atol=1e-5)
-        assert not torch.allclose(wanted, before, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
-def test_a_copied_run_goes_on_like_the_original(duplicate):
-    def steps(model, decor, start, stop):
-        for i in range(start, stop):
-            x = torch.randn(30, 5, generator=torch.Generator().manual_seed(i))
-            model(x).square().mean().backward()
-            decor.step()
-
-    model = mlp(5, 5, 4, rank=2)
-    decor = DecorSGD(model, lr=0.05, kappa=0.1, sample=0.3, seed=5)
-    steps(model, decor, 0, 2)
-    twin, other = duplicate((model, decor))
-    state = copy.deepcopy((model.state_dict(), decor.state_dict()))
-    for pair in ((model, decor), (twin, other)):
-        steps(*pair, 2, 5)
-    resumed = mlp(5, 5, 4, rank=2)
-    third = DecorSGD(resumed, sample=0.3)
-    resumed.load_state_dict(state[0])
-    third.load_state_dict(state[1])
-    steps(resumed, third, 2, 5)
-    for name, layer in decorrelated(model).items():
-        assert equal(decorrelated(twin)[name].factors, layer.factors)
-        assert equal(decorrelated(resumed)[name].factors, layer.factors)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_compiled_training_never_recompiles_and_equals_eager(form):
-    batches = [torch.randn(12, 5) for _ in range(4)]
-    models = [mlp(5, 4, 3, form=form, rank=2)]
-    models.append(copy.deepcopy(models[0]))
-    torch._dynamo.reset()
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for model, backend in zip(models, ("eager", "aot_eager"), strict=True):
-            run = torch.compile(model, fullgraph=True, backend=backend) if backend != "eager" else model
-            decor = DecorSGD(model, lr=0.05, sample=0.5)
-            main = torch.optim.SGD(model.parameters(), lr=0.01)
-            for x in batches:
-                main.zero_grad()
-                run(x).square().mean().backward()
-                main.step()
-                decor.step()
-    for one, other in zip(models[0].state_dict().values(), models[1].state_dict().values(), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
-    assert all(layer.S.abs().max() > 1e-3 for layer in decorrelated(models[1]).values())
-
-
-def test_diagnostics_see_the_R_that_the_factors_make():
-    model, x = shake(mlp(5, 4, rank=2, dtype=torch.float64), 0.5), torch.randn(40, 5, **DOUBLE)
-    with diagnostics.observe(model) as layers:
-        model(x)
-    R = model[0].dense_R()
-    exact(layers["0"].after, R @ (x.mT @ x / 40) @ R.mT)
-    assert math.isclose(layers["0"].loss_after, reference.loss((x @ R.mT)[None])[0].item(), rel_tol=1e-9)
-
-
-def test_layers_work_in_a_filtered_model_of_any_kind():
-    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2))
-    dbpkern.decorrelate(model, sites=None, filter=everything, rank=6)
-    x = torch.randn(9, 6)
-    with FlopCounterMode(display=False) as counter:
-        y = model(x)
-    identical(y, F.linear(torch.tanh(F.linear(x, *model[0].parameters())), *model[2].parameters()))
-    assert torch.ops.dbpkern.lowrank_fold in counter.get_flop_counts()["Global"]
-    assert all(
-        a is b for a, b in itertools.pairwise(layer.structure.names for layer in decorrelated(model).values())
-    )

@@ -161,7 +161,8 @@ def fused_kernel(
         n = tl.arange(0, BLOCK_N)
         corner = z + row.to(tl.int64) * D + column
         inside = (row + m < N)[:, None] & (column + n < D)[None, :]
-        tl.store(corner + (m[:, None] * D + n[None, :]), rounded(acc, z.dtype.element_ty, EMULATE), mask=inside)
+        value = rounded(acc, z.dtype.element_ty, EMULATE)
+        tl.store(corner + (m[:, None] * D + n[None, :]), value, mask=inside)
 
 
 def triton_fused(
@@ -288,7 +289,8 @@ def fused_step(
 
     Returns:
         `z [n, d]` in the dtype of x, differentiable in x with the old R; `R_new [d, d]`; and `a [d]`, the
-        mean squares of the sampled rows of z. An empty `index` returns R unchanged and zeros.
+        mean squares of the sampled rows of z. An empty `index` returns R unchanged and zeros; sampled rows
+        that are not finite make R_new and a so.
 
     Raises:
         TypeError: dtypes other than those above.

@@ -33,8 +33,9 @@ def eager_update(R: Tensor, z: Tensor, eta: Tensor, kappa: float) -> None:
     _, n, d = z.shape
     z = z.to(R.dtype)
     if forms_correlation(n, d):
-        M, _, _ = torch.ops.dbpkern.correlation(z, kappa, False, z.dtype, "eager")
-        apply_in_place(R, M, eta)
+        M, a, _ = torch.ops.dbpkern.correlation(z, kappa, False, z.dtype, "eager")
+        # M hides samples that are not finite; R shows them, as it does in the other association.
+        apply_in_place(R, M, eta + 0.0 * a.sum(1))
         return
     # M R = (1 - kappa) z^T (z R) / n + diag(c) R, with the diagonal of M corrected row by row:
     # c = kappa (a - 1) - (1 - kappa) a.
@@ -74,7 +75,8 @@ def update_(
 
     Args:
         R: `[L, d, d]`, fp32 or fp64; changed in place.
-        z: `[L, n, d]`, the samples after R, any floating-point dtype. n = 0 leaves R as it is.
+        z: `[L, n, d]`, the samples after R, any floating-point dtype. n = 0 leaves R as it is; samples that
+            are not finite make R so.
         eta: a number >= 0, a 0-d tensor, or `[L]` for a rate per layer. A CUDA graph freezes a number;
             a tensor on the device is read at each replay.
         kappa: weight in [0, 1] of the unit-variance term.
