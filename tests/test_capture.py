@@ -263,35 +263,3 @@ def test_a_slot_that_is_gone_takes_nothing():
     key = slot_of_rows(5).key
     assert slot_of(key) is None
     torch.ops.dbpkern.capture(torch.randn(4, 5), torch.randn(3, 5), key)
-
-
-class Everything:
-    """A layer whose rows are its input's."""
-
-    def count_rows(self, x):
-        return len(x)
-
-    def take_rows(self, out, x, index):
-        out.copy_(x if index is None else x[index])
-
-
-def slot_of_everything():
-    slot = Slot(Everything(), Sampler(1.0, 0))
-    slot.kind = RowKind(torch.eye(5))
-    return slot
-
-
-def test_opcheck_of_capture():
-    slot = slot_of_everything()
-    torch.library.opcheck(torch.ops.dbpkern.capture.default, (torch.randn(4, 5), torch.randn(3, 5), slot.key))
-    slot.clear()
-    grad, x = torch.randn(4, 5), torch.randn(3, 5)
-    before = grad.clone()
-    torch.ops.dbpkern.capture(grad, x, slot.key)
-    assert torch.equal(slot.gather(), x)
-    assert torch.equal(grad, before)
-
-
-def test_capture_for_a_slot_that_is_gone_does_nothing():
-    key = slot_of_everything().key
-    torch.ops.dbpkern.capture(torch.randn(4, 5), torch.randn(3, 5), key)
