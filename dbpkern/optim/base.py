@@ -187,6 +187,8 @@ class DecorOptimizer(torch.optim.Optimizer):
     """Holds R: `engine.rates()`, `engine.caution()`, `engine.loss()`, `engine.eta`."""
 
     def __init__(self, params, defaults: dict, model: nn.Module | None, decor: Decor | None) -> None:
+        if model is None and decor is not None:
+            raise ValueError(f"{type(self).__name__}: expected the model whose layers decor chooses, got none")
         super().__init__(params, defaults)
         self.engine = None if model is None else make_engine(model, self, decor or Decor())
 
@@ -250,8 +252,10 @@ class DecorOptimizer(torch.optim.Optimizer):
 
         Raises:
             TypeError: `decor` is no `Decor`.
-            ValueError: as at construction; nothing is changed then.
+            ValueError: as at construction, or an optimizer made without a model; nothing is changed then.
         """
+        if self.engine is None:
+            raise ValueError(f"{type(self).__name__}.replan: expected an optimizer that was made with a model")
         self.engine = rechosen(self.engine, model, self, decor)
 
     def drop_samples(self) -> None:
