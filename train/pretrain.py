@@ -178,7 +178,7 @@ def build_optimizers(
     rule = decor.rule(model, config.seed, ranks) if decor.enable else None
     inside = {"model": model, "decor": rule} if decor.enable and decor.mode == "optimizer" else {}
     if config.optim.name == "adamw":
-        # Without a model DecorAdamW is AdamW, bit for bit on a CPU; the baseline is PyTorch's own all the same.
+        # Without a model DecorAdamW is AdamW, bit for bit on a CPU; the baseline is PyTorch's all the same.
         make = dbpkern.DecorAdamW if inside else torch.optim.AdamW
         optimizer = make(groups, lr=peak, betas=betas, **inside)
     elif config.optim.name == "muon" and inside:
