@@ -395,11 +395,10 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     if not args.op:
         try:
             rows = compile_extension(args.arch)
-            print("\n" + record.table(list(rows[0]), [map(str, row.values()) for row in rows]))
+            print("\nCUDA extension:\n" + record.table(list(rows[0]), [map(str, r.values()) for r in rows]))
         except extension.BuildError as error:
             print(f"\nthe CUDA extension is not reported: {error}")
     spilled = [row for row in rows if row["spills"]]
-    print(f"\n{len(rows)} kernels of the CUDA extension compiled, {len(spilled)} that spill")
     if args.json:
         head = record.header(argv, torch.device("cpu"), "all")
         kernels = [asdict(r) | {"resident": r.resident} for r in found]

@@ -593,17 +593,18 @@ class TestFailures:
         assert capsys.readouterr().out.endswith(f"kernels compiled into {tmp_path / 'library'}\n")
 
 
-class TestBuild:
-    @pytest.fixture(scope="class")
-    def built(self, tmp_path_factory):
-        """Folder of a build for sm_80 and sm_90, and what nvcc printed."""
-        try:
-            folder = tmp_path_factory.mktemp("build") / "dbpkern"
-            return folder, extension.build(folder, "8.0 9.0")[1]
-        except extension.BuildError as error:
-            require(str(error), "is missing" not in str(error))
-            raise
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """Folder of a build for sm_80 and sm_90, and what nvcc printed."""
+    try:
+        folder = tmp_path_factory.mktemp("build") / "dbpkern"
+        return folder, extension.build(folder, "8.0 9.0")[1]
+    except extension.BuildError as error:
+        require(str(error), "is missing" not in str(error))
+        raise
 
+
+class TestBuild:
     def test_kernels_do_not_spill(self, built, planner):
         rows = ahead.parse_ptxas(built[1])
         made = {(row["arch"], row["rows"], row["rank"], row["tile"]) for row in rows}
