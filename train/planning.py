@@ -3,7 +3,7 @@
     def step():
         loss_of(model(next(batches))).backward()
 
-    plan = dbpkern.plan(model, step, budget=0.05)
+    plan = planning.plan(model, step, budget=0.05)
     print(plan)
     decor = dbpkern.DecorPreconditioner(model, optimizer, plan.decor())
 
