@@ -129,6 +129,7 @@ AUTOMATIC: dict[str, str] = {
     "map_changes_": "triton",
     "map_gradients_": "triton",
     "orthogonalize": "triton",
+    "remember": "triton",
     "sample_patches_": "triton",
     "sample_rows_": "triton",
     "transform": "triton",
@@ -195,6 +196,12 @@ TILES: dict[tuple[str, str], dict[tuple[int, int], Tiles]] = {
     ("map", "16bit"): {(0, 1): Tiles(64, 64, 32, 8, 2), (0, 16): Tiles(64, 128, 32, 8, 4)},
     ("adamw", "16bit"): {(0, 1): Tiles(64, 64, 32, 8, 2), (0, 16): Tiles(64, 128, 64, 8, 3)},
     ("lowrank_map", "16bit"): {
+        (0, 1): Tiles(32, 32, 16, 8, 2),
+        (0, 16): Tiles(64, 64, 32, 8, 3),
+        (65, 1): Tiles(16, 32, 32, 8, 2),
+        (65, 16): Tiles(64, 64, 32, 8, 3),
+    },
+    ("lowrank_change", "16bit"): {
         (0, 1): Tiles(32, 32, 16, 8, 2),
         (0, 16): Tiles(64, 64, 32, 8, 3),
         (65, 1): Tiles(16, 32, 32, 8, 2),

@@ -12,7 +12,6 @@ from dbpkern import ops, reference
 from dbpkern.ops import _dispatch, _table, _triton
 from dbpkern.ops._common import IMPLEMENTATIONS
 from dbpkern.ops._dispatch import Tiles
-from dbpkern.ops.maps import triton_maps
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -87,12 +86,11 @@ def test_changes(rows, d, r, dtype):
     weights = [b + 0.1 * tensor(*b.shape, dtype=dtype) for b in before]
     own = [factors(d, r)] * 2 + [factors(d, r)]
     found = [V.clone() for V in weights]
-    kept = [b.clone() for b in before]
-    ops.map_changes_(found, before, own[: len(rows)], backend="triton")
+    kept = ops.remember(before, own[: len(rows)], backend="triton")
+    ops.map_changes_(found, kept, own[: len(rows)], backend="triton")
     for V, b, mapped, f in zip(weights, before, found, own, strict=False):
         exact = reference.map_change(V.double(), b.double(), matrix(f))
         as_good(mapped, exact, (V.float() + rounded_deviation(V.float() - b.float(), f)).to(dtype))
-    assert all(map(torch.equal, before, kept))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -112,7 +110,7 @@ def test_weights_of_all_kinds_in_one_call(backend):
     mapped = [V.clone(memory_format=torch.preserve_format) for V in weights]
     mapped[-2] = tensor(12, 2 * 24)[:, ::2].copy_(weights[-2])
     gradients = [V.clone(memory_format=torch.preserve_format) for V in weights]
-    ops.map_changes_(mapped, before, own, backend=backend)
+    ops.map_changes_(mapped, ops.remember(before, own, backend=backend), own, backend=backend)
     ops.map_gradients_(gradients, own, backend=backend)
     for V, b, g, m, f in zip(weights, before, gradients, mapped, own, strict=True):
         flat = V.flatten(1)
@@ -131,7 +129,7 @@ def test_eager_in_fp64(r):
     ops.map_gradients_([g], [own])
     torch.testing.assert_close(g, reference.map_gradient(V, matrix(own)), rtol=0, atol=1e-13)
     expected = reference.map_change(V, before, matrix(own))
-    ops.map_changes_([V], [before], [own])
+    ops.map_changes_([V], ops.remember([before], [own]), [own])
     torch.testing.assert_close(V, expected, rtol=0, atol=1e-13)
 
 
@@ -140,10 +138,11 @@ def test_eager_in_fp64(r):
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_the_identity_changes_no_bit(backend, r, dtype):
     own = (torch.eye(37, device=DEVICE),) if not r else (factors(37, r)[0], torch.zeros(r, r, device=DEVICE))
-    g, before = tensor(20, 37, dtype=dtype), tensor(20, 37, dtype=dtype)
+    g = tensor(20, 37, dtype=dtype)
+    kept = ops.remember([tensor(20, 37, dtype=dtype)], [own], backend=backend)
     for change in (
         lambda x: ops.map_gradients_([x], [own], backend=backend),
-        lambda x: ops.map_changes_([x], [before], [own], backend=backend),
+        lambda x: ops.map_changes_([x], kept, [own], backend=backend),
     ):
         found = g.clone()
         change(found)
@@ -166,12 +165,12 @@ def test_rows_far_apart(r):
 
 def test_empty_lists_and_weights():
     ops.map_gradients_([], [])
-    ops.map_changes_([], [], [])
+    ops.map_changes_([], ops.remember([], []), [])
     for backend in BACKENDS:
         for shape, own in (((0, 4), factors(4, 0)), ((0, 4), factors(4, 2)), ((3, 0), factors(0, 0))):
             V = tensor(*shape)
             ops.map_gradients_([V], [own], backend=backend)
-            ops.map_changes_([V], [V.clone()], [own], backend=backend)
+            ops.map_changes_([V], ops.remember([V], [own], backend=backend), [own], backend=backend)
 
 
 def test_ranks_beyond_the_kernels_are_eager():
@@ -200,10 +199,14 @@ def mixed_layers(make):
     return weights, own
 
 
+def flattened(own):
+    return [f for t in own for f in t], [len(t) for t in own]
+
+
 def test_launches_of_a_group():
     weights, own = mixed_layers(meta)
     with _dispatch.assume((9, 0)), _triton.recording() as launches:
-        triton_maps(weights, None, own)
+        IMPLEMENTATIONS["map_gradients_"](weights, *flattened(own), "triton")
     assert names(launches) == ["deviation_kernel", "map_kernel", "lowrank_map_kernel"]
     assert len(launches[0].args["deviation"]) == 2
     assert launches[2].grid == (7,)
@@ -219,13 +222,16 @@ def test_launches_on_fake_tensors(monkeypatch):
 
     with FakeTensorMode(), _dispatch.assume((9, 0)), _triton.recording() as launches:
         weights, own = mixed_layers(cuda)
-        flat, sizes = [f for t in own for f in t], [1] * 3 + [2] * 3
+        flat, sizes = flattened(own)
         IMPLEMENTATIONS["map_gradients_"](weights, flat, sizes, "")
         made = len(_table._tables)
         IMPLEMENTATIONS["map_gradients_"](weights, flat, sizes, "")
         assert len(_table._tables) == made
-        IMPLEMENTATIONS["map_changes_"](weights, weights, flat, sizes, "")
-    assert names(launches) == ["deviation_kernel", "map_kernel", "lowrank_map_kernel"] * 3
+        kept = [*map(torch.empty_like, weights[:3]), *(cuda(len(V), 8) for V in weights[3:])]
+        IMPLEMENTATIONS["remember"](weights, flat, sizes, kept, "")
+        IMPLEMENTATIONS["map_changes_"](weights, flat, sizes, kept, "")
+    maps = ["deviation_kernel", "map_kernel", "lowrank_map_kernel"]
+    assert names(launches) == [*maps, *maps, "remember_kernel", *maps]
     _table._tables.clear()
 
 
@@ -255,18 +261,19 @@ def test_tables_in_a_graph():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend):
     weights, own = mixed_layers(tensor)
-    flat, sizes = [f for t in own for f in t], [1] * 3 + [2] * 3
+    flat, sizes = flattened(own)
     torch.library.opcheck(torch.ops.dbpkern.map_gradients_.default, (weights, flat, sizes, backend))
-    before = [V.clone() for V in weights]
-    torch.library.opcheck(torch.ops.dbpkern.map_changes_.default, (weights, before, flat, sizes, backend))
+    kept = ops.remember(weights, own)
+    torch.library.opcheck(torch.ops.dbpkern.remember.default, (weights, flat, sizes, kept, backend))
+    torch.library.opcheck(torch.ops.dbpkern.map_changes_.default, (weights, flat, sizes, kept, backend))
 
 
 def test_flops_are_counted():
     weights, own = [tensor(6, 4, 2), tensor(7, 9)], [factors(8, 0), factors(9, 2)]
     with FlopCounterMode(display=False) as counter:
         ops.map_gradients_(weights, own)
-        ops.map_changes_(weights, [V.clone() for V in weights], own)
-    assert counter.get_total_flops() == 2 * (2 * 6 * 64 + 4 * 7 * 9 * 2 + 2 * 7 * 4)
+        ops.map_changes_(weights, ops.remember(weights, own), own)
+    assert counter.get_total_flops() == 2 * (2 * 6 * 64 + 4 * 7 * 9 * 2 + 2 * 7 * 4) + 2 * 7 * 9 * 2
 
 
 @pytest.mark.parametrize(
