@@ -126,8 +126,7 @@ AUTOMATIC: dict[str, str] = {
     "lowrank_statistics": "triton",
     "lowrank_step_": "triton",
     "lowrank_transform": "triton",
-    "map_changes_": "triton",
-    "map_gradients_": "triton",
+    "map_": "triton",
     "orthogonalize": "triton",
     "remember": "triton",
     "sample_patches_": "triton",
@@ -196,12 +195,6 @@ TILES: dict[tuple[str, str], dict[tuple[int, int], Tiles]] = {
     ("map", "16bit"): {(0, 1): Tiles(64, 64, 32, 8, 2), (0, 16): Tiles(64, 128, 32, 8, 4)},
     ("adamw", "16bit"): {(0, 1): Tiles(64, 64, 32, 8, 2), (0, 16): Tiles(64, 128, 64, 8, 3)},
     ("lowrank_map", "16bit"): {
-        (0, 1): Tiles(32, 32, 16, 8, 2),
-        (0, 16): Tiles(64, 64, 32, 8, 3),
-        (65, 1): Tiles(16, 32, 32, 8, 2),
-        (65, 16): Tiles(64, 64, 32, 8, 3),
-    },
-    ("lowrank_change", "16bit"): {
         (0, 1): Tiles(32, 32, 16, 8, 2),
         (0, 16): Tiles(64, 64, 32, 8, 3),
         (65, 1): Tiles(16, 32, 32, 8, 2),

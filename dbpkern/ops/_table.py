@@ -29,20 +29,6 @@ def address(t: Tensor) -> int:
     return t.data_ptr() if _dispatch.on_device(t) else 0
 
 
-def as_matrix(t: Tensor) -> Tensor:
-    """t as `[o, d]`: a view where its strides allow one, otherwise a copy."""
-    return t.reshape(t.shape[0], t.shape[1:].numel())
-
-
-def _written(columns: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    numbers = [number for column in columns for number in column]
-    table = torch.zeros(len(numbers), dtype=torch.int64, device=device)
-    # The numbers travel as arguments of a kernel: no copy from pageable memory, for which the host would wait
-    # and which a CUDA graph would repeat from memory that is gone.
-    torch._foreach_add_(list(table.unbind()), numbers)
-    return table.view(len(columns), -1)
-
-
 def address_table(columns: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """Columns of equal length as an int64 tensor `[columns, length]` on the device.
 
@@ -51,17 +37,27 @@ def address_table(columns: Sequence[Sequence[int]], device: torch.device) -> Ten
     """
     if device.type != "cuda":
         return torch.tensor(columns, dtype=torch.int64, device=device)
-    if _dispatch.capturing(device):
-        return _written(columns, device)
+    capturing = _dispatch.capturing(device)
     # Fake tensors are there without CUDA.
     stream = torch.cuda.current_stream(device).cuda_stream if torch.cuda.is_initialized() else 0
     key = (tuple(map(tuple, columns)), device, stream)
-    if key not in _tables:
-        _tables[key] = _written(columns, device)
+    if key in _tables and not capturing:
+        _tables.move_to_end(key)
+        return _tables[key]
+    table = torch.zeros(len(columns), len(columns[0]), dtype=torch.int64, device=device)
+    # The numbers travel as arguments of a kernel: no copy from pageable memory, for which the host would wait
+    # and which a CUDA graph would repeat from memory that is gone.
+    torch._foreach_add_(list(table.view(-1).unbind()), [number for column in columns for number in column])
+    if not capturing:
+        _tables[key] = table
         if len(_tables) > _KEPT:
             _tables.popitem(last=False)
-    _tables.move_to_end(key)
-    return _tables[key]
+    return table
+
+
+def wide(x: Tensor, factors: Sequence[Tensor]) -> torch.dtype:
+    """The dtype of products in eager: that of x or R, fp32 at least."""
+    return torch.promote_types(torch.promote_types(x.dtype, factors[0].dtype), torch.float32)
 
 
 @jit
@@ -122,80 +118,60 @@ def deviations(Rs: Sequence[Tensor], padded: int) -> tuple[Tensor, list[int]]:
     keys = [address(R) or id(R) for R in Rs]
     found = dict(zip(keys, Rs, strict=True))
     out = torch.empty(len(found), padded, padded, dtype=torch.bfloat16, device=Rs[0].device)
-    table = address_table(
-        [list(map(address, found.values())), [R.stride(0) for R in found.values()]], out.device
-    )
+    columns = zip(*((address(R), R.stride(0)) for R in found.values()), strict=True)
+    table = address_table(list(columns), out.device)
     args = {"table": table, "deviation": out, "D": len(Rs[0]), "padded": padded}
     grid = (cdiv(padded, 64), cdiv(padded, 64), len(found))
     _triton.launch(deviation_kernel, grid, args, {"EMULATE": _triton.INTERPRETED, "BLOCK": 64}, 4, 1)
     return out, [list(found).index(key) for key in keys]
 
 
-def serves(matrices: Sequence[Tensor], factors: Sequence[Tensor]) -> bool:
+def served(matrices: Sequence[Tensor], factors: Sequence[Tensor]) -> bool:
     """Whether kernels know the layouts: rows in one piece each, within reach, and ranks up to MAX_RANK."""
     try:
         rows = [*(t.view(len(t), -1) for t in matrices), *factors]
     except RuntimeError:
         return False
-    return (
-        (len(factors) == 1 or factors[0].shape[1] <= MAX_RANK)
-        and all(t.stride(1) == 1 for t in rows if t.shape[1] > 1)
-        and all(max(t.stride(0), 1) * max(len(factors[0]), 128) < 2**31 for t in rows)
-    )
+    near = all(max(t.stride(0), 1) * max(len(factors[0]), 128) < 2**31 for t in rows)
+    fits = len(factors) == 1 or factors[0].shape[1] <= MAX_RANK
+    return near and fits and all(t.stride(1) == 1 for t in rows if t.shape[1] > 1)
 
 
 def serve(
-    op: str, backend: str, kernels: dict[int, tuple[str, Callable]], eager: Callable[[int], None],
-    matrices: Sequence[Sequence[Tensor]], factors: Sequence[Sequence[Tensor]], steps: Sequence[Tensor] = (),
-    args: dict | None = None, constants: dict | None = None, dtypes: Sequence[str] = ("DTYPE",),
-    strips: int = 1,
+    op: str, backend: str, kernels: dict[int, tuple[str, Callable]], eager: Callable,
+    matrices: Sequence[Sequence[Tensor]], factors: Sequence[Sequence[Tensor]], args: dict, constants: dict,
+    steps: Sequence[Tensor] = (), strips: int = 1,
 ) -> None:  # fmt: skip
-    """Serve weights by a launch for each group of equal widths, ranks and dtypes, or one by one in eager.
+    """Serve weights by a launch for each group of equal widths, ranks and dtypes, the others one by one.
 
     The table's columns: the number of each weight's first block of rows, its rows, address and stride of each
     of its matrices, Q and S among them, the address of its step, and the number of a full R in `deviation`.
 
-    Args:
-        op: the name of the call.
-        backend: that is asked for, or "".
-        kernels: by the number of factors, with their rows in the table of tiles. With full R a program takes
-            one block of rows after the other, in its strips of scratch; with low-rank R it takes one.
-        eager: serves a weight by its number.
-        matrices: for each weight itself and what comes with it.
-        factors: for each weight.
-        steps: for each weight, if the kernels read any.
-        args: further arguments.
-        constants: further constants.
-        dtypes: the constants that tell the dtypes of the first matrices.
-        strips: how many a program has.
+    `kernels`, by the number of factors, come with their rows in the table of tiles. With full R a program
+    takes one block of rows after the other, in `strips` of scratch; with low-rank R it takes one.
+    `eager(i, factors)` serves a weight, with its factors in the dtype of the products. `matrices` are for
+    each weight itself and what comes with it; DTYPE and OTHER are the dtypes of the first two.
     """
     device = matrices[0][0].device
     # float16 beside bfloat16 is no obstacle: no operand is float16.
-    refusal = _dispatch.triton_refusal(
-        device, *({t.dtype for own in matrices for t in own} - {torch.float16})
-    )
+    dtypes = {t.dtype for own in matrices for t in own} - {torch.float16}
+    refusal = _dispatch.triton_refusal(device, *dtypes)
     if any(f.dtype != torch.float32 for own in factors for f in own):
         refusal = refusal or "it serves R of float32"
     if any(step.device != device for step in steps):
         refusal = refusal or "it reads the steps on the weights' device"
     chosen = _dispatch.choose(op, backend, {"triton": refusal}, _dispatch.preferred(op, device))
     groups: dict[tuple, list[int]] = {}
-    rest = []
     for i, (own, factor) in enumerate(zip(matrices, factors, strict=True)):
-        if chosen == "eager" or not serves(own, factor):
-            rest.append(i)
+        if chosen == "eager" or not served(own, factor):
+            with autocast_off(device), ieee_products(device):
+                eager(i, [f.to(wide(own[0], factor)) for f in factor])
         elif own[0].numel():
             key = (len(factor), *factor[0].shape, *(t.dtype for t in own))
             groups.setdefault(key, []).append(i)
-    if rest:
-        with autocast_off(device), ieee_products(device):
-            for i in rest:
-                eager(i)
     for (size, d, r, *kinds), members in groups.items():
         name, kernel = kernels[size]
-        own = [[as_matrix(t) for t in matrices[i]] for i in members]
-        if size == 2:
-            own = [[*ts, *factors[i]] for ts, i in zip(own, members, strict=True)]
+        own = [[t.flatten(1) for t in matrices[i]] + list(factors[i] if size == 2 else ()) for i in members]
         aligned = all((address(t) | t.stride(0) * t.itemsize) % 16 == 0 for ts in own for t in ts)
         tiles = _dispatch.tiles(name, "16bit", r if aligned else r | 1)
         rows = [len(ts[0]) for ts in own]
@@ -205,19 +181,19 @@ def serve(
             columns += [[address(t) for t in ts], [t.stride(0) for t in ts]]
         if steps:
             columns.append([address(steps[i]) for i in members])
-        grid, given = blocks, {"count": len(members), "D": d, **(args or {})}
+        given = {"count": len(members), "D": d, **args}
         fixed = {
-            **(constants or {}), **dict(zip(dtypes, map(dtype_name, kinds), strict=False)), "ALIGNED": aligned,
-            "SPAN": 1 << (len(members) - 1).bit_length(), "EMULATE": _triton.INTERPRETED,
-            "BLOCK_M": tiles.m, "BLOCK_N": tiles.n, "BLOCK_K": tiles.k,
+            "DTYPE": dtype_name(kinds[0]), "OTHER": dtype_name(kinds[min(1, len(kinds) - 1)]),
+            "ALIGNED": aligned, "SPAN": 1 << (len(members) - 1).bit_length(), "EMULATE": _triton.INTERPRETED,
+            "BLOCK_M": tiles.m, "BLOCK_N": tiles.n, "BLOCK_K": tiles.k, **constants,
         }  # fmt: skip
         if size == 2:
+            grid = blocks
             given["RANK"] = r
             fixed["BLOCK_R"] = max(16, 1 << (r - 1).bit_length())
         else:
-            wide = max(tiles.n, tiles.k)
-            padded = cdiv(d, wide) * wide
             grid = min(blocks, PROGRAMS * _dispatch.processors(device))
+            padded = cdiv(d, max(tiles.n, tiles.k)) * max(tiles.n, tiles.k)
             deviation, numbers = deviations([factors[i][0] for i in members], padded)
             columns.append(numbers)
             scratch = torch.empty(strips, grid, tiles.m, padded, dtype=torch.bfloat16, device=device)

@@ -14,10 +14,20 @@ from torch.utils.flop_counter import register_flop_formula
 
 from dbpkern.ops._common import check_tensor, operator
 from dbpkern.ops._matmul import dot, rounded
-from dbpkern.ops._table import as_matrix, load_tile, locate, matrix, number, serve
+from dbpkern.ops._table import load_tile, locate, matrix, number, serve
 from dbpkern.ops._triton import jit, tl
-from dbpkern.ops.maps import Factors, add_deviation, check_like, checked, map_flops, mapped_gradient, nested
-from dbpkern.ops.maps import load_factor, strip_product, times_Q, times_S, wide
+from dbpkern.ops.maps import (
+    Factors,
+    add_deviation,
+    checked,
+    load_factor,
+    map_flops,
+    nested,
+    strip_product,
+    times_Q,
+    times_S,
+    transposed,
+)
 
 
 @jit
@@ -70,7 +80,7 @@ def strip_times(
 def adamw_kernel(
     table, deviation, strips, lr, count, blocks, D, padded,
     weight1, weight2, log_beta1, log_beta2, eps, weight_decay,
-    LR_TENSOR: tl.constexpr, DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
+    LR_TENSOR: tl.constexpr, DTYPE: tl.constexpr, OTHER: tl.constexpr, ALIGNED: tl.constexpr,
     SPAN: tl.constexpr, EMULATE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -88,7 +98,7 @@ def adamw_kernel(
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
         weight, row, m_in = locate(table, block, count, SPAN, BLOCK_M)
         V, V_m = matrix(table, weight, count, row, 0, DTYPE, ALIGNED)
-        g, g_m = matrix(table, weight, count, row, 1, G_DTYPE, ALIGNED)
+        g, g_m = matrix(table, weight, count, row, 1, OTHER, ALIGNED)
         exp_avg, exp_avg_m = matrix(table, weight, count, row, 2, DTYPE, ALIGNED)
         exp_avg_sq, exp_avg_sq_m = matrix(table, weight, count, row, 3, DTYPE, ALIGNED)
         correction1, correction2 = corrections(table, weight, count, log_beta1, log_beta2, 10)
@@ -123,19 +133,19 @@ def adamw_kernel(
 @jit
 def lowrank_adamw_kernel(
     table, lr, count, D, RANK, weight1, weight2, log_beta1, log_beta2, eps, weight_decay,
-    LR_TENSOR: tl.constexpr, DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
+    LR_TENSOR: tl.constexpr, DTYPE: tl.constexpr, OTHER: tl.constexpr, ALIGNED: tl.constexpr,
     SPAN: tl.constexpr, EMULATE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """`adamw_kernel` for `R = I + Q S Q^T`; a block of rows on axis 0.
 
-    The matrices are V, g, the moments, Q and S. The products with Q stay in registers; the second pass runs in
-    reverse, so that it begins with what the first read last.
+    The matrices are V, g, the moments, Q and S. The products with Q stay in registers; the second pass runs
+    in reverse, so that it begins with what the first read last.
     """
     rate = tl.load(lr).to(tl.float32) if LR_TENSOR else lr
     weight, row, m_in = locate(table, tl.program_id(0), count, SPAN, BLOCK_M)
     V, V_m = matrix(table, weight, count, row, 0, DTYPE, ALIGNED)
-    g, g_m = matrix(table, weight, count, row, 1, G_DTYPE, ALIGNED)
+    g, g_m = matrix(table, weight, count, row, 1, OTHER, ALIGNED)
     exp_avg, exp_avg_m = matrix(table, weight, count, row, 2, DTYPE, ALIGNED)
     exp_avg_sq, exp_avg_sq_m = matrix(table, weight, count, row, 3, DTYPE, ALIGNED)
     Q, q_d = matrix(table, weight, count, 0, 4, tl.float32, ALIGNED)
@@ -180,24 +190,22 @@ def _adamw(
     exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], steps: list[Tensor],
     lr: Tensor, beta1: float, beta2: float, eps: float, weight_decay: float, backend: str,
 ) -> None:  # fmt: skip
-    pairs = nested(factors, sizes)
     as_tensor = lr.device == weights[0].device
 
-    def eager(i: int) -> None:
+    def eager(i: int, own: list[Tensor]) -> None:
         """The order of operations of PyTorch's AdamW."""
-        V, exp_avg, exp_avg_sq = weights[i], exp_avgs[i], exp_avg_sqs[i]
-        compute = wide(V, pairs[i])
-        own = [f.to(compute) for f in pairs[i]]
-        mapped = mapped_gradient(as_matrix(gradients[i]).to(compute), own).view(V.shape).to(exp_avg.dtype)
-        exp_avg.lerp_(mapped, 1 - beta1)
-        exp_avg_sq.mul_(beta2).addcmul_(mapped, mapped, value=1 - beta2)
+        V, exp_avg, exp_avg_sq, compute = weights[i], exp_avgs[i], exp_avg_sqs[i], own[0].dtype
+        g = gradients[i].flatten(1).to(compute)
+        g = add_deviation(g, g, transposed(own)).view(V.shape).to(exp_avg.dtype)
+        exp_avg.lerp_(g, 1 - beta1)
+        exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
         # Numbers of 64 bits, which combine with tensors of any dtype without widening them.
         step = steps[i].double()
         correction1, correction2 = 1 - beta1**step, 1 - beta2**step
         denominator = (exp_avg_sq.to(compute).sqrt() / correction2.sqrt()).add_(eps)
         change = (exp_avg.to(compute) / denominator).mul_(lr / correction1)
-        change = as_matrix(change + V.to(compute) * (lr * weight_decay))
-        V.copy_(add_deviation(as_matrix(V).to(compute) - change, -change, own).view(V.shape))
+        change = (change + V.to(compute) * (lr * weight_decay)).flatten(1)
+        V.copy_(add_deviation(V.flatten(1).to(compute) - change, -change, own).view(V.shape))
 
     args = {
         "lr": lr if as_tensor else float(lr), "weight1": 1 - beta1, "weight2": 1 - beta2,
@@ -208,8 +216,8 @@ def _adamw(
     kernels = {1: ("adamw", adamw_kernel), 2: ("lowrank_adamw", lowrank_adamw_kernel)}
     matrices = list(zip(weights, gradients, exp_avgs, exp_avg_sqs, strict=True))
     serve(
-        "adamw_", backend, kernels, eager, matrices, pairs, steps, args, {"LR_TENSOR": as_tensor},
-        dtypes=("DTYPE", "G_DTYPE"), strips=2,
+        "adamw_", backend, kernels, eager, matrices, nested(factors, sizes), args,
+        {"LR_TENSOR": as_tensor}, steps, strips=2,
     )  # fmt: skip
 
 
@@ -234,28 +242,26 @@ def adamw_(
     `g <- g R^T`, both moments, `D = m_hat / (sqrt(v_hat) + eps) + weight_decay V`, `V <- V - lr D R`.
 
     Args:
-        weights: V, `[o, ...]` each, taken as `[o, d]`.
-        gradients: of V, in any floating-point dtype; not changed.
-        exp_avgs: first moments of the mapped gradients, of V's shape and dtype.
-        exp_avg_sqs: second moments, likewise.
-        steps: 0-d fp32 tensors, the number of the step being made, from 1 on; Triton needs them beside V.
+        weights: V, `[o, ...]` each, taken as `[o, d]`; moments are of the same shapes and dtypes, gradients
+            of the same shapes.
+        gradients: of V, not changed.
+        exp_avgs: first moments of the mapped gradients.
+        exp_avg_sqs: second moments.
+        steps: the numbers of the step being made, from 1 on, `[]` in fp32; Triton needs them beside V.
         factors: as for `map_gradients_`.
-        lr: a number, or a 0-d tensor, which is read on its device: a CUDA graph freezes a number.
-        beta1: how much of the first moment stays.
-        beta2: how much of the second moment stays.
-        eps: added to the root of the second moment.
-        weight_decay: the share of V, times lr, that each step takes away.
+        lr: a number, or a tensor `[]`, which is read on its device: a CUDA graph freezes a number.
+        beta1, beta2, eps, weight_decay: of AdamW.
         backend: as for `map_gradients_`.
     """
     if not isinstance(lr, Tensor):
         lr = torch.tensor(lr, dtype=torch.float64)
     check_tensor("lr", lr, "[]", (0,))
-    placed = (*gradients, *exp_avgs, *exp_avg_sqs, *(step for step in steps if step.device.type != "cpu"))
-    flat, sizes = checked("weights", weights, factors, backend, placed)
-    check_like("gradients", gradients, [(V.shape, None) for V in weights])
-    check_like("exp_avgs", exp_avgs, [(V.shape, V.dtype) for V in weights])
-    check_like("exp_avg_sqs", exp_avg_sqs, [(V.shape, V.dtype) for V in weights])
-    check_like("steps", steps, [((), torch.float32)] * len(weights))
+    flat, sizes = checked(
+        "weights", weights, factors, backend, gradients=(gradients, lambda V, own: (V.shape, None)),
+        exp_avgs=(exp_avgs, lambda V, own: (V.shape, V.dtype)),
+        exp_avg_sqs=(exp_avg_sqs, lambda V, own: (V.shape, V.dtype)),
+        steps=(steps, lambda V, own: (torch.Size(), torch.float32)),
+    )  # fmt: skip
     if weights:
         torch.ops.dbpkern.adamw_(
             list(weights), flat, sizes, list(gradients), list(exp_avgs), list(exp_avg_sqs), list(steps),

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import register_flop_formula
 from dbpkern.ops import _dispatch
 from dbpkern.ops._common import check_matrix, check_tensor, operator
 from dbpkern.ops._matmul import dot, product_loop, rounded
-from dbpkern.ops._table import as_matrix, load_tile, locate, matrix, number, serve
+from dbpkern.ops._table import load_tile, locate, matrix, number, serve, wide
 from dbpkern.ops._triton import jit, tl
 from dbpkern.ops.lowrank_fold import check_factors, lowrank_flops
 
@@ -54,8 +54,9 @@ def strip_product(
 @jit
 def map_kernel(
     table, deviation, strips, count, blocks, D, padded,
-    CHANGE: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, SPAN: tl.constexpr,
-    EMULATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    CHANGE: tl.constexpr, DTYPE: tl.constexpr, OTHER: tl.constexpr, ALIGNED: tl.constexpr,
+    SPAN: tl.constexpr, EMULATE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """`x += x (R - I)^T`, or with CHANGE `x += (x - before) (R - I)`; the matrices are x and before.
 
@@ -69,7 +70,7 @@ def map_kernel(
         weight, row, m_in = locate(table, block, count, SPAN, BLOCK_M)
         x, x_m = matrix(table, weight, count, row, 0, DTYPE, ALIGNED)
         if CHANGE:
-            before, before_m = matrix(table, weight, count, row, 1, DTYPE, ALIGNED)
+            before, before_m = matrix(table, weight, count, row, 1, OTHER, ALIGNED)
         R = deviation + number(table, weight, count, 4 + 2 * CHANGE) * padded * padded
         for start in range(0, padded, BLOCK_K):
             inside = m_in & (k < D - start)
@@ -126,14 +127,14 @@ def times_S(
 
 @jit
 def remember_kernel(
-    table, count, D, RANK, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, SPAN: tl.constexpr,
-    EMULATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    table, count, D, RANK, DTYPE: tl.constexpr, OTHER: tl.constexpr, ALIGNED: tl.constexpr,
+    SPAN: tl.constexpr, EMULATE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """`kept = x Q` by three TF32 products; a block of rows on axis 0. The matrices are x, kept, Q and S."""
     weight, row, m_in = locate(table, tl.program_id(0), count, SPAN, BLOCK_M)
     x, x_m = matrix(table, weight, count, row, 0, DTYPE, ALIGNED)
-    kept, kept_m = matrix(table, weight, count, row, 1, tl.float32, ALIGNED)
+    kept, kept_m = matrix(table, weight, count, row, 1, OTHER, ALIGNED)
     Q, q_d = matrix(table, weight, count, 0, 2, tl.float32, ALIGNED)
     t = times_Q(x, x_m, m_in, Q, q_d, D, RANK, tl.float32, "tf32x3", EMULATE, BLOCK_M, BLOCK_K, BLOCK_R)
     m = tl.arange(0, BLOCK_M)[:, None]
@@ -144,14 +145,14 @@ def remember_kernel(
 @jit
 def lowrank_map_kernel(
     table, count, D, RANK,
-    CHANGE: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, SPAN: tl.constexpr,
-    EMULATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    CHANGE: tl.constexpr, DTYPE: tl.constexpr, OTHER: tl.constexpr, ALIGNED: tl.constexpr,
+    SPAN: tl.constexpr, EMULATE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """`map_kernel` for `R = I + Q S Q^T`; a block of rows on axis 0.
 
-    The matrices are x, with CHANGE what `remember_kernel` kept, Q and S. The first pass over the columns gives
-    `x Q`, which stays in registers; the second takes them in reverse, since those read last are still in L2.
+    The matrices are x, with CHANGE what `remember_kernel` kept, Q and S. The first pass over the columns
+    gives `x Q`, which stays in registers; the second goes in reverse: what was read last is still in L2.
     """
     weight, row, m_in = locate(table, tl.program_id(0), count, SPAN, BLOCK_M)
     x, x_m = matrix(table, weight, count, row, 0, DTYPE, ALIGNED)
@@ -161,7 +162,7 @@ def lowrank_map_kernel(
     rank = tl.arange(0, BLOCK_R)
     if CHANGE:  # as it was made of the old x, so that what did not change gives zero
         t = times_Q(x, x_m, m_in, Q, q_d, D, RANK, tl.float32, "tf32x3", EMULATE, BLOCK_M, BLOCK_K, BLOCK_R)
-        kept, kept_m = matrix(table, weight, count, row, 1, tl.float32, ALIGNED)
+        kept, kept_m = matrix(table, weight, count, row, 1, OTHER, ALIGNED)
         t -= load_tile(kept + (m * kept_m + rank[None, :]), m_in & (rank < RANK)[None, :])
     else:
         t = times_Q(x, x_m, m_in, Q, q_d, D, RANK, tl.bfloat16, "ieee", EMULATE, BLOCK_M, BLOCK_K, BLOCK_R)
@@ -177,11 +178,6 @@ def lowrank_map_kernel(
         tl.store(x + start + (m * x_m + n[None, :]), rounded(acc, DTYPE, EMULATE), mask=inside)
 
 
-def wide(x: Tensor, factors: Sequence[Tensor]) -> torch.dtype:
-    """The dtype of products in eager: that of x or R, fp32 at least."""
-    return torch.promote_types(torch.promote_types(x.dtype, factors[0].dtype), torch.float32)
-
-
 def add_deviation(base: Tensor, x: Tensor, factors: Sequence[Tensor], before: Tensor | float = 0.0) -> Tensor:
     """`base + (x - before) (R - I)` by PyTorch's products; for a low-rank R, `before` is times Q already."""
     if len(factors) == 1:
@@ -191,9 +187,9 @@ def add_deviation(base: Tensor, x: Tensor, factors: Sequence[Tensor], before: Te
     return torch.addmm(base, (x @ Q - before) @ S, Q.mT)
 
 
-def mapped_gradient(g: Tensor, factors: Sequence[Tensor]) -> Tensor:
-    """`g R^T`: R^T has the factors of R but the last, which is transposed."""
-    return add_deviation(g, g, [*factors[:-1], factors[-1].mT])
+def transposed(factors: Sequence[Tensor]) -> list[Tensor]:
+    """The factors of R^T."""
+    return [*factors[:-1], factors[-1].mT]
 
 
 def nested(factors: Sequence[Tensor], sizes: Sequence[int]) -> list[list[Tensor]]:
@@ -202,34 +198,20 @@ def nested(factors: Sequence[Tensor], sizes: Sequence[int]) -> list[list[Tensor]
     return [list(itertools.islice(parts, size)) for size in sizes]
 
 
-@operator("map_gradients_", mutates=("gradients",))
-def _map_gradients(gradients: list[Tensor], factors: list[Tensor], sizes: list[int], backend: str) -> None:
-    pairs = nested(factors, sizes)
+@operator("map_", mutates=("xs",))
+def _map(
+    xs: list[Tensor], factors: list[Tensor], sizes: list[int], before: list[Tensor], backend: str
+) -> None:
+    """Map gradients, or with `before` changes."""
 
-    def eager(i: int) -> None:
-        g = as_matrix(gradients[i]).to(wide(gradients[i], pairs[i]))
-        mapped = mapped_gradient(g, [f.to(g.dtype) for f in pairs[i]])
-        gradients[i].copy_(mapped.view(gradients[i].shape))
+    def eager(i: int, own: list[Tensor]) -> None:
+        x = xs[i].flatten(1).to(own[0].dtype)
+        old = before[i].flatten(1) if before else 0.0
+        xs[i].copy_(add_deviation(x, x, own if before else transposed(own), old).view(xs[i].shape))
 
     kernels = {1: ("map", map_kernel), 2: ("lowrank_map", lowrank_map_kernel)}
-    matrices = [(g,) for g in gradients]
-    serve("map_gradients_", backend, kernels, eager, matrices, pairs, constants={"CHANGE": False})
-
-
-@operator("map_changes_", mutates=("weights",))
-def _map_changes(
-    weights: list[Tensor], factors: list[Tensor], sizes: list[int], before: list[Tensor], backend: str
-) -> None:
-    pairs = nested(factors, sizes)
-
-    def eager(i: int) -> None:
-        V = as_matrix(weights[i]).to(wide(weights[i], pairs[i]))
-        mapped = add_deviation(V, V, [f.to(V.dtype) for f in pairs[i]], as_matrix(before[i]))
-        weights[i].copy_(mapped.view(weights[i].shape))
-
-    kernels = {1: ("map", map_kernel), 2: ("lowrank_change", lowrank_map_kernel)}
-    matrices = list(zip(weights, before, strict=True))
-    serve("map_changes_", backend, kernels, eager, matrices, pairs, constants={"CHANGE": True})
+    matrices = list(zip(xs, before, strict=True) if before else zip(xs, strict=True))
+    serve("map_", backend, kernels, eager, matrices, nested(factors, sizes), {}, {"CHANGE": bool(before)})
 
 
 @operator("remember", mutates=("kept",))
@@ -237,61 +219,51 @@ def _remember(
     weights: list[Tensor], factors: list[Tensor], sizes: list[int], kept: list[Tensor], backend: str
 ) -> None:
     pairs = nested(factors, sizes)
-    copied = [i for i, pair in enumerate(pairs) if len(pair) == 1]
-    if copied:
-        torch._foreach_copy_([kept[i] for i in copied], [weights[i] for i in copied])
-    rest = [i for i, pair in enumerate(pairs) if len(pair) == 2]
+    full = [(out, V) for V, out, size in zip(weights, kept, sizes, strict=True) if size == 1]
+    low = [(V, out, pair) for V, out, pair in zip(weights, kept, pairs, strict=True) if len(pair) == 2]
 
-    def eager(i: int) -> None:
-        V, out = matrices[i]
-        out.copy_(as_matrix(V).to(out.dtype) @ low[i][0].to(out.dtype))
+    def eager(i: int, own: list[Tensor]) -> None:
+        V, out, _ = low[i]
+        out.copy_(V.flatten(1).to(own[0].dtype) @ own[0])
 
-    low, matrices = [pairs[i] for i in rest], [(weights[i], kept[i]) for i in rest]
+    if full:
+        torch._foreach_copy_(*map(list, zip(*full, strict=True)))
     if low:
-        serve("remember", backend, {2: ("lowrank_change", remember_kernel)}, eager, matrices, low)
+        kernels = {2: ("lowrank_map", remember_kernel)}
+        serve("remember", backend, kernels, eager, [own[:2] for own in low], [own[2] for own in low], {}, {})
 
 
-for _operator in (_map_gradients, _map_changes, _remember):
+for _operator in (_map, _remember):
     _operator.register_fake(lambda *args: None)
 
 
-@register_flop_formula([torch.ops.dbpkern.map_gradients_, torch.ops.dbpkern.map_changes_])
+@register_flop_formula(torch.ops.dbpkern.map_)
 def map_flops(shapes: Sequence, factor_shapes: Sequence, sizes: Sequence[int], *args, **kwargs) -> int:
     """Operations of one map of each weight."""
-    total = 0
-    for (o, *width), own in zip(shapes, nested(factor_shapes, sizes), strict=True):
-        d = math.prod(width)
-        total += 2 * o * d**2 if len(own) == 1 else lowrank_flops(o, d, own[0][1])
-    return total
+    pairs = zip(shapes, nested(factor_shapes, sizes), strict=True)
+    return sum(
+        2 * math.prod(x) * math.prod(x[1:]) if len(own) == 1 else lowrank_flops(x[0], *own[0])
+        for x, own in pairs
+    )
 
 
 @register_flop_formula(torch.ops.dbpkern.remember)
 def _(shapes, factor_shapes, sizes, *args, **kwargs) -> int:
     pairs = zip(shapes, nested(factor_shapes, sizes), strict=True)
-    return sum(2 * math.prod(shape) * own[0][1] for shape, own in pairs if len(own) == 2)
-
-
-def check_like(
-    name: str, tensors: Sequence[Tensor], likes: Sequence[tuple[Sequence[int], torch.dtype | None]]
-) -> None:
-    """Raise unless the tensors have such shapes and dtypes, None for any."""
-    if len(tensors) != len(likes):
-        raise ValueError(f"{name}: expected {len(likes)} tensors, got {len(tensors)}")
-    for i, (t, (shape, dtype)) in enumerate(zip(tensors, likes, strict=True)):
-        check_tensor(f"{name}[{i}]", t, str(list(shape)), (len(shape),))
-        if t.shape != torch.Size(shape):
-            raise ValueError(f"{name}[{i}]: expected shape {list(shape)}, got {list(t.shape)}")
-        if dtype not in (None, t.dtype):
-            raise TypeError(f"{name}[{i}]: expected {dtype}, got {t.dtype}")
+    return sum(2 * math.prod(x) * own[0][1] for x, own in pairs if len(own) == 2)
 
 
 def checked(
-    name: str, xs: Sequence[Tensor], factors: Sequence[Factors], backend: str | None, others: Sequence = ()
+    name: str, xs: Sequence[Tensor], factors: Sequence[Factors], backend: str | None, **others: Sequence
 ) -> tuple[list[Tensor], list[int]]:
-    """The factors as a flat list and how many each R has; raises unless they fit `xs [o, ...]`."""
+    """The factors as a flat list and how many each R has; raises unless all fit `xs [o, ...]`.
+
+    `others` are tensors, and a function of x and its factors that gives their shape, and dtype or None.
+    """
     _dispatch.check_backend(backend)
-    if len(factors) != len(xs):
-        raise ValueError(f"factors: expected one for each of {len(xs)} {name}, got {len(factors)}")
+    for label, own in {"factors": factors, **{label: ts for label, (ts, _) in others.items()}}.items():
+        if len(own) != len(xs):
+            raise ValueError(f"{label}: expected one for each of {len(xs)} {name}, got {len(own)}")
     for i, (x, own) in enumerate(zip(xs, factors, strict=True)):
         check_tensor(f"{name}[{i}]", x, "[o, ...]", (2, 3, 4, 5))
         d = x.shape[1:].numel()
@@ -302,8 +274,17 @@ def checked(
             check_factors(*own, d)
         else:
             raise ValueError(f"factors[{i}]: expected (R,) or (Q, S), got {len(own)} tensors")
+    for label, (ts, like) in others.items():
+        for i, (t, x, own) in enumerate(zip(ts, xs, factors, strict=True)):
+            shape, dtype = like(x, own)
+            check_tensor(f"{label}[{i}]", t, str(list(shape)), (len(shape),))
+            if t.shape != shape:
+                raise ValueError(f"{label}[{i}]: expected shape {list(shape)}, got {list(t.shape)}")
+            if dtype not in (None, t.dtype):
+                raise TypeError(f"{label}[{i}]: expected {dtype}, got {t.dtype}")
     flat = [f for own in factors for f in own]
-    devices = {t.device for t in (*xs, *flat, *others)}
+    every = itertools.chain(xs, flat, *(ts for ts, _ in others.values()))
+    devices = {t.device for t in every if t.dim() or t.device.type != "cpu"}  # numbers may lie on the host
     if len(devices) > 1:
         raise ValueError(f"expected all tensors on one device, got {', '.join(sorted(map(str, devices)))}")
     return flat, [len(own) for own in factors]
@@ -317,12 +298,12 @@ def map_gradients_(
     Args:
         gradients: `[o, ...]` each, taken as `[o, d]`, in any floating-point dtypes.
         factors: for each `(R,)`, `[d, d]`, or `(Q, S)`, `[d, r]` and `[r, r]`, of `R = I + Q S Q^T`.
-        backend: None, "eager", or "triton": R in fp32, operands rounded to bf16, sums in fp32. It leaves
-            matrices without contiguous rows, and ranks above 128, to eager.
+        backend: None, "eager", or "triton", which takes R in fp32, and leaves matrices without contiguous
+            rows and ranks above 128 to eager.
     """
     flat, sizes = checked("gradients", gradients, factors, backend)
     if gradients:
-        torch.ops.dbpkern.map_gradients_(list(gradients), flat, sizes, backend or "")
+        torch.ops.dbpkern.map_(list(gradients), flat, sizes, [], backend or "")
 
 
 def _kept(V: Tensor, own: Factors) -> tuple[Sequence[int], torch.dtype]:
@@ -338,6 +319,8 @@ def remember(
     `V Q` keeps the digits of fp32, for its change is a difference of two. Arguments as for `map_gradients_`.
     """
     flat, sizes = checked("weights", weights, factors, backend)
+    if not weights:
+        return []
     groups: dict[tuple, list[int]] = {}
     for i, (V, own) in enumerate(zip(weights, factors, strict=True)):
         (_, *width), dtype = _kept(V, own)
@@ -348,23 +331,18 @@ def remember(
         room = torch.empty(sum(rows), *width, dtype=dtype, device=weights[0].device)
         kept |= zip(members, room.split(rows), strict=True)
     kept = [kept[i] for i in range(len(weights))]
-    if weights:
-        torch.ops.dbpkern.remember(list(weights), flat, sizes, kept, backend or "")
+    torch.ops.dbpkern.remember(list(weights), flat, sizes, kept, backend or "")
     return kept
 
 
 def map_changes_(
-    weights: Sequence[Tensor],
-    before: Sequence[Tensor],
-    factors: Sequence[Factors],
-    *,
-    backend: str | None = None,
-) -> None:
+    weights: Sequence[Tensor], before: Sequence[Tensor], factors: Sequence[Factors],
+    *, backend: str | None = None,
+) -> None:  # fmt: skip
     """Map what a step changed in V `[o, ...]`, in place: `V <- V_old + (V - V_old) R`, rounded once.
 
     `before` is what `remember` gave with the same factors; other arguments as for `map_gradients_`.
     """
-    flat, sizes = checked("weights", weights, factors, backend, before)
-    check_like("before", before, [_kept(V, own) for V, own in zip(weights, factors, strict=True)])
+    flat, sizes = checked("weights", weights, factors, backend, before=(before, _kept))
     if weights:
-        torch.ops.dbpkern.map_changes_(list(weights), flat, sizes, list(before), backend or "")
+        torch.ops.dbpkern.map_(list(weights), flat, sizes, list(before), backend or "")

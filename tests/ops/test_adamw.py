@@ -226,7 +226,7 @@ def test_what_is_refused():
         call(g=g.T)
     with pytest.raises(TypeError, match=r"exp_avgs\[0\]: expected torch.float32, got torch.bfloat16"):
         call(exp_avg=exp_avg.bfloat16())
-    with pytest.raises(ValueError, match="steps: expected 1 tensors, got 0"):
+    with pytest.raises(ValueError, match="steps: expected one for each of 1 weights, got 0"):
         call(steps=())
     with pytest.raises(ValueError, match=r"steps\[0\]: expected shape \[\], got \[1\]"):
         call(steps=(step[None],))

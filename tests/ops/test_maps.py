@@ -134,6 +134,67 @@ def test_eager_in_fp64(r):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_small_change_keeps_its_digits(backend):
+    """`V Q` less the old one leaves enough of them, in fp32 and with three TF32 products for one."""
+    V, own = tensor(40, 256), factors(256, 16)
+    moved = V + 1e-4 * tensor(40, 256)
+    kept = ops.remember([V], [own], backend=backend)
+    found = moved.clone()
+    ops.map_changes_([found], kept, [own], backend=backend)
+    expected = reference.map_change(moved.double(), V.double(), matrix(own)) - V
+    assert (found - V - expected).norm() < 1e-2 * expected.norm()
+    Q, S = (f.double() for f in own)
+    change = (tf32_product(moved, own[0]) - tf32_product(V, own[0])) @ S @ Q.mT
+    exact = (moved.double() - V.double()) @ Q @ S @ Q.mT
+    assert (change - exact).norm() < 1e-2 * exact.norm()
+
+
+def tf32_product(a, b):
+    """`a b` as three products of operands rounded to TF32."""
+
+    def tf32(x):
+        return ((x.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
+
+    (a, a_rest), (b, b_rest) = ((tf32(x), tf32(x - tf32(x))) for x in (a, b))
+    return ((a_rest @ b + a @ b_rest) + a @ b).double()
+
+
+def test_a_small_change_in_fp64():
+    V, own = tensor(6, 90, dtype=torch.float64), tuple(f.double() for f in factors(90, 8))
+    moved = V + 1e-4 * torch.randn_like(V)
+    kept = ops.remember([V], [own])
+    expected = reference.map_change(moved, V, matrix(own))
+    ops.map_changes_([moved], kept, [own])
+    assert (moved - expected).norm() < 1e-12 * V.norm()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_remembered(backend):
+    weights = [
+        tensor(8, 3, 2, 4),
+        tensor(5, 37),
+        tensor(9, 37, dtype=torch.bfloat16),
+        tensor(12, 50)[:, 1:38],
+    ]
+    own = [factors(24, 0), factors(37, 7), factors(37, 7), factors(37, 0)]
+    kept = ops.remember(weights, own, backend=backend)
+    for V, f, found in zip(weights, own, kept, strict=True):
+        assert found.dtype == (V.dtype if len(f) == 1 else torch.float32)
+        torch.testing.assert_close(found, V if len(f) == 1 else V.float() @ f[0], rtol=0, atol=1e-5)
+    assert ops.remember([], []) == []
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("r", [0, 5])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_what_did_not_change_keeps_its_bits(backend, r, dtype):
+    V, own = tensor(20, 37, dtype=dtype), factors(37, r)
+    found = V.clone()
+    ops.map_changes_([found], ops.remember([V], [own], backend=backend), [own], backend=backend)
+    assert torch.equal(found, V)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("r", [0, 5])
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_the_identity_changes_no_bit(backend, r, dtype):
@@ -206,7 +267,7 @@ def flattened(own):
 def test_launches_of_a_group():
     weights, own = mixed_layers(meta)
     with _dispatch.assume((9, 0)), _triton.recording() as launches:
-        IMPLEMENTATIONS["map_gradients_"](weights, *flattened(own), "triton")
+        IMPLEMENTATIONS["map_"](weights, *flattened(own), [], "triton")
     assert names(launches) == ["deviation_kernel", "map_kernel", "lowrank_map_kernel"]
     assert len(launches[0].args["deviation"]) == 2
     assert launches[2].grid == (7,)
@@ -223,13 +284,13 @@ def test_launches_on_fake_tensors(monkeypatch):
     with FakeTensorMode(), _dispatch.assume((9, 0)), _triton.recording() as launches:
         weights, own = mixed_layers(cuda)
         flat, sizes = flattened(own)
-        IMPLEMENTATIONS["map_gradients_"](weights, flat, sizes, "")
+        IMPLEMENTATIONS["map_"](weights, flat, sizes, [], "")
         made = len(_table._tables)
-        IMPLEMENTATIONS["map_gradients_"](weights, flat, sizes, "")
+        IMPLEMENTATIONS["map_"](weights, flat, sizes, [], "")
         assert len(_table._tables) == made
         kept = [*map(torch.empty_like, weights[:3]), *(cuda(len(V), 8) for V in weights[3:])]
         IMPLEMENTATIONS["remember"](weights, flat, sizes, kept, "")
-        IMPLEMENTATIONS["map_changes_"](weights, flat, sizes, kept, "")
+        IMPLEMENTATIONS["map_"](weights, flat, sizes, kept, "")
     maps = ["deviation_kernel", "map_kernel", "lowrank_map_kernel"]
     assert names(launches) == [*maps, *maps, "remember_kernel", *maps]
     _table._tables.clear()
@@ -262,10 +323,10 @@ def test_tables_in_a_graph():
 def test_opcheck(backend):
     weights, own = mixed_layers(tensor)
     flat, sizes = flattened(own)
-    torch.library.opcheck(torch.ops.dbpkern.map_gradients_.default, (weights, flat, sizes, backend))
+    torch.library.opcheck(torch.ops.dbpkern.map_.default, (weights, flat, sizes, [], backend))
     kept = ops.remember(weights, own)
     torch.library.opcheck(torch.ops.dbpkern.remember.default, (weights, flat, sizes, kept, backend))
-    torch.library.opcheck(torch.ops.dbpkern.map_changes_.default, (weights, flat, sizes, kept, backend))
+    torch.library.opcheck(torch.ops.dbpkern.map_.default, (weights, flat, sizes, kept, backend))
 
 
 def test_flops_are_counted():
@@ -301,7 +362,7 @@ def test_what_is_refused(weights, own, error, match):
 
 def test_what_changes_refuse():
     V, own = tensor(3, 4), [factors(4, 0)]
-    with pytest.raises(ValueError, match="before: expected 1 tensors, got 0"):
+    with pytest.raises(ValueError, match="before: expected one for each of 1 weights, got 0"):
         ops.map_changes_([V], [], own)
     with pytest.raises(ValueError, match=r"before\[0\]: expected shape \[3, 4\], got \[4, 3\]"):
         ops.map_changes_([V], [V.T], own)
