@@ -167,10 +167,19 @@ def _of_triton(launch: _triton.Launch) -> Work:
     layers, n = launch.grid[-1], a.get("N", 0)
     weights = a.get("blocks", launch.grid[0]) * c.get("BLOCK_M", 0) * d  # of kernels that read a table
     kind = "tf32" if c.get("PRECISION") in ("tf32", "tf32x3") else "16bit"
-    flops, serial = 0.0, 0
-    if name in ("map_kernel", "lowrank_map_kernel"):
+    flops, precise, serial = 0.0, 0.0, 0
+    if name == "map_kernel":
         moved += weights * 4 * (3 if c["CHANGE"] else 2)
-        flops = weights * (4 * r if r else 2 * d)
+        flops = weights * 2 * d
+    elif name == "lowrank_map_kernel":
+        moved += weights * 4 * 2
+        flops = weights * 4 * r
+        if c["CHANGE"]:  # V Q is made as `remember` makes it, and what that kept is read
+            moved += weights / d * r * 4
+            flops, precise = weights * 2 * r, weights * 3 * 2 * r
+    elif name == "remember_kernel":
+        moved += weights * 4 + weights / d * r * 4
+        precise = weights * 3 * 2 * r  # three TF32 products for one of fp32
     elif name in ("adamw_kernel", "lowrank_adamw_kernel"):
         moved += weights * 4 * 7
         flops = 2 * weights * (4 * r if r else 2 * d)
@@ -194,6 +203,8 @@ def _of_triton(launch: _triton.Launch) -> Work:
         # Two factorisations and their inverses go column by column.
         kind, flops, serial = "fp32", 40 * layers * r**3, 4 * r
     products = {kind: flops} if flops else {}
+    if precise:
+        products["tf32"] = precise
     return Work(name, moved, products, programs=programs, serial=serial, ours=True)
 
 

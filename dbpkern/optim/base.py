@@ -138,7 +138,7 @@ class Maps:
 
     @torch.no_grad()
     def enter(self, optimizer: torch.optim.Optimizer) -> None:
-        """Bring the gradients to the coordinates of z, and remember V.
+        """Bring the gradients to the coordinates of z, and remember what `leave` needs of V.
 
         Not a second time, where `leave` did not come in between and the gradient is the one mapped before.
         """
@@ -156,11 +156,8 @@ class Maps:
         gradients = [local(layer.weight.grad) for layer in fresh]
         ops.map_gradients_(gradients, [layer.factors for layer in fresh])
         self._mapped = {id(layer): (layer.weight.grad, local(layer.weight.grad)._version) for layer in layers}
-        weights = [local(layer.weight) for layer in layers]
-        copies = [torch.empty_like(weight) for weight in weights]
-        if copies:
-            torch._foreach_copy_(copies, weights)
-        self._inside = list(zip(layers, copies, strict=True))
+        kept = ops.remember([local(layer.weight) for layer in layers], [layer.factors for layer in layers])
+        self._inside = list(zip(layers, kept, strict=True))
 
     @torch.no_grad()
     def leave(self) -> None:
