@@ -30,6 +30,7 @@ from torch import Tensor
 from bench import options, record
 from dbpkern import extension
 from dbpkern.ops import _dispatch, _triton
+from dbpkern.ops._common import IMPLEMENTATIONS
 from dbpkern.ops._triton import Launch
 from dbpkern.ops.correlation import triton_correlation, triton_gram
 from dbpkern.ops.fold import triton_fold
@@ -141,17 +142,45 @@ def _sample_patches(dtype: torch.dtype, size: int) -> None:
     triton_patches(out, images, index, (size, size), (size, size), (0, 0, 0, 0), (1, 1))
 
 
+def _of_weights(dtype: torch.dtype, d: int, r: int | None) -> tuple[list[Tensor], list[Tensor], list[int]]:
+    """Two weights, or what is shaped like them, and their R: full where there is no r."""
+    factors = [meta(d, d)] if r is None else [meta(d, r), meta(r, r)]
+    return [meta(4 * d, d, dtype=dtype) for _ in range(2)], factors * 2, [len(factors)] * 2
+
+
+def _maps(dtype: torch.dtype, d: int, r: int | None = None) -> None:
+    xs, factors, sizes = _of_weights(dtype, d, r)
+    before = xs if r is None else [meta(4 * d, r) for _ in xs]
+    IMPLEMENTATIONS["map_"](xs, factors, sizes, [], "triton")
+    IMPLEMENTATIONS["map_"](xs, factors, sizes, before, "triton")
+    if r is not None:
+        IMPLEMENTATIONS["remember"](xs, factors, sizes, before, "triton")
+
+
+def _adamw(dtype: torch.dtype, d: int, r: int | None = None) -> None:
+    xs, factors, sizes = _of_weights(dtype, d, r)
+    for lr in _etas():
+        IMPLEMENTATIONS["adamw_"](
+            xs, factors, sizes, xs, xs, xs, [meta() for _ in xs], lr, 0.9, 0.95, 1e-8, 0.05, "triton"
+        )
+
+
 def _lowrank(dtype: torch.dtype, d: int, r: int) -> None:
     triton_lowrank(meta(1, 4 * d, d, dtype=dtype), meta(1, d, r), meta(1, r, r), dtype)
     triton_lowrank(meta(1, 4 * d, d), meta(1, d, r), meta(1, r, r), dtype)  # a weight under autocast
 
 
+# Full R, and the ranks that a preset gives to widths from ViT-Ti's to ViT-L's, and odd ones.
+OF_WEIGHTS = ((768,), (771,), (192, 16), (768, 64), (1024, 88), (768, 128), (771, 63))
+
 WORKLOADS: dict[str, tuple[Sequence[tuple[int, ...]], Callable[..., None]]] = {
+    "adamw_": (OF_WEIGHTS, _adamw),
     "choose_rates_": (WIDTHS, _rates),
     "correlation": (WIDTHS, _correlation),
     "fold": (WIDTHS, _fold),
     "fused_step": (WIDTHS, _fused),
     "lowrank_fold, lowrank_transform": (RANKS, _lowrank),
+    "maps": (OF_WEIGHTS, _maps),
     "orthogonalize": (WIDTHS, _orthogonalize),
     "sample_patches_": (((16,), (7,)), _sample_patches),
     "sample_rows_": (WIDTHS, _sample_rows),
