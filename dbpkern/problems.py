@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from dbpkern import ops
+from dbpkern import extension, ops
+from dbpkern.ops._dispatch import AUTOMATIC
 
 Product = Callable[[Tensor, Tensor], Tensor]
 REPEATS, WARM_UP = 15, 3
@@ -84,10 +85,13 @@ class Problem:
         return tree_map_only(Tensor, torch.clone, self.inputs)
 
     def cast(self, dtype: torch.dtype) -> tuple:
-        """A copy of the inputs with all numbers in this dtype."""
-        return tree_map_only(
-            Tensor, lambda t: t.to(dtype, copy=True) if t.is_floating_point() else t, self.inputs
-        )
+        """A copy of the inputs with all numbers in this dtype; counts of steps have one of their own."""
+
+        def copy(t: Tensor) -> Tensor:
+            wide = t.dim() or dtype == torch.float64
+            return t.to(dtype if t.is_floating_point() and wide else t.dtype, copy=True)
+
+        return tree_map_only(Tensor, copy, self.inputs)
 
     def error(self, found: object) -> float:
         """The largest error against fp64, relative to what is allowed; at most 1 where the result is right.
@@ -230,7 +234,6 @@ def _adamw(s: Sizes, low: bool = False) -> tuple:
         D = first / (second.sqrt() + STEP["eps"]) + STEP["weight_decay"] * V
         return V - STEP["lr"] * (D + held(_deviation(p, D, own))), m, v
 
-    # A number that fp32 and fp64 both have: float64 takes the place of steps, too.
     steps = [torch.tensor(7.0, device=s.device) for _ in range(s.L)]
     squares = [t.square() for t in s.weights()]
     return (s.weights(), s.weights(), s.weights(0.3), squares, steps, s.factors(low)), call, formula
@@ -319,13 +322,20 @@ def make(name: str, L: int, n: int, d: int, device: torch.device) -> Problem:
     return Problem(name.partition(",")[0], *MAKERS[name](Sizes(L, n, d, device)))
 
 
+def kernels(op: str) -> list[str]:
+    """The backends of an op beside PyTorch's; the CUDA extension where it is built."""
+    built = op == "lowrank_statistics" and extension.state() in ("built", "loaded")
+    return ["triton"] * (op in AUTOMATIC) + ["cuda"] * built
+
+
 def isolated(work: Callable, *args, seconds: float) -> dict:
     """What `work(*args)` returns, a dict, from a process of its own; `{"error": why}` if it does not.
 
     The process is killed after that many seconds.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dbpkern.problems"])  # torch is imported once, before the fork
+    # torch is imported once, before the processes are forked.
+    context.set_forkserver_preload([__name__, *{work.__module__} - {"__main__"}])
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(sender, work, args), daemon=True)
     process.start()

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from dbpkern import extension, problems
+from dbpkern import problems
 from dbpkern.ops import _dispatch, _tuned
 from dbpkern.ops._dispatch import AUTOMATIC, Tiles
 
@@ -57,9 +57,7 @@ class Candidate:
 
 def candidates(op: str, width: int) -> list[Candidate]:
     """All that an op may be served by; PyTorch's first."""
-    found = [Candidate(op, "eager"), Candidate(op, "triton")]
-    if op == "lowrank_statistics" and extension.state() in ("built", "loaded"):
-        found.append(Candidate(op, "cuda"))
+    found = [Candidate(op, backend) for backend in ("eager", *problems.kernels(op))]
     table, tried = TRIED.get(op, ("", ()))
     for tiles in tried:
         least, multiple = _dispatch.tiles_row(table, KIND, width)
@@ -96,7 +94,7 @@ def examine(candidate: Candidate, sizes: tuple[int, int, int], device: str, entr
 
 
 def choose(rows: Sequence[dict]) -> dict:
-    """The row of the candidate that serves an op: the fastest that is right; PyTorch's, the first, if none."""
+    """The row of the candidate that serves an op: the fastest that is right, else PyTorch's, the first."""
     right = [row for row in rows if row.get("error_ratio", 2.0) <= 1.0]
     return min(right, key=lambda row: row["seconds"] / row["eager_seconds"], default=rows[0])
 
