@@ -106,8 +106,10 @@ def measure_arms(stage: Stage, case: Case, names: Sequence[str], until: float) -
         for name, rows in found.items():
             parts = {part: measure.quartiles(row[part] for row in rows).median for part in rows[0]}
             ratio = base and measure.paired_ratio([row["step"] for row in rows], base)._asdict()
-            ratios[name] = {"ratio": ratio, "median_seconds": parts}
-        stage.set("ratios", stage.content.get("ratios", {}) | {case.describe(): ratios})
+            ratios[name] = {"of": names[0], "ratio": ratio, "median_seconds": parts}
+        every = stage.content.get("ratios", {})
+        of_case = every.get(case.describe(), {})
+        stage.set("ratios", every | {case.describe(): of_case | ratios})
     for name, arm in arms.items():
         for _ in range(PERIOD):
             due = arm.engine is not None and arm.engine.sampler.due

@@ -53,12 +53,12 @@ class Plan:
 PLANS = {
     "env": Plan(gpu_stages.environment, "env.json", 20, 5),
     "smoke": Plan(gpu_stages.smoke, "smoke.json", 90, 15),
-    "step": Plan(gpu_stages.steps, "step.json", 130, 30),
+    "step": Plan(gpu_stages.steps, "step.json", 120, 30),
     "ops": Plan(gpu_stages.compare, "ops.json", 80, 15),
-    "tests": Plan(gpu_stages.run_tests, "tests.json", 90, 15),
-    "tune": Plan(None, "tuned.json", 70, 15),
-    "small": Plan(gpu_stages.small, "small.json", 55, 15),
-    "graphs": Plan(gpu_stages.graphs, "graphs.json", 25, 10),
+    "tests": Plan(gpu_stages.run_tests, "tests.json", 80, 15),
+    "tune": Plan(None, "tuned.json", 100, 15),
+    "small": Plan(gpu_stages.small, "small.json", 50, 15),
+    "graphs": Plan(gpu_stages.graphs, "graphs.json", 20, 10),
 }
 TOTAL = sum(plan.share for plan in PLANS.values())
 

@@ -15,7 +15,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 import dbpkern
-from bench import anatomy, launches, measure
+from bench import anatomy, measure
 from bench.arms import PERIOD
 from bench.cases import Case
 from bench.record import Stage
@@ -27,7 +27,11 @@ COMPARED = (
     "correlation", "apply_", "transform", "map_gradients_", "map_gradients_, low rank", "adamw_",
     "adamw_, low rank", "lowrank_statistics", "lowrank_step_", "orthogonalize",
 )  # fmt: skip
-ARMS = [side.name for side in launches.SIDES[:1] + launches.SIDES[2:7]]
+ARMS = (
+    "AdamW, fused", "DecorAdamW", "DecorPreconditioner", "DecorPreconditioner, low rank",
+    "DecorPreconditioner, full R, sublayers", "DecorPreconditioner, full R, all sites",
+)  # fmt: skip
+"""Of `bench launches`."""
 
 
 def environment(stage: Stage) -> None:
@@ -154,7 +158,7 @@ def shoot_out(name: str, shape: tuple[int, int, int], device: str) -> dict:
 
 def compare(stage: Stage) -> None:
     """Every op by its kernels and by PyTorch; PyTorch's maps and steps of low-rank R use no TF32."""
-    for shape in ((1, 12, 32),) if stage.dry else ((12, 1280, 768), *SHAPES[:2]):
+    for shape in ((1, 12, 32),) if stage.dry else ((12, 1280, 768), SHAPES[1], SHAPES[0]):
         for name in COMPARED:
             found = problems.isolated(shoot_out, name, shape, stage.device.type, seconds=60)
             stage.add(op=name, shape=shape, **found)

@@ -189,7 +189,7 @@ def matmul_ceiling(kind: str, device: torch.device, size: int | None = None) -> 
 
 
 def copy_ceiling(device: torch.device, size: int | None = None) -> float:
-    """Bytes per second, read and written, of the best of some copies of 256 MiB, on a GPU 1 GiB, by default."""
+    """Bytes per second, read and written, of the best of some copies; `size` bytes each, None for many."""
     size = size or (2**30 if device.type == "cuda" else 2**28)
     source, target = torch.zeros(2, size, dtype=torch.uint8, device=device)
     best = min(seconds(lambda: target.copy_(source), device) for _ in range(TRIES))
