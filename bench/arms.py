@@ -40,7 +40,7 @@ def muon(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
 
 
 def rule_of(method: str, choice: str | None) -> Decor | None:
-    """The rule of an arm; `choice` is a preset of ranks, or of sites where R is full, in the encoder alone."""
+    """The rule of an arm; `choice` is a preset of ranks, or one of sites for a full R in the encoder."""
     if method in METHODS:
         named = Decor.layers() if method == "layers" else Decor.published()
         rule = replace(named, sites=choice, filter=in_encoder)

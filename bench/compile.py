@@ -6,7 +6,8 @@ multiprocessor holds at a time, spills (loads and stores of local memory in the 
 instructions. The exit code is 1 where a kernel spills, asks for more shared memory than the architecture has,
 or multiplies 16-bit or TF32 operands without tensor cores.
 
-Another kernel joins by a line in WORKLOADS.
+Another kernel joins by a line in WORKLOADS. Where nvcc exists, the kernels of the CUDA extension are reported
+too: their registers, and bytes of spills.
 """
 
 import argparse
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor
 
 from bench import options, record
+from dbpkern import extension
 from dbpkern.ops import _dispatch, _triton
 from dbpkern.ops._triton import Launch
 from dbpkern.ops.correlation import triton_correlation, triton_gram
@@ -319,6 +321,36 @@ def compile_all(work: list[Configuration], jobs: int) -> list[Resources]:
     return done
 
 
+def parse_ptxas(printed: str) -> list[dict[str, object]]:
+    """What `ptxas -v` says of the CUDA extension's kernels: a row a kernel and architecture.
+
+    Raises:
+        ValueError: it is worded in another way.
+    """
+    pattern = (
+        r"Compiling entry function '\w+ConfigI(?:NS_4(Bf16)E|f)Li(\d+)ELi(\d+)E\w+' for 'sm_(\d+)'[^']*?"
+        r"(\d+) bytes spill stores, (\d+) bytes spill loads[^']*?Used (\d+) registers"
+    )
+    rows = [
+        {
+            "rows": bf16.lower() or "fp32", "arch": int(arch), "rank": int(rank), "tile": int(tile),
+            "registers": int(registers), "spills": int(stores) + int(loads),
+        }
+        for bf16, rank, tile, arch, stores, loads, registers in re.findall(pattern, printed)
+    ]  # fmt: skip
+    if not rows or len(rows) != printed.count("Compiling entry function"):
+        raise ValueError("ptxas describes kernels in another way than expected")
+    return sorted(rows, key=lambda row: tuple(row.values()))
+
+
+def compile_extension(archs: Sequence[int]) -> list[dict[str, object]]:
+    """The CUDA extension's kernels for these architectures."""
+    with tempfile.TemporaryDirectory() as folder:
+        named = " ".join(f"{arch // 10}.{arch % 10}" for arch in archs)
+        source = extension.SOURCES / "lowrank_statistics.cu"
+        return parse_ptxas(extension.nvcc("-fatbin", str(source), f"-o={folder}/kernels", named=named))
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of `python -m bench compile`."""
     parser.add_argument(
@@ -359,10 +391,16 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     for r in failed:
         print(f"sm_{r.arch} {r.op}, {r.kind}, {r.size}, {r.kernel} {r.tiles}: {r.failure}", file=sys.stderr)
     print(f"\n{len(found)} kernels compiled, {len(failed)} with a failure")
+    rows = []
+    if not args.op:
+        try:
+            rows = compile_extension(args.arch)
+            print("\nCUDA extension:\n" + record.table(list(rows[0]), [map(str, r.values()) for r in rows]))
+        except extension.BuildError as error:
+            print(f"\nthe CUDA extension is not reported: {error}")
+    spilled = [row for row in rows if row["spills"]]
     if args.json:
         head = record.header(argv, torch.device("cpu"), "all")
-        args.json.write_text(
-            json.dumps(head | {"kernels": [asdict(r) | {"resident": r.resident} for r in found]}, indent=1)
-            + "\n"
-        )
-    return int(bool(failed))
+        kernels = [asdict(r) | {"resident": r.resident} for r in found]
+        args.json.write_text(json.dumps(head | {"kernels": kernels, "extension": rows}, indent=1) + "\n")
+    return int(bool(failed or spilled))

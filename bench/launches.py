@@ -1,8 +1,8 @@
 """What a training step launches on a GPU, counted without one.
 
-Forward and optimizer step run on fake CUDA tensors, which have shapes and no memory, under autocast as on the
-GPU that `--device` names: the code that would run is the code that is counted. Autograd has no engine for fake
-tensors, so gradients are given by hand, the rows that the forward sampled are delivered, and the backward is
+Forward and optimizer step run on fake CUDA tensors, which have shapes and no memory, under autocast as on
+the GPU that `--device` names: the code that would run is the code that is counted. Autograd has no engine for
+fake tensors, so gradients are given by hand, the rows that the forward sampled are delivered, and the backward is
 taken as twice the forward's products and bytes. For every arm the figures are of a step in which R is not
 due and of one in which it is, once sizes are known: gradients lie where they lay in the step before. Where
 they move, the maps and `adamw_` write their tables of addresses again, two more operations each.
@@ -13,8 +13,8 @@ beyond plain training with `torch.optim.AdamW(fused=True)`, or with timm's Muon 
 Times are estimates by a roofline, not measurements. An operation takes the larger of bytes / bandwidth and of
 products / rate of their kind, over the part of the GPU that its programs fill, and a least time; columns of
 small matrices that one program makes one after the other count by their number. The ceilings are those of
-`--gpu` as its maker states them, times the efficiencies printed with them. Forward and backward of PyTorch take
-longer than their roofline by a factor that is assumed, too, and printed: public measurements lie above it
+`--gpu` as its maker states them, times the efficiencies printed with them. Forward and backward of PyTorch
+take longer than their roofline by a factor that is assumed, too, and printed: public measurements lie above it
 (0.408 s a step of MAE's ViT-B with 128 images on an A6000, github.com/Alpha-VL/ConvMAE issue 5, where the
 roofline of this file gives 0.15 s). What dbpkern adds is given no such factor.
 """
@@ -167,10 +167,19 @@ def _of_triton(launch: _triton.Launch) -> Work:
     layers, n = launch.grid[-1], a.get("N", 0)
     weights = a.get("blocks", launch.grid[0]) * c.get("BLOCK_M", 0) * d  # of kernels that read a table
     kind = "tf32" if c.get("PRECISION") in ("tf32", "tf32x3") else "16bit"
-    flops, serial = 0.0, 0
-    if name in ("map_kernel", "lowrank_map_kernel"):
+    flops, precise, serial = 0.0, 0.0, 0
+    if name == "map_kernel":
         moved += weights * 4 * (3 if c["CHANGE"] else 2)
-        flops = weights * (4 * r if r else 2 * d)
+        flops = weights * 2 * d
+    elif name == "lowrank_map_kernel":
+        moved += weights * 4 * 2
+        flops = weights * 4 * r
+        if c["CHANGE"]:  # V Q is made as `remember` makes it, and what that kept is read
+            moved += weights / d * r * 4
+            flops, precise = weights * 2 * r, weights * 3 * 2 * r
+    elif name == "remember_kernel":
+        moved += weights * 4 + weights / d * r * 4
+        precise = weights * 3 * 2 * r  # three TF32 products for one of fp32
     elif name in ("adamw_kernel", "lowrank_adamw_kernel"):
         moved += weights * 4 * 7
         flops = 2 * weights * (4 * r if r else 2 * d)
@@ -194,6 +203,8 @@ def _of_triton(launch: _triton.Launch) -> Work:
         # Two factorisations and their inverses go column by column.
         kind, flops, serial = "fp32", 40 * layers * r**3, 4 * r
     products = {kind: flops} if flops else {}
+    if precise:
+        products["tf32"] = precise
     return Work(name, moved, products, programs=programs, serial=serial, ours=True)
 
 

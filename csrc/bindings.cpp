@@ -35,20 +35,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> lowrank_statistics_cuda(const at:
   at::Tensor c = at::empty({problem.layers, problem.features}, floats);
   // Freed when this returns, but given to others on this stream alone, after the kernel.
   const at::Tensor workspace = at::empty({plan.workspace_bytes}, floats.dtype(at::kByte));
-  const LowrankStatistics tensors{rows.const_data_ptr(),
-                                  rows.stride(1),
-                                  rows.stride(0),
-                                  Q_rows.const_data_ptr<float>(),
-                                  B.mutable_data_ptr<float>(),
-                                  Y.mutable_data_ptr<float>(),
-                                  c.mutable_data_ptr<float>()};
+  const LowrankStatistics tensors{rows.const_data_ptr(), rows.stride(1), rows.stride(0),
+                                  Q_rows.const_data_ptr<float>(), B.mutable_data_ptr<float>(),
+                                  Y.mutable_data_ptr<float>(), c.mutable_data_ptr<float>()};
   launch(tensors, problem, plan, workspace.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream().stream());
   return {B, Y, c};
-}
-
-// Bytes of shared memory of a kernel, for the report of a build.
-int64_t shared_memory(int64_t element, int64_t padded, int64_t tile) {
-  return Tiling{static_cast<int>(element), static_cast<int>(padded), static_cast<int>(tile)}.shared_bytes();
 }
 
 }  // namespace
@@ -56,7 +47,6 @@ int64_t shared_memory(int64_t element, int64_t padded, int64_t tile) {
 
 TORCH_LIBRARY(dbpkern_cuda, m) {
   m.def("lowrank_statistics(Tensor x, Tensor Q) -> (Tensor, Tensor, Tensor)");
-  m.def("shared_memory(int element, int padded, int tile) -> int", &dbpkern::shared_memory);
 }
 
 TORCH_LIBRARY_IMPL(dbpkern_cuda, CUDA, m) { m.impl("lowrank_statistics", &dbpkern::lowrank_statistics_cuda); }

@@ -71,34 +71,18 @@ Device current_device() {
 
 void launch(const LowrankStatistics& tensors, const Problem& problem, const Plan& plan, void* workspace,
             cudaStream_t stream) {
-  if (problem.layers == 0) return;
-  if (problem.rows == 0) {
-    const size_t features = 4 * static_cast<size_t>(problem.layers * problem.features);
-    const size_t rank = static_cast<size_t>(problem.rank);
-    check(cudaMemsetAsync(tensors.B, 0, 4 * static_cast<size_t>(problem.layers) * rank * rank, stream), "memset of B");
-    check(cudaMemsetAsync(tensors.Y, 0, features * rank, stream), "memset of Y");
-    check(cudaMemsetAsync(tensors.c, 0, features, stream), "memset of c");
-    return;
-  }
   unsigned char* const bytes = static_cast<unsigned char*>(workspace);
-  Arguments arguments;
-  arguments.x = tensors.x;
-  arguments.row_stride = tensors.row_stride;
-  arguments.layer_stride = tensors.layer_stride;
-  arguments.Q = tensors.Q;
-  arguments.B = tensors.B;
-  arguments.Y = tensors.Y;
-  arguments.c = tensors.c;
-  arguments.counters = reinterpret_cast<uint32_t*>(bytes);
-  arguments.converted = bytes + plan.q_offset;
-  arguments.projected = bytes + plan.p_offset;
-  arguments.rows = problem.rows;
-  arguments.slab_rows = plan.slab_rows;
-  arguments.features = static_cast<int>(problem.features);
-  arguments.rank = static_cast<int>(problem.rank);
-  arguments.aligned = aligned_for_vectors(reinterpret_cast<uint64_t>(tensors.x), problem,
-                                          tensors.row_stride * problem.element, tensors.layer_stride * problem.element);
-  arguments.schedule = plan.schedule;
+  const Arguments arguments{tensors,
+                            reinterpret_cast<uint32_t*>(bytes),
+                            bytes + plan.q_offset,
+                            bytes + plan.p_offset,
+                            problem.rows, plan.slab_rows,
+                            static_cast<int>(problem.features),
+                            static_cast<int>(problem.rank),
+                            aligned_for_vectors(reinterpret_cast<uint64_t>(tensors.x), problem,
+                                                tensors.row_stride * problem.element,
+                                                tensors.layer_stride * problem.element),
+                            plan.schedule};
   check(cudaMemsetAsync(arguments.counters, 0, static_cast<size_t>(plan.counter_bytes), stream),
         "memset of the counters");
   if (problem.element == 2) launch_rank<Bf16>(arguments, plan, stream);

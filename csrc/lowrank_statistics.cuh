@@ -8,18 +8,12 @@
 // sum has one order that the shape and the plan fix: results do not depend on timing.
 #pragma once
 
+#include "lowrank_statistics.h"
 #include "ptx.cuh"
-#include "schedule.h"
 
 namespace dbpkern {
 
-struct Arguments {
-  const void* x;
-  int64_t row_stride, layer_stride;
-  const float* Q;
-  float* B;
-  float* Y;
-  float* c;
+struct Arguments : LowrankStatistics {
   uint32_t* counters;
   void* converted;  // Q in the operands' type [layers, features, padded]
   void* projected;  // P likewise [layers, rows, padded]
@@ -48,6 +42,10 @@ struct Config {
   static constexpr int kRowTiles = kWarpRows / 16;      // mma tiles of a warp
   static constexpr int kColumnTiles = kWarpColumns / 8;
   static constexpr int kMinBlocks = kTiling.blocks_by_registers();
+
+  // The corner of this thread's warp's share of the tile.
+  __device__ static int first_row() { return threadIdx.x / 32 / kWarpsAcross * kWarpRows; }
+  __device__ static int first_column() { return threadIdx.x / 32 % kWarpsAcross * kWarpColumns; }
 };
 
 template <class C>
@@ -176,9 +174,7 @@ template <class C, class Load, class Use>
 __device__ inline void for_slices(int slices, unsigned char* shared, const Load& load, const Use& use) {
   using T = typename C::Element;
   const auto a_of = [&](int slice) { return reinterpret_cast<T*>(shared + slice % kStages * C::kStageBytes); };
-  const auto b_of = [&](int slice) {
-    return reinterpret_cast<T*>(shared + slice % kStages * C::kStageBytes + C::kABytes);
-  };
+  const auto b_of = [&](int slice) { return a_of(slice) + C::kABytes / sizeof(T); };
   const auto start = [&](int slice) {
     if (slice < slices) load(slice, a_of(slice), b_of(slice));
     commit_copies();  // also an empty group, so that the number of groups says which slice is there
@@ -208,16 +204,6 @@ __device__ inline void for_values(const Accumulators<C>& acc, int first_row, int
       store(row + 8, column, acc[i][j][2], acc[i][j][3]);
     }
   }
-}
-
-template <class C>
-__device__ inline int first_row_of_warp() {
-  return threadIdx.x / 32 / C::kWarpsAcross * C::kWarpRows;
-}
-
-template <class C>
-__device__ inline int first_column_of_warp() {
-  return threadIdx.x / 32 % C::kWarpsAcross * C::kWarpColumns;
 }
 
 __device__ inline void store_pair(float* target, float first, float second) {
@@ -260,7 +246,7 @@ __device__ inline void project(const Arguments& arguments, const Item& item, uns
   const T* Q = static_cast<const T*>(arguments.converted) + static_cast<int64_t>(item.layer) * features * C::kPadded;
 
   Accumulators<C> acc = {};
-  const int first_row = first_row_of_warp<C>(), first_column = first_column_of_warp<C>();
+  const int first_row = C::first_row(), first_column = C::first_column();
   for_slices<C>(
       (features + C::kDepth - 1) / C::kDepth, shared,
       [&](int slice, T* a, T* b) {
@@ -345,7 +331,7 @@ __device__ inline void reduce(const Arguments& arguments, const Item& item, unsi
 
   Accumulators<C> acc = {};
   Squares<C> squares;
-  const int first_row = first_row_of_warp<C>(), first_column = first_column_of_warp<C>();
+  const int first_row = C::first_row(), first_column = C::first_column();
   for_slices<C>(
       (rows + C::kDepth - 1) / C::kDepth, shared,
       [&](int slice, T* a, T* b) {

@@ -21,7 +21,7 @@ struct LowrankStatistics {
 Device current_device();
 
 // Enqueues one memset of the counters and one kernel. `workspace` holds plan.workspace_bytes bytes, aligned to 256.
-// Without rows the results are zero. Throws std::runtime_error when CUDA fails.
+// Throws std::runtime_error when CUDA fails.
 void launch(const LowrankStatistics& tensors, const Problem& problem, const Plan& plan, void* workspace,
             cudaStream_t stream);
 

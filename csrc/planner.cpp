@@ -18,34 +18,25 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t align_up(int64_t bytes) { return divide_up(bytes, kRegionAlignment) * kRegionAlignment; }
 
-[[noreturn]] void refuse(const std::string& message) {
-  throw std::invalid_argument("lowrank_statistics: " + message);
+void expect(bool held, const std::string& what) {
+  if (!held) throw std::invalid_argument("lowrank_statistics: expected " + what);
 }
 
 void check(const Problem& p, const Device& device) {
-  if (p.element != 2 && p.element != 4) {
-    refuse("expected elements of 2 or 4 bytes, got " + std::to_string(p.element));
-  }
-  if (p.layers < 0 || p.rows < 0) {
-    refuse("expected layers and rows >= 0, got " + std::to_string(p.layers) + " and " + std::to_string(p.rows));
-  }
-  if (p.rank < kMinRank || p.rank > kMaxRank) {
-    refuse("expected a rank from " + std::to_string(kMinRank) + " to " + std::to_string(kMaxRank) + ", got " +
-           std::to_string(p.rank));
-  }
-  if (p.features < 1 || p.features > kMaxFeatures) {
-    refuse("expected 1 to 2^30 features, got " + std::to_string(p.features));
-  }
-  if (device.capability < kMinCapability) {
-    refuse("expected compute capability 8.0 or newer, got " + std::to_string(device.capability / 10) + "." +
-           std::to_string(device.capability % 10));
-  }
+  using std::to_string;
+  const std::string capability = to_string(device.capability / 10) + "." + to_string(device.capability % 10);
+  expect(p.element == 2 || p.element == 4, "elements of 2 or 4 bytes, got " + to_string(p.element));
+  expect(p.layers > 0 && p.rows > 0, "layers and rows, got " + to_string(p.layers) + " and " + to_string(p.rows));
+  expect(p.rank >= kMinRank && p.rank <= kMaxRank, "a rank from " + to_string(kMinRank) + " to " +
+                                                       to_string(kMaxRank) + ", got " + to_string(p.rank));
+  expect(p.features > 0 && p.features <= kMaxFeatures, "1 to 2^30 features, got " + to_string(p.features));
+  expect(device.capability >= kMinCapability, "compute capability 8.0 or newer, got " + capability);
 }
 
 // Products of two counts that may be huge, or a refusal.
 int64_t times(int64_t a, int64_t b) {
   int64_t product;
-  if (__builtin_mul_overflow(a, b, &product)) refuse("the problem exceeds 64-bit offsets");
+  expect(!__builtin_mul_overflow(a, b, &product), "a problem within 64-bit offsets");
   return product;
 }
 
@@ -64,16 +55,12 @@ Plan make_plan(const Problem& p, const Device& device) {
   plan.tiling = Tiling{p.element, padded, busy ? static_cast<int>(large) : kSmallTile};
   const Tiling& tiling = plan.tiling;
   const int64_t tile = tiling.tile;
-  if (tiling.shared_bytes() > device.shared_per_block) {
-    refuse("expected " + std::to_string(tiling.shared_bytes()) +
-           " bytes of shared memory for a block, the device has " + std::to_string(device.shared_per_block));
-  }
-  if (p.layers == 0 || p.rows == 0) return plan;
+  expect(tiling.shared_bytes() <= device.shared_per_block,
+         std::to_string(tiling.shared_bytes()) + " bytes of shared memory for a block, the device has " +
+             std::to_string(device.shared_per_block));
 
-  plan.blocks_per_processor = static_cast<int>(
-      std::min<int64_t>(tiling.blocks_by_registers(),
-                        device.shared_per_processor / (tiling.shared_bytes() + kSharedReserve)));
-  plan.blocks_per_processor = std::max(plan.blocks_per_processor, 1);
+  const int64_t by_memory = device.shared_per_processor / (tiling.shared_bytes() + kSharedReserve);
+  plan.blocks_per_processor = static_cast<int>(std::clamp<int64_t>(by_memory, 1, tiling.blocks_by_registers()));
 
   // A slab's rows are read twice, for P and for Y. At least two slabs are under way, and half of L2 is left to Q, P and
   // the results. Each further slab of a layer reads and writes Y again (8 bytes for each of its entries), so a slab
@@ -90,7 +77,7 @@ Plan make_plan(const Problem& p, const Device& device) {
   const int64_t convert_items = divide_up(p.features, tile);
   const int64_t reduce_items = reductions(tile);
   const int64_t items = times(p.layers, convert_items) + times(groups, slab_tiles + reduce_items);
-  if (items > kMaxItems) refuse("expected at most 2^30 tiles of work, got " + std::to_string(items));
+  expect(items <= kMaxItems, "at most 2^30 tiles of work, got " + std::to_string(items));
   plan.grid = std::min<int64_t>(items, int64_t{device.processors} * plan.blocks_per_processor);
 
   // About one wave of other items lies between a group's projections and its reductions, as far as L2 holds their rows.

@@ -31,8 +31,7 @@ struct Plan {
   int64_t counter_bytes, q_offset, p_offset, workspace_bytes;
 };
 
-// Plan with no items (grid 0) when there are no layers or no rows. Throws std::invalid_argument when the problem or
-// the device cannot be served.
+// Throws std::invalid_argument when the problem or the device cannot be served: without layers or rows, too.
 Plan make_plan(const Problem& problem, const Device& device);
 
 // Whether 16-byte copies may read x: its address and the distances between rows and layers, in bytes.

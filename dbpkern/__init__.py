@@ -21,7 +21,6 @@ from dbpkern import ops
 from dbpkern.config import Decor
 from dbpkern.layers import DecorConv2d, DecorLinear, DecorMultiheadAttention, DecorSGD, decorrelate, fuse
 from dbpkern.optim import DecorAdamW, DecorMuon, DecorPreconditioner
-from dbpkern.planning import Plan, plan
 
 __version__ = "0.1.0"
 
@@ -34,9 +33,7 @@ __all__ = [
     "DecorMuon",
     "DecorPreconditioner",
     "DecorSGD",
-    "Plan",
     "decorrelate",
     "fuse",
     "ops",
-    "plan",
 ]

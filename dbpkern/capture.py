@@ -100,7 +100,7 @@ class Sampler:
 
 
 class RowKind:
-    """What the sampled rows of a stack are: their width, and the dtype that the first of them gives to all."""
+    """What the sampled rows of a stack are: their width, and the dtype that the first gives to all."""
 
     def __init__(self, factor: Tensor) -> None:
         self.width = factor.shape[-2]

@@ -84,5 +84,5 @@ class Decor:
 
     @classmethod
     def layers(cls) -> Self:
-        """The default of `decorrelate` and `DecorSGD`: the papers' rule in front of sublayers, with a limit."""
+        """The default of `decorrelate` and `DecorSGD`: the papers' rule for sublayers, with a limit."""
         return replace(cls.published(), sites="sublayers", limit=0.5)

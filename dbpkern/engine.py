@@ -1,7 +1,7 @@
 """The engine: all R of a model, in stacks of equal kind, and the step that moves them.
 
-`DecorAdamW`, `DecorMuon`, `DecorPreconditioner` and `DecorSGD` have one each. An engine knows layers that hold
-an R, takes their sampled rows from `dbpkern.capture`, and updates the R of a stack together: statistics,
+`DecorAdamW`, `DecorMuon`, `DecorPreconditioner` and `DecorSGD` have one each. An engine knows layers that
+hold an R, takes their sampled rows from `dbpkern.capture`, and updates the R of a stack together: statistics,
 rates under the limiter, the update; averaged over processes where there are several.
 """
 
@@ -201,7 +201,7 @@ class Stack:
 class FullStack(Stack):
     """R `[L, d, d]`."""
 
-    def step_together(self, step: Step) -> Iterator[None]:
+    def step_together(self, step: Step) -> Iterator[None]:  # noqa: D102
         (R,) = self.factors
         L, d, _ = R.shape
         mode = distributed.choose_mode(L, d, R.itemsize, R.device.type)
@@ -219,7 +219,7 @@ class FullStack(Stack):
             gathered.wait()
         self.traffic = distributed.Traffic((L, d, d), mode, sent)
 
-    def step_alone(self, step: Step) -> None:
+    def step_alone(self, step: Step) -> None:  # noqa: D102
         (R,) = self.factors
         for where, rows in self.runs():
             moves = [site.slot.moves() for site in self.sites[where]] if step.linear else [None]
@@ -268,14 +268,14 @@ class FullStack(Stack):
     halves = False
     """Whether all processes sample rows of 16 bits on GPUs; known where there are several processes."""
 
-    def decorrelated(self, where: slice, rows: Tensor) -> Tensor:
+    def decorrelated(self, where: slice, rows: Tensor) -> Tensor:  # noqa: D102
         return ops.transform(rows, self.factors[0][where])
 
 
 class LowRankStack(Stack):
     """Q `[L, d, r]` and S `[L, r, r]`."""
 
-    def step_together(self, step: Step) -> Iterator[None]:
+    def step_together(self, step: Step) -> Iterator[None]:  # noqa: D102
         # No owners: to send Q and S takes the bytes that they would save of the statistics, and the update is
         # small, many short operations whose time hardly depends on the number of layers.
         statistics = self._statistics()
@@ -284,7 +284,7 @@ class LowRankStack(Stack):
         self._apply(slice(None), B, Y, c, step)
         self.traffic = distributed.Traffic(tuple(Y.shape), "all-reduce", statistics.sent)
 
-    def step_alone(self, step: Step) -> None:
+    def step_alone(self, step: Step) -> None:  # noqa: D102
         for where, rows in self.runs():
             self._apply(where, *ops.lowrank_statistics(rows, self.factors[0][where]), step)
 
@@ -308,7 +308,7 @@ class LowRankStack(Stack):
             counts[where] = rows.shape[1]
         return distributed.average_lowrank_statistics(B, Y, c, counts)
 
-    def decorrelated(self, where: slice, rows: Tensor) -> Tensor:
+    def decorrelated(self, where: slice, rows: Tensor) -> Tensor:  # noqa: D102
         Q, S = self.factors
         return ops.lowrank_transform(rows.to(Q.dtype), Q[where], S[where])
 
@@ -407,8 +407,8 @@ class Engine:
         taken = [site.name for site in self.sites if site.slot.layer.slot_key is not site.slot.key]
         if taken:
             raise RuntimeError(
-                f"the samples of {taken[0]} no longer come here: the layer's R has another optimizer since, or "
-                "was fused"
+                f"the samples of {taken[0]} no longer come here: the layer's R has another optimizer since, "
+                "or was fused"
             )
         if not self._stacks or not all(stack.holds() for stack in self._stacks):
             kinds: dict[tuple, list[Site]] = {}
@@ -566,8 +566,8 @@ class Engine:
         silent = [site.name for site in self.sites if not site.slot.pending]
         if silent:
             warnings.warn(
-                f"{len(silent)} of {len(self.sites)} layers sampled no input before the first step, so their R "
-                f"rests: {', '.join(silent[:5])}{', ...' if len(silent) > 5 else ''}. Frozen weights and eval "
-                "mode do this, and models that read a weight without calling its layer",
+                f"{len(silent)} of {len(self.sites)} layers sampled no input before the first step, so their "
+                f"R rests: {', '.join(silent[:5])}{', ...' if len(silent) > 5 else ''}. Frozen weights and "
+                "eval mode do this, and models that read a weight without calling its layer",
                 stacklevel=3,
             )

@@ -78,7 +78,7 @@ def _driver() -> str | None:
 def collect() -> dict[str, object]:
     """Versions, processor, GPUs and the environment variables that change what dbpkern does.
 
-    Of the CUDA extension it says what there is; it neither builds nor loads it.
+    Of the CUDA extension it says which build there is; it does not load it.
     """
     prefixes = ("DBPKERN_", "TRITON_", "TORCH_", "OMP_NUM", "MKL_NUM", "CUDA_VISIBLE")
     return {
@@ -93,8 +93,7 @@ def collect() -> dict[str, object]:
         "gpus": _gpus(),
         "driver": _driver(),
         "cuda": torch.version.cuda,
-        "nvcc": extension.nvcc_release(),
-        "extension": extension.state(),
+        "extension": extension.why(),
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(prefixes)},
     }
 

@@ -80,9 +80,8 @@ def check_sites(sites: str | Iterable[str] | None, filter: Filter | None) -> Non
     names = _site_names(sites)
     unknown = [name for name in names if name not in SITES]
     if unknown or not names:
-        hint = "; dbpkern.plan(model, step) chooses by measurement" if "auto" in unknown else ""
         raise ValueError(
-            f"sites: expected a preset {tuple(PRESETS)} or some of {tuple(SITES)}, got {sites!r}{hint}"
+            f"sites: expected a preset {tuple(PRESETS)} or some of {tuple(SITES)}, got {sites!r}"
         )
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-import dbpkern
+from train import planning
 
 RHO, N = 0.6, 400
 
@@ -48,6 +48,6 @@ def run(rank: int, world: int, folder: str) -> None:
     )
     torch.manual_seed(0)
     model = Net()
-    plan = dbpkern.plan(model, other_data(model, rank), 0.5, ranks=(2,))
+    plan = planning.plan(model, other_data(model, rank), 0.5, ranks=(2,))
     (Path(folder) / f"{rank}.txt").write_text(f"{plan.groups!r}\n{plan.groups[0].correlation}")
     dist.destroy_process_group()

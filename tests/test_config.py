@@ -40,7 +40,7 @@ REFUSALS = [
     ({"sites": "heads"}, ValueError, r"sites: expected a preset .* got 'heads'$"),
     ({"sites": ("qkv", "heads")}, ValueError, r"sites: expected .* got \('qkv', 'heads'\)"),
     ({"sites": ()}, ValueError, r"sites: expected"),
-    ({"sites": "auto"}, ValueError, r"sites: .* dbpkern.plan\(model, step\) chooses by measurement"),
+    ({"sites": "auto"}, ValueError, r"sites: .* got 'auto'"),
     ({"sites": None}, ValueError, r"sites=None: expected a filter\(name, module\)"),
     ({"rank": "high"}, ValueError, r"rank: expected .* one of \('mixed', 'low'\), got 'high'"),
     ({"rank": 1.5}, ValueError, r"rank: expected an integer, or a part of the width in \(0, 1\), got 1.5"),

@@ -56,16 +56,12 @@ def test_gpus_are_listed(monkeypatch, capsys):
     )
 
 
-@pytest.mark.parametrize("nvcc", ["13.0", None])
-def test_the_extension_is_not_asked_for(monkeypatch, capsys, nvcc):
+def test_the_extension_is_not_loaded(monkeypatch, capsys):
     monkeypatch.setattr(extension, "_decision", None)
-    monkeypatch.setattr(extension, "_decide", lambda: pytest.fail("asked for the extension"))
-    monkeypatch.setattr(extension, "nvcc_release", lambda: nvcc)
+    monkeypatch.setattr(extension, "load", lambda: pytest.fail("loaded the extension"))
     monkeypatch.setenv("DBPKERN_EXTENSION", "0")
     env.main()
-    lines = capsys.readouterr().out.splitlines()
-    assert f"nvcc:        {nvcc or 'none'}" in lines
-    assert "extension:   not available" in lines
+    assert "extension:   DBPKERN_EXTENSION=0" in capsys.readouterr().out.splitlines()
 
 
 def test_variables_that_change_what_dbpkern_does(monkeypatch):

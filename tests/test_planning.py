@@ -23,8 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from vits import HuggingFaceViT, decorrelated, everything, images, mlp, timm_vit
 
 import dbpkern
-from dbpkern import Decor, DecorPreconditioner, planning
-from train import pretrain
+from dbpkern import Decor, DecorPreconditioner
+from train import planning, pretrain
 from train.run_folder import RunFolder
 
 ROOT = Path(__file__).parent.parent
@@ -38,9 +38,9 @@ def flops_alone(monkeypatch):
     monkeypatch.setattr(planning, "LOW_RANK", FREE)
 
 
-def planned(budget: float = 1e9, **options) -> dbpkern.Plan:
+def planned(budget: float = 1e9, **options) -> planning.Plan:
     model = Net()
-    return dbpkern.plan(model, stepper(model), budget, **{"ranks": ()} | options)
+    return planning.plan(model, stepper(model), budget, **{"ranks": ()} | options)
 
 
 def only(*names: str):
@@ -61,7 +61,7 @@ def test_the_correlation_is_the_mean_squared_coefficient_and_independent_feature
 def test_scales_and_more_rows_than_are_measured_do_not_matter():
     model = Net()
     scales = torch.logspace(-2, 2, 48)
-    group, _ = dbpkern.plan(model, stepper(model, lambda seed: rows(seed, 4000) * scales), 1e9).groups
+    group, _ = planning.plan(model, stepper(model, lambda seed: rows(seed, 4000) * scales), 1e9).groups
     assert group.correlation == pytest.approx(RHO**2, rel=0.05)
     assert group.tokens == 4000
 
@@ -75,7 +75,7 @@ def test_a_rank_is_worth_the_share_of_the_spectrum_that_it_holds():
         common = torch.randn(2000, 2, generator=g).repeat_interleave(16, 1)
         return RHO**0.5 * common + (1 - RHO) ** 0.5 * torch.randn(2000, 32, generator=g)
 
-    (group,) = dbpkern.plan(model, stepper(model, make), 1e9, ranks=(1, 2)).groups
+    (group,) = planning.plan(model, stepper(model, make), 1e9, ranks=(1, 2)).groups
     full, one, two = (option.benefit for option in group.options)
     assert one / full == pytest.approx(0.5 * 15 / 16, rel=0.03)
     assert two / full == pytest.approx(15 / 16, rel=0.03)
@@ -105,13 +105,13 @@ def test_no_budget_chooses_nothing_and_says_what_the_least_would_cost():
 
 def test_nothing_to_remove_is_said():
     model = Net()
-    plan = dbpkern.plan(model, stepper(model), 1e9, decor=Decor(filter=only("apart")))
+    plan = planning.plan(model, stepper(model), 1e9, decor=Decor(filter=only("apart")))
     assert "none of 1 layers: their inputs show no correlations" in str(plan)
 
 
 def test_without_a_limit_every_layer_of_a_vit_gets_a_full_R():
     model = timm_vit()
-    plan = dbpkern.plan(model, stepper(model, lambda seed: images(16)), 1e9)
+    plan = planning.plan(model, stepper(model, lambda seed: images(16)), 1e9)
     assert set(plan.ranks.values()) == {None}
     names = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
     # Noise has no correlations between pixels.
@@ -123,7 +123,7 @@ def test_the_budget_is_kept_and_more_of_it_never_buys_less(flops_alone):
     step = stepper(model, lambda seed: images(16))
     previous = -1.0
     for budget in (0.02, 0.05, 0.1, 0.2, 0.5):
-        plan = dbpkern.plan(model, step, budget, ranks=(2, 4), calls=1)
+        plan = planning.plan(model, step, budget, ranks=(2, 4), calls=1)
         assert plan.cost <= budget
         benefit = sum(group.chosen.benefit for group in plan.groups if group.chosen)
         assert benefit >= previous
@@ -185,7 +185,7 @@ def test_ties_go_by_name():
 
 def test_equal_layers_of_all_blocks_are_one_group_and_shared_inputs_have_one_R():
     model = HuggingFaceViT()
-    plan = dbpkern.plan(model, stepper(model, lambda seed: images(8)), 1e9, ranks=())
+    plan = planning.plan(model, stepper(model, lambda seed: images(8)), 1e9, ranks=())
     groups = {group.name: group for group in plan.groups}
     projections = groups["encoder.layer.*.attention.attention.{query,key,value}"]
     assert (projections.width, projections.outputs, len(projections.layers)) == (24, 72, 2)
@@ -200,7 +200,7 @@ def test_equal_layers_of_all_blocks_are_one_group_and_shared_inputs_have_one_R()
 def test_a_plan_serves_both_modes(mode):
     model = timm_vit()
     step = stepper(model, lambda seed: images(8))
-    plan = dbpkern.plan(model, step, 0.5, ranks=(3,), mode=mode, calls=1)
+    plan = planning.plan(model, step, 0.5, ranks=(3,), mode=mode, calls=1)
     assert plan.rule == (Decor() if mode == "optimizer" else Decor.layers())
     chosen = [replace(g, chosen=g.options[i % len(g.options)]) for i, g in enumerate(plan.groups)]
     plan = replace(plan, groups=tuple(chosen))
@@ -242,7 +242,7 @@ def test_costs_are_those_of_a_real_step(flops_alone, rank):
     model = Net()
     rule = Decor(sites=None, filter=only("alike"), rank=rank, sample=0.25, every=1)
     ranks = () if rank is None else (rank,)
-    group = dbpkern.plan(model, stepper(model), 1e9, ranks=ranks, decor=rule).groups[0]
+    group = planning.plan(model, stepper(model), 1e9, ranks=ranks, decor=rule).groups[0]
     with FlopCounterMode(display=False) as plain:
         stepper(model)()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -261,7 +261,7 @@ def test_decorrelated_layers_apply_R_where_that_is_cheaper(flops_alone):
 
     def cost(mode: str) -> float:
         step = stepper(model, lambda seed: rows(seed, 10)[:, :32])
-        plan = dbpkern.plan(model, step, 1e9, ranks=(), mode=mode, decor=Decor(every=10**9))
+        plan = planning.plan(model, step, 1e9, ranks=(), mode=mode, decor=Decor(every=10**9))
         return plan.groups[0].options[0].cost * 4 * 10 * 32 * 64
 
     assert cost("optimizer") == pytest.approx(4 * 64 * 32**2, rel=1e-3)
@@ -300,7 +300,7 @@ def test_the_same_seed_gives_the_same_plan_bit_for_bit():
     plans = []
     for seed in (0, 0, 1):
         torch.randn(7)  # what was drawn before does not matter
-        plans.append(dbpkern.plan(model, stepper(model), 3.0, ranks=(2, 5), seed=seed))
+        plans.append(planning.plan(model, stepper(model), 3.0, ranks=(2, 5), seed=seed))
     assert plans[0] == plans[1]
     assert plans[0] != plans[2]
 
@@ -317,7 +317,7 @@ def test_the_model_its_gradients_and_random_numbers_are_as_before():
         model.train()
         stepper(model)()
 
-    dbpkern.plan(model, step, 1.0)
+    planning.plan(model, step, 1.0)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     for name, parameter in model.named_parameters():
         assert parameter.grad is gradients[name][0]
@@ -353,7 +353,7 @@ def same(one: tuple[nn.Module, DecorPreconditioner], other: tuple[nn.Module, Dec
 
 def test_a_preconditioner_at_work_samples_nothing_meanwhile():
     found = []
-    asked = trained(lambda model, decor: found.append(dbpkern.plan(model, stepper(model), 1e9)))
+    asked = trained(lambda model, decor: found.append(planning.plan(model, stepper(model), 1e9)))
     assert same(asked, trained())
     assert found[0].ranks.keys() == {"alike"}  # inputs are what they were without R
 
@@ -368,7 +368,7 @@ def test_a_step_of_an_optimizer_is_refused_before_it_changes_a_weight():
         optimizer.step()
 
     with pytest.raises(ValueError, match=r"forward and backward alone, but it calls SGD\.step\(\)"):
-        dbpkern.plan(model, step)
+        planning.plan(model, step)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
     optimizer.step()  # refused no longer
@@ -391,12 +391,12 @@ def test_a_step_of_an_optimizer_is_refused_before_it_changes_a_weight():
 def test_bad_arguments(options, match):
     model = Net()
     with pytest.raises(ValueError, match=match):
-        dbpkern.plan(model, stepper(model), **options)
+        planning.plan(model, stepper(model), **options)
 
 
 def test_a_step_that_is_no_function():
     with pytest.raises(TypeError, match="step: expected a function, got Tensor"):
-        dbpkern.plan(Net(), torch.zeros(3))
+        planning.plan(Net(), torch.zeros(3))
 
 
 @pytest.mark.parametrize(
@@ -407,20 +407,20 @@ def test_a_step_that_is_no_function():
 def test_a_step_without_a_backward_of_the_model(step):
     model = Net()
     with pytest.raises(ValueError, match=r"no layer's weight got a gradient \(alike, \.\.\.\)"):
-        dbpkern.plan(model, lambda: step(model))
+        planning.plan(model, lambda: step(model))
 
 
 def test_models_without_candidates():
     with pytest.raises(ValueError, match="none of the known sites"):
-        dbpkern.plan(nn.LayerNorm(3), lambda: None)
+        planning.plan(nn.LayerNorm(3), lambda: None)
     with pytest.raises(ValueError, match=r"plan: expected a model with trained nn\.Linear"):
-        dbpkern.plan(Net().requires_grad_(False), lambda: None)
+        planning.plan(Net().requires_grad_(False), lambda: None)
 
 
 def test_decorrelated_models_are_refused():
     model = mlp(4, 3)
     with pytest.raises(ValueError, match="decorrelated already"):
-        dbpkern.plan(model, lambda: None)
+        planning.plan(model, lambda: None)
 
 
 def test_tied_weights_and_layers_that_do_not_run_are_no_candidates():
@@ -431,7 +431,7 @@ def test_tied_weights_and_layers_that_do_not_run_are_no_candidates():
         x = torch.randn(99, 1).expand(99, 16)
         (model["a"](x) + model["b"](x) + model["c"](x)).sum().backward()
 
-    plan = dbpkern.plan(model, step, 1e9)
+    plan = planning.plan(model, step, 1e9)
     assert [group.name for group in plan.groups] == ["c"]
 
 
@@ -440,7 +440,7 @@ def test_tied_weights_and_layers_that_do_not_run_are_no_candidates():
 
 def test_the_table_shows_every_group_and_the_running_total():
     model = timm_vit()
-    plan = dbpkern.plan(model, stepper(model, lambda seed: images(16)), 1e9, ranks=(4,))
+    plan = planning.plan(model, stepper(model, lambda seed: images(16)), 1e9, ranks=(4,))
     title, *lines, summary = str(plan).splitlines()
     assert title.split()[:5] == ["layers", "count", "width", "outputs", "tokens"]
     cells = [re.split(r"\s{2,}", line.strip()) for line in lines]
@@ -539,13 +539,13 @@ def test_a_choice_that_cannot_be_changes_nothing():
 
 
 def test_processes_with_different_data_make_one_plan_of_all(tmp_path):
-    multiprocessing.set_forkserver_preload(["torch", "dbpkern"])
+    multiprocessing.set_forkserver_preload(["torch", "train.planning"])
     start_processes(planning_worker.run, (2, str(tmp_path)), nprocs=2, start_method="forkserver")
     first, second = ((tmp_path / f"{rank}.txt").read_text() for rank in range(2))
     assert first == second
     model = Net()
     parts = [planning_worker.other_data(model, rank) for rank in range(2)]
-    together = dbpkern.plan(model, lambda: [part() for part in parts], 0.5, ranks=(2,)).groups[0]
+    together = planning.plan(model, lambda: [part() for part in parts], 0.5, ranks=(2,)).groups[0]
     assert float(first.splitlines()[-1]) == pytest.approx(together.correlation, rel=1e-5)
     assert f"tokens={together.tokens / 2}" in first
 

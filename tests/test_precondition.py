@@ -375,7 +375,7 @@ def test_the_change_of_a_weight_keeps_its_digits_in_fp32(rank):
     V = size * torch.randn(64, d)
     moved = V + change * torch.randn(64, d)
     expected = V.double() + (moved.double() - V.double()) @ structure.matrix(*factors).double()
-    ops.map_changes_([moved], [V.clone()], [factors])
+    ops.map_changes_([moved], ops.remember([V], [factors]), [factors])
     error = (moved - expected).norm() / (expected - V).norm()
     assert error < 2e-3
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 import dbpkern
 from dbpkern import diagnostics
 from dbpkern.sites import select
-from train import checkpoint, plots
+from train import checkpoint, planning, plots
 from train import config as shared
 from train.data import DataConfig, StepSampler, TrainingSet, build_data, build_loader, to_images
 from train.loop import HoldsR, Loop, moved
@@ -178,7 +178,7 @@ def build_optimizers(
     rule = decor.rule(model, config.seed, ranks) if decor.enable else None
     inside = {"model": model, "decor": rule} if decor.enable and decor.mode == "optimizer" else {}
     if config.optim.name == "adamw":
-        # Without a model DecorAdamW is AdamW, bit for bit on a CPU; the baseline is PyTorch's own all the same.
+        # Without a model DecorAdamW is AdamW, bit for bit on a CPU; the baseline is PyTorch's all the same.
         make = dbpkern.DecorAdamW if inside else torch.optim.AdamW
         optimizer = make(groups, lr=peak, betas=betas, **inside)
     elif config.optim.name == "muon" and inside:
@@ -205,7 +205,7 @@ def build_optimizers(
 
 def make_plan(
     config: Config, model: nn.Module, loss: Callable, training: TrainingSet, procs: Processes
-) -> dbpkern.Plan:
+) -> planning.Plan:
     """Measure a model on the run's first batches, which are read anew, and choose layers and ranks.
 
     Args:
@@ -216,7 +216,7 @@ def make_plan(
         procs: This process among the others.
 
     Raises:
-        ValueError: as `dbpkern.plan`.
+        ValueError: as `train.planning.plan`.
     """
     calls = 4
     decor = config.decor
@@ -232,7 +232,7 @@ def make_plan(
                 value = loss(model, batch) / config.accumulation
             value.backward()
 
-    plan = dbpkern.plan(
+    plan = planning.plan(
         model,
         step,
         decor.budget,
@@ -425,14 +425,14 @@ def prepare(
     config.check_sample(task.tokens(patches.num_patches), procs.world_size)
     workers, pin_memory = config.data.workers, procs.device.type == "cuda"
     batches = build_loader(training, sampler, workers, pin_memory, task.collate)
-    ranks, planning = None, 0.0
+    ranks, planned = None, 0.0
     if config.decor.planned:
         if found is not None:
             ranks = found[1]["ranks"]
         else:
             start = time.perf_counter()
             ranks = make_plan(config, model, loss, training, procs).ranks
-            planning = time.perf_counter() - start
+            planned = time.perf_counter() - start
         if not ranks:
             raise ValueError(
                 f"decor.budget: no layer could be chosen for {config.decor.budget:g} of a step; expected a "
@@ -466,7 +466,7 @@ def prepare(
         ranks=ranks,
         recheck=recheck if config.decor.planned and not config.decor.in_layers else None,
     )
-    loop.seconds = planning
+    loop.seconds = planned
     if found is not None:
         loop.load(*found)
     return loop, evaluator, iter(batches)

@@ -58,7 +58,7 @@ class DecorSGD(torch.optim.Optimizer):
             raise TypeError(f"optimizer: expected an optimizer, got {type(optimizer).__name__}")
         if decor.follow != (optimizer is not None):
             raise ValueError(
-                "DecorSGD: expected the optimizer that eta follows with Decor(follow=True), and no other time; "
+                "DecorSGD: expected the optimizer that eta follows with Decor(follow=True), and only then; "
                 f"got follow={decor.follow} and {'an' if optimizer is not None else 'no'} optimizer"
             )
         if isinstance(model, DistributedDataParallel) and model.broadcast_buffers:

@@ -15,7 +15,7 @@ from dbpkern.ops.lowrank_fold import lowrank_fold
 from dbpkern.ops.lowrank_statistics import lowrank_statistics
 from dbpkern.ops.lowrank_step import lowrank_step_
 from dbpkern.ops.lowrank_transform import lowrank_transform
-from dbpkern.ops.maps import map_changes_, map_gradients_
+from dbpkern.ops.maps import map_changes_, map_gradients_, remember
 from dbpkern.ops.orthogonalize import orthogonalize
 from dbpkern.ops.rates import choose_rates_
 from dbpkern.ops.sample_rows import sample_patches_, sample_rows_
@@ -36,6 +36,7 @@ __all__ = [
     "map_changes_",
     "map_gradients_",
     "orthogonalize",
+    "remember",
     "sample_patches_",
     "sample_rows_",
     "transform",

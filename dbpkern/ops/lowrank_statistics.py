@@ -187,7 +187,7 @@ def _cuda_refusal(x: Tensor, Q: Tensor) -> str | None:
         return f"it serves ranks from {RANKS.start} to {RANKS.stop - 1} and at most d = {d}, got {r}"
     if _dispatch.capability(x.device) < (8, 0):
         return "it needs compute capability 8.0 or newer"
-    from dbpkern import extension  # here: it builds or loads a library when it is first asked for one
+    from dbpkern import extension  # here: it loads a library when it is first asked for one
 
     return extension.why() if extension.load() is None else None
 
@@ -204,7 +204,7 @@ def _serves(x: Tensor, Q: Tensor, backend: str) -> str:
     """The backend that serves the call."""
     automatic = _dispatch.preferred("lowrank_statistics", x.device, _operands(x, Q)[0].kind)
     refusals = {"triton": _triton_refusal(x, Q), "cuda": None}
-    if (backend or _dispatch.named_backend() or automatic) == "cuda":  # asking it may build it
+    if (backend or _dispatch.named_backend() or automatic) == "cuda":  # asking it loads it
         refusals["cuda"] = _cuda_refusal(x, Q)
     return _dispatch.choose("lowrank_statistics", backend, refusals, automatic)
 
@@ -281,9 +281,9 @@ def lowrank_statistics(x: Tensor, Q: Tensor, *, backend: str | None = None) -> t
         x: `[L, n, d]`, the sampled rows of L layers. n = 0 gives zeros.
         Q: `[L, d, r]`, fp32 or fp64.
         backend: "eager", "triton" (two launches, ranks up to 256), or "cuda", the extension (fp32 and bf16
-            rows, ranks from 8 to 256), which is built when it is first asked for; None chooses between the
-            first two. On a GPU all round Q and P to bf16 where the rows are bf16; sums are fp32. Otherwise
-            eager widens the rows.
+            rows, ranks from 8 to 256) once `python -m dbpkern.extension` has built it; None chooses between
+            the first two. On a GPU all round Q and P to bf16 where the rows are bf16; sums are fp32.
+            Otherwise eager widens the rows.
 
     Returns:
         `B [L, r, r] = P^T P / n`, `Y [L, d, r] = x^T P / n` and `c [L, d]`, the mean squares of x, in fp32

@@ -73,8 +73,9 @@ class DecorAdamW(DecorOptimizer):
             steps, means, squares = ([s[name] for s in states] for name in ("step", "exp_avg", "exp_avg_sq"))
             if served:
                 torch._foreach_add_(steps, 1)
+            gradients = [p.grad for p in served]
             ops.adamw_(
-                *([local(t) for t in tensors] for tensors in (served, [p.grad for p in served], means, squares)),
+                *([local(t) for t in tensors] for tensors in (served, gradients, means, squares)),
                 steps, [layers[id(p)].factors for p in served],
                 lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1],
                 eps=group["eps"], weight_decay=group["weight_decay"],

@@ -33,7 +33,7 @@ def choose_layers(
 
     Raises:
         TypeError: `model` is no module, or `decor` no `Decor`.
-        ValueError: as `decorrelate` does for sites, filters and ranks, a weight that FSDP shards by columns, a
+        ValueError: as `decorrelate` for sites, filters and ranks, a weight that FSDP shards by columns, a
             layer whose R another optimizer holds, or the optimizer lacks a chosen weight that trains.
     """
     if not isinstance(model, nn.Module):
@@ -138,7 +138,7 @@ class Maps:
 
     @torch.no_grad()
     def enter(self, optimizer: torch.optim.Optimizer) -> None:
-        """Bring the gradients to the coordinates of z, and remember V.
+        """Bring the gradients to the coordinates of z, and remember what `leave` needs of V.
 
         Not a second time, where `leave` did not come in between and the gradient is the one mapped before.
         """
@@ -156,11 +156,8 @@ class Maps:
         gradients = [local(layer.weight.grad) for layer in fresh]
         ops.map_gradients_(gradients, [layer.factors for layer in fresh])
         self._mapped = {id(layer): (layer.weight.grad, local(layer.weight.grad)._version) for layer in layers}
-        weights = [local(layer.weight) for layer in layers]
-        copies = [torch.empty_like(weight) for weight in weights]
-        if copies:
-            torch._foreach_copy_(copies, weights)
-        self._inside = list(zip(layers, copies, strict=True))
+        kept = ops.remember([local(layer.weight) for layer in layers], [layer.factors for layer in layers])
+        self._inside = list(zip(layers, kept, strict=True))
 
     @torch.no_grad()
     def leave(self) -> None:
@@ -188,7 +185,7 @@ class DecorOptimizer(torch.optim.Optimizer):
 
     def __init__(self, params, defaults: dict, model: nn.Module | None, decor: Decor | None) -> None:
         if model is None and decor is not None:
-            raise ValueError(f"{type(self).__name__}: expected the model whose layers decor chooses, got none")
+            raise ValueError(f"{type(self).__name__}: expected the model that decor is for, got none")
         super().__init__(params, defaults)
         self.engine = None if model is None else make_engine(model, self, decor or Decor())
 
@@ -243,8 +240,8 @@ class DecorOptimizer(torch.optim.Optimizer):
     def replan(self, model: nn.Module, decor: Decor) -> None:
         """Choose other layers, between two steps; the function of the network stays as it is.
 
-        Layers that stay chosen with the same rank keep their R, new ones start from the identity. Moments stay,
-        too: those of a layer that comes or goes are of the other coordinates at first.
+        Layers that stay chosen with the same rank keep their R, new ones start from the identity. Moments
+        stay, too: those of a layer that comes or goes are of the other coordinates at first.
 
         Args:
             model: of this optimizer.
@@ -255,7 +252,7 @@ class DecorOptimizer(torch.optim.Optimizer):
             ValueError: as at construction, or an optimizer made without a model; nothing is changed then.
         """
         if self.engine is None:
-            raise ValueError(f"{type(self).__name__}.replan: expected an optimizer that was made with a model")
+            raise ValueError(f"{type(self).__name__}.replan: expected an optimizer made with a model")
         self.engine = rechosen(self.engine, model, self, decor)
 
     def drop_samples(self) -> None:

@@ -23,12 +23,12 @@ class DecorMuon(DecorOptimizer):
         ...
         loss.backward(); optimizer.step()
 
-    Muon (K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024) orthogonalises the
-    momentum of matrices; other parameters are stepped by AdamW. A matrix is a parameter of two or more
+    Muon (K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024) orthogonalises
+    the momentum of matrices; other parameters are stepped by AdamW. A matrix is a parameter of two or more
     dimensions, none of the first two of length 1, taken as `[o, d]`; a group with `use_muon` says so itself.
-    Matrices of equal shape are orthogonalised together, in bf16 on GPUs and in their own dtype elsewhere: on a
-    CPU without bf16 units bf16 takes ten times as long. The gradients of chosen layers are mapped by R before,
-    the changes after, with the decay of V in them, as `DecorAdamW` does. Then R makes its step.
+    Matrices of equal shape are orthogonalised together, in bf16 on GPUs and in their own dtype elsewhere: on
+    a CPU without bf16 units bf16 takes ten times as long. The gradients of chosen layers are mapped by R
+    before, the changes after, with the decay of V in them, as `DecorAdamW` does. Then R makes its step.
 
     Args:
         params: parameters or groups of them; groups may have options of their own.

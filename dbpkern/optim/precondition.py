@@ -36,8 +36,8 @@ class DecorPreconditioner:
 
     Raises:
         TypeError: `model` is no module, `optimizer` no optimizer, or `decor` no `Decor`.
-        ValueError: as `decorrelate` for sites, filters and ranks, a weight that FSDP shards by columns, or the
-            optimizer lacks a chosen layer's weight that trains.
+        ValueError: as `decorrelate` for sites, filters and ranks, a weight that FSDP shards by columns, or
+            the optimizer lacks a chosen layer's weight that trains.
     """
 
     engine: Engine

@@ -11,6 +11,7 @@ from test_maps import (
     FLOATS,
     GROUPS,
     factors,
+    flattened,
     matrix,
     meta,
     mixed_layers,
@@ -26,7 +27,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from dbpkern import ops, reference
 from dbpkern.ops import _dispatch, _table, _triton
 from dbpkern.ops._common import IMPLEMENTATIONS
-from dbpkern.ops.adamw import triton_adamw
 
 RULE = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.05}
 
@@ -92,11 +92,12 @@ def test_eager_is_AdamW_between_the_maps(r):
     for step in range(1, 5):
         g = torch.randn_like(V)
         before = V.detach().clone()
+        kept = ops.remember([before], own)
         V.grad = g.clone()
         ops.map_gradients_([V.grad], own)
         optimizer.step()
         with torch.no_grad():
-            ops.map_changes_([V], [before], own)
+            ops.map_changes_([V], kept, own)
         old = [t.flatten(1).clone() for t in moments]
         ops.adamw_([found], [g], *([t] for t in moments), [number(step)], own, **RULE)
         expected = [V.detach(), *(optimizer.state[V][key] for key in ("exp_avg", "exp_avg_sq"))]
@@ -164,9 +165,10 @@ def test_empty_lists_and_weights():
 
 def test_launches_of_a_group():
     weights, own = mixed_layers(meta)
-    rule = (torch.tensor(0.1), *list(RULE.values())[1:])
+    steps, rule = [meta() for _ in weights], [torch.tensor(0.1), *list(RULE.values())[1:]]
+    lists = (weights, *flattened(own), weights, weights, weights, steps)
     with _dispatch.assume((9, 0)), _triton.recording() as launches:
-        triton_adamw([(V, V, V, V) for V in weights], [meta() for _ in weights], own, rule)
+        IMPLEMENTATIONS["adamw_"](*lists, *rule, "triton")
     assert names(launches) == ["deviation_kernel", "adamw_kernel", "lowrank_adamw_kernel"]
     assert all(launch.constants["ALIGNED"] for launch in launches[1:])
 
@@ -176,11 +178,11 @@ def test_launches_on_fake_tensors(monkeypatch):
     _table._tables.clear()
     with FakeTensorMode(), _dispatch.assume((9, 0)), _triton.recording() as launches:
         weights, own = mixed_layers(lambda *shape: torch.empty(shape, device="cuda"))
-        flat, sizes = [f for t in own for f in t], [1] * 3 + [2] * 3
+        flat, sizes = flattened(own)
         steps = [torch.empty((), device="cuda") for _ in weights]
         for lr in (torch.tensor(0.1), torch.empty((), device="cuda")):
             IMPLEMENTATIONS["adamw_"](
-                weights, weights, weights, weights, steps, flat, sizes, lr, 0.9, 0.99, 1e-8, 0.05, ""
+                weights, flat, sizes, weights, weights, weights, steps, lr, 0.9, 0.99, 1e-8, 0.05, ""
             )
     assert names(launches) == ["deviation_kernel", "adamw_kernel", "lowrank_adamw_kernel"] * 2
     _table._tables.clear()
@@ -194,10 +196,11 @@ def test_opcheck(backend):
     weights, own = mixed_layers(tensor)
     weights, own = weights[1:4], own[1:4]
     states = [state(*V.shape) for V in weights]
+    weights, *others = map(list, zip(*states, strict=True))
     torch.library.opcheck(
         torch.ops.dbpkern.adamw_.default,
         (
-            *map(list, zip(*states, strict=True)), [number(1)] * 3, [f for t in own for f in t], [1, 1, 2],
+            weights, *flattened(own), *others, [number(1)] * 3,
             torch.tensor(0.1), 0.9, 0.99, 1e-8, 0.05, backend,
         ),
     )  # fmt: skip
@@ -223,12 +226,15 @@ def test_what_is_refused():
         call(g=g.T)
     with pytest.raises(TypeError, match=r"exp_avgs\[0\]: expected torch.float32, got torch.bfloat16"):
         call(exp_avg=exp_avg.bfloat16())
-    with pytest.raises(ValueError, match="steps: expected 1 tensors, got 0"):
+    with pytest.raises(ValueError, match="steps: expected one for each of 1 weights, got 0"):
         call(steps=())
-    for wrong in (step[None], step.double(), meta()):
-        with pytest.raises(ValueError, match=r"steps\[0\]: expected a 0-d float32 tensor on c"):
-            call(steps=(wrong,))
-    with pytest.raises(ValueError, match=r"lr: expected a number or a 0-d tensor, got \[1\]"):
+    with pytest.raises(ValueError, match=r"steps\[0\]: expected shape \[\], got \[1\]"):
+        call(steps=(step[None],))
+    with pytest.raises(TypeError, match=r"steps\[0\]: expected torch.float32, got torch.float64"):
+        call(steps=(step.double(),))
+    with pytest.raises(ValueError, match="expected all tensors on one device"):
+        call(steps=(meta(),))
+    with pytest.raises(ValueError, match=r"lr: expected shape \[\], got \[1\]"):
         call(lr=torch.ones(1))
     with pytest.raises(ValueError, match="expected all tensors on one device"):
         call(g=meta(3, 4))

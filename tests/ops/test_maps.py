@@ -12,7 +12,6 @@ from dbpkern import ops, reference
 from dbpkern.ops import _dispatch, _table, _triton
 from dbpkern.ops._common import IMPLEMENTATIONS
 from dbpkern.ops._dispatch import Tiles
-from dbpkern.ops.maps import triton_maps
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -87,12 +86,11 @@ def test_changes(rows, d, r, dtype):
     weights = [b + 0.1 * tensor(*b.shape, dtype=dtype) for b in before]
     own = [factors(d, r)] * 2 + [factors(d, r)]
     found = [V.clone() for V in weights]
-    kept = [b.clone() for b in before]
-    ops.map_changes_(found, before, own[: len(rows)], backend="triton")
+    kept = ops.remember(before, own[: len(rows)], backend="triton")
+    ops.map_changes_(found, kept, own[: len(rows)], backend="triton")
     for V, b, mapped, f in zip(weights, before, found, own, strict=False):
         exact = reference.map_change(V.double(), b.double(), matrix(f))
         as_good(mapped, exact, (V.float() + rounded_deviation(V.float() - b.float(), f)).to(dtype))
-    assert all(map(torch.equal, before, kept))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -112,7 +110,7 @@ def test_weights_of_all_kinds_in_one_call(backend):
     mapped = [V.clone(memory_format=torch.preserve_format) for V in weights]
     mapped[-2] = tensor(12, 2 * 24)[:, ::2].copy_(weights[-2])
     gradients = [V.clone(memory_format=torch.preserve_format) for V in weights]
-    ops.map_changes_(mapped, before, own, backend=backend)
+    ops.map_changes_(mapped, ops.remember(before, own, backend=backend), own, backend=backend)
     ops.map_gradients_(gradients, own, backend=backend)
     for V, b, g, m, f in zip(weights, before, gradients, mapped, own, strict=True):
         flat = V.flatten(1)
@@ -131,8 +129,69 @@ def test_eager_in_fp64(r):
     ops.map_gradients_([g], [own])
     torch.testing.assert_close(g, reference.map_gradient(V, matrix(own)), rtol=0, atol=1e-13)
     expected = reference.map_change(V, before, matrix(own))
-    ops.map_changes_([V], [before], [own])
+    ops.map_changes_([V], ops.remember([before], [own]), [own])
     torch.testing.assert_close(V, expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_small_change_keeps_its_digits(backend):
+    """`V Q` less the old one leaves enough of them, in fp32 and with three TF32 products for one."""
+    V, own = tensor(40, 256), factors(256, 16)
+    moved = V + 1e-4 * tensor(40, 256)
+    kept = ops.remember([V], [own], backend=backend)
+    found = moved.clone()
+    ops.map_changes_([found], kept, [own], backend=backend)
+    expected = reference.map_change(moved.double(), V.double(), matrix(own)) - V
+    assert (found - V - expected).norm() < 1e-2 * expected.norm()
+    Q, S = (f.double() for f in own)
+    change = (tf32_product(moved, own[0]) - tf32_product(V, own[0])) @ S @ Q.mT
+    exact = (moved.double() - V.double()) @ Q @ S @ Q.mT
+    assert (change - exact).norm() < 1e-2 * exact.norm()
+
+
+def tf32_product(a, b):
+    """`a b` as three products of operands rounded to TF32."""
+
+    def tf32(x):
+        return ((x.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
+
+    (a, a_rest), (b, b_rest) = ((tf32(x), tf32(x - tf32(x))) for x in (a, b))
+    return ((a_rest @ b + a @ b_rest) + a @ b).double()
+
+
+def test_a_small_change_in_fp64():
+    V, own = tensor(6, 90, dtype=torch.float64), tuple(f.double() for f in factors(90, 8))
+    moved = V + 1e-4 * torch.randn_like(V)
+    kept = ops.remember([V], [own])
+    expected = reference.map_change(moved, V, matrix(own))
+    ops.map_changes_([moved], kept, [own])
+    assert (moved - expected).norm() < 1e-12 * V.norm()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_remembered(backend):
+    weights = [
+        tensor(8, 3, 2, 4),
+        tensor(5, 37),
+        tensor(9, 37, dtype=torch.bfloat16),
+        tensor(12, 50)[:, 1:38],
+    ]
+    own = [factors(24, 0), factors(37, 7), factors(37, 7), factors(37, 0)]
+    kept = ops.remember(weights, own, backend=backend)
+    for V, f, found in zip(weights, own, kept, strict=True):
+        assert found.dtype == (V.dtype if len(f) == 1 else torch.float32)
+        torch.testing.assert_close(found, V if len(f) == 1 else V.float() @ f[0], rtol=0, atol=1e-5)
+    assert ops.remember([], []) == []
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("r", [0, 5])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_what_did_not_change_keeps_its_bits(backend, r, dtype):
+    V, own = tensor(20, 37, dtype=dtype), factors(37, r)
+    found = V.clone()
+    ops.map_changes_([found], ops.remember([V], [own], backend=backend), [own], backend=backend)
+    assert torch.equal(found, V)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -140,10 +199,11 @@ def test_eager_in_fp64(r):
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_the_identity_changes_no_bit(backend, r, dtype):
     own = (torch.eye(37, device=DEVICE),) if not r else (factors(37, r)[0], torch.zeros(r, r, device=DEVICE))
-    g, before = tensor(20, 37, dtype=dtype), tensor(20, 37, dtype=dtype)
+    g = tensor(20, 37, dtype=dtype)
+    kept = ops.remember([tensor(20, 37, dtype=dtype)], [own], backend=backend)
     for change in (
         lambda x: ops.map_gradients_([x], [own], backend=backend),
-        lambda x: ops.map_changes_([x], [before], [own], backend=backend),
+        lambda x: ops.map_changes_([x], kept, [own], backend=backend),
     ):
         found = g.clone()
         change(found)
@@ -166,12 +226,12 @@ def test_rows_far_apart(r):
 
 def test_empty_lists_and_weights():
     ops.map_gradients_([], [])
-    ops.map_changes_([], [], [])
+    ops.map_changes_([], ops.remember([], []), [])
     for backend in BACKENDS:
         for shape, own in (((0, 4), factors(4, 0)), ((0, 4), factors(4, 2)), ((3, 0), factors(0, 0))):
             V = tensor(*shape)
             ops.map_gradients_([V], [own], backend=backend)
-            ops.map_changes_([V], [V.clone()], [own], backend=backend)
+            ops.map_changes_([V], ops.remember([V], [own], backend=backend), [own], backend=backend)
 
 
 def test_ranks_beyond_the_kernels_are_eager():
@@ -200,10 +260,14 @@ def mixed_layers(make):
     return weights, own
 
 
+def flattened(own):
+    return [f for t in own for f in t], [len(t) for t in own]
+
+
 def test_launches_of_a_group():
     weights, own = mixed_layers(meta)
     with _dispatch.assume((9, 0)), _triton.recording() as launches:
-        triton_maps(weights, None, own)
+        IMPLEMENTATIONS["map_"](weights, *flattened(own), [], "triton")
     assert names(launches) == ["deviation_kernel", "map_kernel", "lowrank_map_kernel"]
     assert len(launches[0].args["deviation"]) == 2
     assert launches[2].grid == (7,)
@@ -219,13 +283,16 @@ def test_launches_on_fake_tensors(monkeypatch):
 
     with FakeTensorMode(), _dispatch.assume((9, 0)), _triton.recording() as launches:
         weights, own = mixed_layers(cuda)
-        flat, sizes = [f for t in own for f in t], [1] * 3 + [2] * 3
-        IMPLEMENTATIONS["map_gradients_"](weights, flat, sizes, "")
+        flat, sizes = flattened(own)
+        IMPLEMENTATIONS["map_"](weights, flat, sizes, [], "")
         made = len(_table._tables)
-        IMPLEMENTATIONS["map_gradients_"](weights, flat, sizes, "")
+        IMPLEMENTATIONS["map_"](weights, flat, sizes, [], "")
         assert len(_table._tables) == made
-        IMPLEMENTATIONS["map_changes_"](weights, weights, flat, sizes, "")
-    assert names(launches) == ["deviation_kernel", "map_kernel", "lowrank_map_kernel"] * 3
+        kept = [*map(torch.empty_like, weights[:3]), *(cuda(len(V), 8) for V in weights[3:])]
+        IMPLEMENTATIONS["remember"](weights, flat, sizes, kept, "")
+        IMPLEMENTATIONS["map_"](weights, flat, sizes, kept, "")
+    maps = ["deviation_kernel", "map_kernel", "lowrank_map_kernel"]
+    assert names(launches) == [*maps, *maps, "remember_kernel", *maps]
     _table._tables.clear()
 
 
@@ -255,18 +322,19 @@ def test_tables_in_a_graph():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend):
     weights, own = mixed_layers(tensor)
-    flat, sizes = [f for t in own for f in t], [1] * 3 + [2] * 3
-    torch.library.opcheck(torch.ops.dbpkern.map_gradients_.default, (weights, flat, sizes, backend))
-    before = [V.clone() for V in weights]
-    torch.library.opcheck(torch.ops.dbpkern.map_changes_.default, (weights, before, flat, sizes, backend))
+    flat, sizes = flattened(own)
+    torch.library.opcheck(torch.ops.dbpkern.map_.default, (weights, flat, sizes, [], backend))
+    kept = ops.remember(weights, own)
+    torch.library.opcheck(torch.ops.dbpkern.remember.default, (weights, flat, sizes, kept, backend))
+    torch.library.opcheck(torch.ops.dbpkern.map_.default, (weights, flat, sizes, kept, backend))
 
 
 def test_flops_are_counted():
     weights, own = [tensor(6, 4, 2), tensor(7, 9)], [factors(8, 0), factors(9, 2)]
     with FlopCounterMode(display=False) as counter:
         ops.map_gradients_(weights, own)
-        ops.map_changes_(weights, [V.clone() for V in weights], own)
-    assert counter.get_total_flops() == 2 * (2 * 6 * 64 + 4 * 7 * 9 * 2 + 2 * 7 * 4)
+        ops.map_changes_(weights, ops.remember(weights, own), own)
+    assert counter.get_total_flops() == 2 * (2 * 6 * 64 + 4 * 7 * 9 * 2 + 2 * 7 * 4) + 2 * 7 * 9 * 2
 
 
 @pytest.mark.parametrize(
@@ -294,7 +362,7 @@ def test_what_is_refused(weights, own, error, match):
 
 def test_what_changes_refuse():
     V, own = tensor(3, 4), [factors(4, 0)]
-    with pytest.raises(ValueError, match="before: expected 1 tensors, got 0"):
+    with pytest.raises(ValueError, match="before: expected one for each of 1 weights, got 0"):
         ops.map_changes_([V], [], own)
     with pytest.raises(ValueError, match=r"before\[0\]: expected shape \[3, 4\], got \[4, 3\]"):
         ops.map_changes_([V], [V.T], own)

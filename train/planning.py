@@ -3,7 +3,7 @@
     def step():
         loss_of(model(next(batches))).backward()
 
-    plan = dbpkern.plan(model, step, budget=0.05)
+    plan = planning.plan(model, step, budget=0.05)
     print(plan)
     decor = dbpkern.DecorPreconditioner(model, optimizer, plan.decor())
 
@@ -13,7 +13,7 @@ docs/planning.md says how it chooses.
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -127,7 +127,7 @@ class Plan:
 
     groups: tuple[Group, ...]
     budget: float
-    rule: Decor = Decor()
+    rule: Decor = field(default_factory=Decor)
 
     def decor(self) -> Decor:
         """The rule, for the chosen layers and with their ranks."""

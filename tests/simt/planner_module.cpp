@@ -1,4 +1,4 @@
-// The planner as a Python module, for tests and reports. Needs a C++ compiler and pybind11, no CUDA.
+// The planner as a Python module. Needs a C++ compiler and pybind11, no CUDA.
 #include <pybind11/pybind11.h>
 
 #include "planner.h"
