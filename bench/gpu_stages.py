@@ -24,7 +24,7 @@ from dbpkern import ops, problems
 NEEDS_GPU = "needs a GPU"
 SHAPES = ((37, 1280, 768), (12, 1280, 3072), (3, 700, 771))
 COMPARED = (
-    "correlation", "apply_", "transform", "map_gradients_", "map_gradients_, low rank", "adamw_",
+    "correlation", "apply_", "transform", "map_, gradients", "map_, gradients, low rank", "adamw_",
     "adamw_, low rank", "lowrank_statistics", "lowrank_step_", "orthogonalize",
 )  # fmt: skip
 ARMS = (
@@ -116,15 +116,14 @@ def fused_adamw(inputs: tuple, maps: bool) -> Callable[[], None]:
     for weight, gradient in zip(weights, gradients, strict=True):
         weight.grad = gradient
     optimizer = torch.optim.AdamW(weights, fused=True)
-    before = [weight.clone() for weight in weights]
 
     def step() -> None:
         if maps:
             ops.map_gradients_(gradients, factors)
-            torch._foreach_copy_(before, weights)
+            kept = ops.remember(weights, factors)
         optimizer.step()
         if maps:
-            ops.map_changes_(weights, before, factors)
+            ops.map_changes_(weights, kept, factors)
 
     return step
 

@@ -26,7 +26,7 @@ STEP = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.0
 
 @dataclass(frozen=True)
 class Sizes:
-    """L layers of width d with n rows each, on a device; d > 1."""
+    """L layers of width d with n rows each, on a device; d is at least 8."""
 
     L: int
     n: int
@@ -35,8 +35,8 @@ class Sizes:
 
     @property
     def r(self) -> int:
-        """The rank, an odd one for odd widths."""
-        return max(4, min(64, self.d // 12)) - self.d % 2
+        """The rank, as a run has it: a multiple of 8, a twelfth of the width, and no more than 64."""
+        return max(8, min(64, self.d // 96 * 8))
 
     def draw(self, *shape: int) -> Tensor:
         """Random numbers."""
@@ -204,17 +204,21 @@ def _map_gradients(s: Sizes, low: bool = False) -> tuple:
 
 
 def _map_changes(s: Sizes, low: bool = False) -> tuple:
-    def call(weights, before, factors, backend):
-        ops.map_changes_(weights, before, factors, backend=backend)
+    def call(weights, old, kept, factors, backend):
+        ops.map_changes_(weights, kept, factors, backend=backend)
         return weights
 
-    def formula(p, weights, before, factors):
-        parts = zip(weights, before, factors, strict=True)
-        return [V + _deviation(p, V - old, own) for V, old, own in parts]
+    def formula(p, weights, old, kept, factors):
+        parts = zip(weights, old, factors, strict=True)
+        return [V + _deviation(p, V - before, own) for V, before, own in parts]
 
-    before = s.weights()
-    weights = [V + change for V, change in zip(before, s.weights(0.01), strict=True)]
-    return (weights, before, s.factors(low)), call, formula
+    old, factors = s.weights(), s.factors(low)
+    weights = [V + change for V, change in zip(old, s.weights(0.01), strict=True)]
+    return (weights, old, ops.remember(old, factors, backend="eager"), factors), call, formula
+
+
+def _remember(s: Sizes) -> tuple:
+    return (s.weights(), s.factors(low=True)), ops.remember, _eagerly(ops.remember)
 
 
 def _adamw(s: Sizes, low: bool = False) -> tuple:
@@ -304,16 +308,17 @@ MAKERS: dict[str, Callable[..., tuple]] = {
     "lowrank_statistics": _lowrank_statistics,
     "lowrank_step_": _lowrank_step,
     "lowrank_transform": _lowrank_transform,
-    "map_changes_": _map_changes,
-    "map_changes_, low rank": lambda s: _map_changes(s, True),
-    "map_gradients_": _map_gradients,
-    "map_gradients_, low rank": lambda s: _map_gradients(s, True),
+    "map_, changes": _map_changes,
+    "map_, changes, low rank": lambda s: _map_changes(s, True),
+    "map_, gradients": _map_gradients,
+    "map_, gradients, low rank": lambda s: _map_gradients(s, True),
     "orthogonalize": _orthogonalize,
+    "remember, low rank": _remember,
     "sample_patches_": _sample_patches,
     "sample_rows_": _sample_rows,
     "transform": _transform,
 }
-"""By name: the op, and after a comma a variant."""
+"""By name: the op, as the tables of backends have it, and after a comma a variant."""
 
 
 def make(name: str, L: int, n: int, d: int, device: torch.device) -> Problem:
@@ -324,7 +329,7 @@ def make(name: str, L: int, n: int, d: int, device: torch.device) -> Problem:
 
 def kernels(op: str) -> list[str]:
     """The backends of an op beside PyTorch's; the CUDA extension where it is built."""
-    built = op == "lowrank_statistics" and extension.state() in ("built", "loaded")
+    built = op == "lowrank_statistics" and torch.cuda.is_available() and extension.load() is not None
     return ["triton"] * (op in AUTOMATIC) + ["cuda"] * built
 
 
