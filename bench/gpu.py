@@ -16,6 +16,9 @@ stays; DIR/summary.json says how each stage ended, DIR/NAME.log what it printed.
     small   small.json   as step, for ViT-Ti and for 32 images, where the host is the limit, and for Muon
     graphs  graphs.json  the step of DecorAdamW in a CUDA graph against the same without one
 
+The stages run by what was tuned before, if anything was: env.json says so. What the stage tune finds they do
+not use, and it is not kept in the user's cache.
+
 Needs torch, triton, numpy, timm and pytest. Ratios are medians over rounds of (arm / plain) within a round,
 with quartiles. No figure is held back: look at smoke.json and junit.xml before quoting one.
 """

@@ -20,6 +20,7 @@ from bench.arms import PERIOD
 from bench.cases import Case
 from bench.record import Stage
 from dbpkern import ops, problems
+from dbpkern.ops import _tuned
 
 NEEDS_GPU = "needs a GPU"
 SHAPES = ((37, 1280, 768), (12, 1280, 3072), (3, 700, 771))
@@ -45,6 +46,8 @@ def environment(stage: Stage) -> None:
         stage.set("clocks", dict(zip(query.split(","), clocks.splitlines()[0].split(", "), strict=False)))
     except (OSError, subprocess.SubprocessError, IndexError) as error:
         stage.set("clocks", f"not readable: {error}")
+    file = _tuned.tuned_file(stage.content["device"])
+    stage.set("tuned", str(file) if file.exists() else None)  # it says which kernels serve in the stages
     for kind in ("16bit", "tf32", "ieee"):
         flops = measure.matmul_ceiling(kind, stage.device, 64 if stage.dry else None)
         stage.add(ceiling=kind, flops_per_second=flops)

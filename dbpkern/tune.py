@@ -33,7 +33,7 @@ TRIED = {
     "adamw_": ("adamw", (Tiles(64, 64, 64, 4, 3), Tiles(128, 64, 64, 8, 3))),
     "correlation": ("correlation", (Tiles(64, 64, 64, 4, 4), Tiles(128, 128, 32, 8, 4))),
     "fold": ("matmul", (Tiles(128, 128, 64, 8, 3), Tiles(64, 128, 32, 4, 4))),
-    "map_": ("map", (Tiles(128, 128, 32, 8, 3), Tiles(64, 64, 64, 4, 4))),
+    "map_": ("map", (Tiles(128, 64, 32, 8, 4), Tiles(64, 64, 64, 4, 4))),
 }
 """Tiles tried beyond those of a table, by the first op that uses it; later ones take what was found."""
 
