@@ -15,6 +15,7 @@ COMMANDS = {
     "kernels": "every op and the whole-model update against the published rule and PyTorch's best algebra",
     "step": "time, FLOPs and peak memory of a training step",
     "launches": "what a training step launches on a GPU, counted without one, and an estimate of its time",
+    "gpu": "everything that a GPU is needed for, in one command of a few minutes",
     "memory": "where the bytes of a training step go",
     "data": "images per second of the loader and of the parts of its work",
     "convergence": "how soon each way to train reaches AdamW's final loss",

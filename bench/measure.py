@@ -173,22 +173,24 @@ def matmul_setting(name: str) -> Iterator[None]:
 TRIES = 11  # of which the best is the ceiling
 
 
-def matmul_ceiling(kind: str, device: torch.device) -> float:
+def matmul_ceiling(kind: str, device: torch.device, size: int | None = None) -> float:
     """FLOP/s of the best of some large square products of PyTorch, by the kind of the operands.
 
     Args:
         kind: "ieee", "tf32" or "16bit" (bf16).
+        device: where.
+        size: of the matrices; None for 2048, on a GPU 8192.
     """
-    size = 8192 if device.type == "cuda" else 2048
+    size = size or (8192 if device.type == "cuda" else 2048)
     a, b = torch.randn(2, size, size, device=device, dtype=torch.bfloat16 if kind == "16bit" else None)
     with matmul_setting(kind):
         best = min(seconds(lambda: a @ b, device) for _ in range(TRIES))
     return 2 * size**3 / best
 
 
-def copy_ceiling(device: torch.device) -> float:
-    """Bytes per second, read and written, of the best of some large copies."""
-    size = 2**30 if device.type == "cuda" else 2**28
+def copy_ceiling(device: torch.device, size: int | None = None) -> float:
+    """Bytes per second, read and written, of the best of some copies; `size` bytes each, None for many."""
+    size = size or (2**30 if device.type == "cuda" else 2**28)
     source, target = torch.zeros(2, size, dtype=torch.uint8, device=device)
     best = min(seconds(lambda: target.copy_(source), device) for _ in range(TRIES))
     return 2 * size / best

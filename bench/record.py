@@ -1,12 +1,15 @@
 """How results are told: the machine they come from, and tables."""
 
+import argparse
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 
 import torch
 
-from dbpkern import env
+from dbpkern import env, tune
 
 
 def progress(text: str) -> None:
@@ -60,3 +63,34 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
     rule = ["-" * w if i < 2 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
     return "\n".join([line(lines[0]), line(rule), *map(line, lines[1:])])
+
+
+class Stage:
+    """What a stage writes, and how long it may go on.
+
+    Args:
+        file: written after every change.
+        args: of the command.
+        argv: the command line.
+    """
+
+    def __init__(self, file: Path, args: argparse.Namespace, argv: Sequence[str]) -> None:
+        self.file, self.dry, self.limit = file, args.dry, args.budget
+        self.begin = time.monotonic()
+        self.device = torch.device("cpu" if args.dry else "cuda")
+        self.content: dict = header(argv, self.device, "bf16") | {"dry": args.dry, "rows": []}
+        tune.write(file, self.content)
+
+    def add(self, **row: object) -> None:
+        """Add a row."""
+        self.content["rows"].append(row)
+        tune.write(self.file, self.content)
+
+    def set(self, name: str, value: object) -> None:
+        """Set what stands beside the rows."""
+        self.content[name] = value
+        tune.write(self.file, self.content)
+
+    def within(self, part: float) -> bool:
+        """Whether less than this part of the time is over."""
+        return time.monotonic() - self.begin < part * self.limit

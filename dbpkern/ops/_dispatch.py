@@ -3,7 +3,8 @@
 Every op has an eager implementation that serves any device. A faster one is asked for by name
 (`backend="triton"`), which raises where it cannot serve, or chosen by itself. The choice is a function of
 dtypes, the kind of device and what `python -m dbpkern.tune` has found there, so all processes of a run on
-equal machines make the same one.
+equal machines make the same one. Where several run together, what it has found counts only if DBPKERN_CACHE
+names a folder, which all of them must share.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dbpkern.ops import _triton
+from dbpkern.ops import _triton, _tuned
 
 BACKENDS = ("eager", "triton", "cuda")
 _HALVES = (torch.float16, torch.bfloat16)
@@ -139,7 +140,14 @@ products, are PyTorch's, until `python -m dbpkern.tune` finds on a device that a
 
 def preferred(op: str, device: torch.device, kind: str = "16bit") -> str:
     """The backend that serves an op by itself, for a kind of operands."""
-    return AUTOMATIC.get(op, "eager") if device.type == "cuda" and kind == "16bit" else "eager"
+    if device.type != "cuda" or kind != "16bit":
+        return "eager"
+    return _found(device).backends.get(op) or AUTOMATIC.get(op, "eager")
+
+
+def _found(device: torch.device | None = None) -> _tuned.Tuned:
+    """What tuning has found there; nothing for a GPU that is assumed."""
+    return _tuned.NOTHING if _assumed is not None else _tuned.tuned(BACKENDS, device)
 
 
 def choose(op: str, requested: str, refusals: dict[str, str | None], automatic: str = "eager") -> str:
@@ -226,13 +234,21 @@ TILES: dict[tuple[str, str], dict[tuple[int, int], Tiles]] = {
     },
     ("lowrank", "ieee"): {(0, 1): Tiles(32, 32, 16, 4, 2), (129, 1): Tiles(16, 32, 16, 8, 2)},
 }
-"""Tiles by kernel and kind of operands: `{(least width, multiple): tiles}`. None has been measured."""
+"""Tiles by kernel and kind of operands: `{(least width, multiple): tiles}`. None has been measured;
+`python -m dbpkern.tune` finds others for the GPU at hand."""
 
 
 def tiles(kernel: str, kind: str, d: int) -> Tiles:
     """The tiles of a kernel for width d: those of the most demanding row of the table that d meets."""
     rows = TILES[kernel, kind]
-    return rows[max(row for row in rows if d >= row[0] and d % row[1] == 0)]
+    row = tiles_row(kernel, kind, d)
+    own = _found().tiles.get((kernel, kind), {}).get(row)
+    return rows[row] if own is None else Tiles(*own)
+
+
+def tiles_row(kernel: str, kind: str, d: int) -> tuple[int, int]:
+    """The key of the row of the table that width d takes."""
+    return max(row for row in TILES[kernel, kind] if d >= row[0] and d % row[1] == 0)
 
 
 def capturing(device: torch.device) -> bool:
