@@ -14,27 +14,27 @@ from dbpkern.ops._common import (
     operator,
     product,
 )
-from dbpkern.ops._dispatch import Operands, Tiles
+from dbpkern.ops._dispatch import Operands
 from dbpkern.ops._matmul import (
     cdiv,
     dot,
     operand_constants,
     product_loop,
     rounded,
-    within_reach,
 )
 from dbpkern.ops._triton import jit, tl
+from dbpkern.ops.lowrank_fold import multiplies_bfloat16
 
 # What the CUDA kernel is built for.
 RANKS = range(8, 257)
 # The widest block of ranks that stays in registers.
-MAX_RANK = 256
+MAX_RANK = 128
 
 
 @jit
 def project_kernel(
-    x, Q, P, N, D, RANK, x_l, x_n, x_d,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr, EVEN_K: tl.constexpr,
+    x, Q, P, N, D, x_l, x_n,
+    RANK: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """`P [L, N, r] = x [L, N, D] @ Q [L, D, r]`: a block of rows on grid axis 0, a layer on axis 1."""
@@ -47,47 +47,50 @@ def project_kernel(
     r_in = (rank < RANK)[None, :]
     x += layer * x_l + row.to(tl.int64) * x_n
     acc = product_loop(
-        x + (m[:, None] * x_n + k[None, :] * x_d),
+        x + (m[:, None] * x_n + k[None, :]),
         Q + layer * D * RANK + (k[:, None] * RANK + rank[None, :]),
-        m_in, r_in, D, x_d, RANK, rank, False, OPERAND, PRECISION, EMULATE, EVEN_K, BLOCK_M, BLOCK_R, BLOCK_K,
+        m_in, r_in, D, 1, RANK, rank, False, OPERAND, PRECISION, EMULATE, EVEN_K, BLOCK_M, BLOCK_R, BLOCK_K,
     )  # fmt: skip
     P += (layer * N + row) * RANK + (m[:, None] * RANK + rank[None, :])
     tl.store(P, rounded(acc, P.dtype.element_ty, EMULATE), mask=m_in & r_in)
 
 
 @jit
-def transposed_product(
-    a, P, first, D, N, RANK, a_n, a_d,
+def moments(
+    a, P, out, squares, first, D, N, a_n, scale,
+    SQUARES: tl.constexpr, RANK: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """`a^T P` for the BLOCK_D columns of `a [N, D]` from `first` on, and the sums of their squares."""
-    d = tl.arange(0, BLOCK_D)
+    """`out = scale a^T P` for BLOCK_D columns of `a [N, D]` from `first` on; with SQUARES their mean squares."""
+    d = first + tl.arange(0, BLOCK_D)
     k = tl.arange(0, BLOCK_K)
     rank = tl.arange(0, BLOCK_R)
-    d_in = (first + d < D)[None, :]
     r_in = (rank < RANK)[None, :]
-    left = a + first.to(tl.int64) * a_d + (k[:, None] * a_n + d[None, :] * a_d)
+    left = a + (k[:, None] * a_n + d[None, :])
     right = P + (k[:, None] * RANK + rank[None, :])
     acc = tl.zeros((BLOCK_D, BLOCK_R), tl.float32)
-    squares = tl.zeros((BLOCK_D,), tl.float32)
+    total = tl.zeros((BLOCK_D,), tl.float32)
     for start in range(0, N, BLOCK_K):
         k_in = (k < N - start)[:, None]
-        columns = tl.load(left, mask=k_in & d_in, other=0.0)
+        columns = tl.load(left, mask=k_in & (d < D)[None, :], other=0.0)
         rows = tl.load(right, mask=k_in & r_in, other=0.0)
-        wide = columns.to(tl.float32)
-        squares += tl.sum(wide * wide, axis=0)
+        if SQUARES:
+            wide = columns.to(tl.float32)
+            total += tl.sum(wide * wide, axis=0)
         # Loaded as the rows lie, transposed in registers.
         acc = dot(tl.trans(columns), rows, acc, OPERAND, PRECISION, EMULATE)
         left += BLOCK_K * a_n
         right += BLOCK_K * RANK
-    return acc, squares
+    tl.store(out + (d[:, None] * RANK + rank[None, :]), acc * scale, mask=(d < D)[:, None] & r_in)
+    if SQUARES:
+        tl.store(squares + d, total * scale, mask=d < D)
 
 
 @jit
 def moments_kernel(
-    x, P, B, Y, c, N, D, RANK, x_l, x_n, x_d, scale, d_blocks,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr,
+    x, P, B, Y, c, N, D, x_l, x_n, scale, d_blocks,
+    RANK: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Y and c for a block of features, or B for a block of ranks: on grid axis 0, a layer on axis 1.
@@ -96,33 +99,31 @@ def moments_kernel(
     """
     block = tl.program_id(0)
     layer = tl.program_id(1).to(tl.int64)
-    d = tl.arange(0, BLOCK_D)
-    rank = tl.arange(0, BLOCK_R)
-    r_in = (rank < RANK)[None, :]
     P += layer * N * RANK
     if block < d_blocks:
-        first = block * BLOCK_D
-        acc, squares = transposed_product(
-            x + layer * x_l, P, first, D, N, RANK, x_n, x_d,
-            OPERAND, PRECISION, EMULATE, BLOCK_D, BLOCK_K, BLOCK_R,
+        moments(
+            x + layer * x_l, P, Y + layer * D * RANK, c + layer * D, block * BLOCK_D, D, N, x_n, scale,
+            True, RANK, OPERAND, PRECISION, EMULATE, BLOCK_D, BLOCK_K, BLOCK_R,
         )  # fmt: skip
-        inside = first + d < D
-        tl.store(c + layer * D + first + d, squares * scale, mask=inside)
-        y_tile = Y + (layer * D + first) * RANK + (d[:, None] * RANK + rank[None, :])
-        tl.store(y_tile, acc * scale, mask=inside[:, None] & r_in)
     else:
-        first = (block - d_blocks) * BLOCK_D
-        acc, squares = transposed_product(
-            P, P, first, RANK, N, RANK, RANK, 1,
-            OPERAND, PRECISION, EMULATE, BLOCK_D, BLOCK_K, BLOCK_R,
+        moments(
+            P, P, B + layer * RANK * RANK, c, (block - d_blocks) * BLOCK_D, RANK, N, RANK, scale,
+            False, RANK, OPERAND, PRECISION, EMULATE, BLOCK_D, BLOCK_K, BLOCK_R,
         )  # fmt: skip
-        b_tile = B + (layer * RANK + first) * RANK + (d[:, None] * RANK + rank[None, :])
-        tl.store(b_tile, acc * scale, mask=(first + d < RANK)[:, None] & r_in)
 
 
 def rank_block(r: int) -> int:
     """The block that holds r ranks: tensor cores take no fewer than 16."""
     return max(16, 1 << (r - 1).bit_length())
+
+
+def rank_refusal(r: int) -> str | None:
+    """Why the kernels of low-rank steps cannot serve a rank, or None."""
+    return (
+        f"it serves ranks that are multiples of 8 up to {MAX_RANK}, got {r}"
+        if r % 8 or not 0 < r <= MAX_RANK
+        else None
+    )
 
 
 def _operands(x: Tensor, Q: Tensor) -> tuple[Operands, Operands]:
@@ -132,47 +133,42 @@ def _operands(x: Tensor, Q: Tensor) -> tuple[Operands, Operands]:
     return kind, Operands(torch.float32, "tf32") if kind.dtype == torch.float16 else kind
 
 
-def _tiles(kind: Operands, d: int, r: int) -> Tiles:
-    # The table goes by the rank, as an odd one where the width is no multiple of 16.
-    return _dispatch.tiles("lowrank", kind.kind, r if d % 16 == 0 or r % 2 else r - 1)
-
-
 def triton_statistics(x: Tensor, Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """B, Y and c by two launches; n > 0."""
     L, n, d = x.shape
     r = Q.shape[2]
-    x, Q = within_reach(x), Q.contiguous()
-    operands, p_operands = _operands(x, Q)
-    P = torch.empty(L, n, r, dtype=p_operands.dtype, device=x.device)
+    # A row in one piece, and rows within 32 bits of each other, where 16 bytes begin.
+    if x.stride(2) != 1 or x.stride(0) % 16 or x.stride(1) % 16 or x.stride(1) >= 2**23:
+        x = x.contiguous()
+    Q = Q.contiguous()
+    kinds = _operands(x, Q)
+    P = torch.empty(L, n, r, dtype=kinds[1].dtype, device=x.device)
     B, Y, c = (
         torch.empty(L, *shape, dtype=torch.float32, device=x.device) for shape in ((r, r), (d, r), (d,))
     )
-    sizes = {"N": n, "D": d, "RANK": r, "x_l": x.stride(0), "x_n": x.stride(1), "x_d": x.stride(2)}
-    tiles = _tiles(operands, d, r)
+    strides = {"N": n, "D": d, "x_l": x.stride(0), "x_n": x.stride(1)}
+    first, second = (_dispatch.tiles("lowrank", kind.kind, r) for kind in kinds)
+    constants = {"RANK": r, "BLOCK_R": rank_block(r)}
     _triton.launch(
         project_kernel,
-        (cdiv(n, tiles.m), L),
-        {"x": x, "Q": Q, "P": P, **sizes},
+        (cdiv(n, first.m), L),
+        {"x": x, "Q": Q, "P": P, **strides},
         {
-            **operand_constants(operands), "EVEN_K": d % tiles.k == 0,
-            "BLOCK_M": tiles.m, "BLOCK_K": tiles.k, "BLOCK_R": rank_block(r),
+            **operand_constants(kinds[0]), **constants,
+            "EVEN_K": d % first.k == 0, "BLOCK_M": first.m, "BLOCK_K": first.k,
         },
-        tiles.warps,
-        tiles.stages,
+        first.warps,
+        first.stages,
     )  # fmt: skip
-    tiles = _tiles(p_operands, d, r)
-    d_blocks = cdiv(d, tiles.m)
+    d_blocks = cdiv(d, second.m)
     _triton.launch(
         moments_kernel,
-        (d_blocks + cdiv(r, tiles.m), L),
-        {"x": x, "P": P, "B": B, "Y": Y, "c": c, **sizes, "scale": 1 / n, "d_blocks": d_blocks},
-        {
-            **operand_constants(p_operands),
-            "BLOCK_D": tiles.m, "BLOCK_K": tiles.k, "BLOCK_R": rank_block(r),
-        },
-        tiles.warps,
-        tiles.stages,
-    )  # fmt: skip
+        (d_blocks + cdiv(r, second.m), L),
+        {"x": x, "P": P, "B": B, "Y": Y, "c": c, **strides, "scale": 1 / n, "d_blocks": d_blocks},
+        {**operand_constants(kinds[1]), **constants, "BLOCK_D": second.m, "BLOCK_K": second.k},
+        second.warps,
+        second.stages,
+    )
     return B, Y, c
 
 
@@ -194,10 +190,9 @@ def _cuda_refusal(x: Tensor, Q: Tensor) -> str | None:
 
 def _triton_refusal(x: Tensor, Q: Tensor) -> str | None:
     """Why the Triton kernels cannot serve the call, or None."""
-    r = Q.shape[2]
-    if not 1 <= r <= MAX_RANK:
-        return f"it serves ranks from 1 to {MAX_RANK}, got {r}"
-    return _dispatch.triton_refusal(x.device, x.dtype, Q.dtype)
+    d, r = Q.shape[1:]
+    width = f"it serves widths that are multiples of 16, got {d}" if d % 16 else None
+    return width or rank_refusal(r) or _dispatch.triton_refusal(x.device, x.dtype, Q.dtype)
 
 
 def _serves(x: Tensor, Q: Tensor, backend: str) -> str:
@@ -209,25 +204,11 @@ def _serves(x: Tensor, Q: Tensor, backend: str) -> str:
     return _dispatch.choose("lowrank_statistics", backend, refusals, automatic)
 
 
-def _multiplies_bfloat16(x: Tensor, Q: Tensor) -> bool:
-    """Whether PyTorch multiplies the rows as they are, with fp32 sums and results.
-
-    float16 rows do not count: P, a sum of d products, can leave their range.
-    """
-    return (
-        x.dtype == torch.bfloat16
-        and Q.dtype == torch.float32
-        and x.device.type == "cuda"
-        and torch.version.hip is None
-        and _dispatch.capability(x.device) >= (8, 0)
-    )
-
-
 def _eager_statistics(x: Tensor, Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     n = x.shape[1]
     dtype = _result_dtype(x, Q)
     c = torch.linalg.vector_norm(x, dim=1, dtype=dtype).square_().div_(n)
-    if _multiplies_bfloat16(x, Q):
+    if multiplies_bfloat16(x.device, x.dtype, Q.dtype):
         operand, bmm = torch.bfloat16, product
     else:
         operand, bmm = dtype, torch.bmm
@@ -272,18 +253,17 @@ def _flops(x_shape, Q_shape, *args, **kwargs) -> int:
 
 
 def lowrank_statistics(x: Tensor, Q: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Statistics of sampled rows for low-rank updates, per layer: with `P = x Q`, all that the step needs.
+    """Statistics of sampled rows before R for low-rank updates, per layer: with `P = x Q`, all the step needs.
 
-    The rows are those before R. Averages of the results, weighted by their numbers of rows, are the results
-    of all rows together: micro-batches and processes combine exactly.
+    Averages of the results, weighted by their numbers of rows, are the results of all rows together.
 
     Args:
         x: `[L, n, d]`, the sampled rows of L layers. n = 0 gives zeros.
         Q: `[L, d, r]`, fp32 or fp64.
-        backend: "eager", "triton" (two launches, ranks up to 256), or "cuda", the extension (fp32 and bf16
-            rows, ranks from 8 to 256), which is built when it is first asked for; None chooses between the
-            first two. On a GPU all round Q and P to bf16 where the rows are bf16; sums are fp32. Otherwise
-            eager widens the rows.
+        backend: "eager", "triton" (two launches, widths that are multiples of 16, ranks that are multiples of 8
+            up to 128), or "cuda", the extension (fp32 and bf16 rows, ranks from 8 to 256), which is built
+            when it is first asked for; None chooses between the first two. On a GPU all round Q and P to
+            bf16 where the rows are bf16; sums are fp32. Otherwise eager widens the rows.
 
     Returns:
         `B [L, r, r] = P^T P / n`, `Y [L, d, r] = x^T P / n` and `c [L, d]`, the mean squares of x, in fp32
