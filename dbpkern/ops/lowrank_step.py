@@ -8,22 +8,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from dbpkern.ops import _common as common
 from dbpkern.ops import _dispatch, _triton
-from dbpkern.ops._common import (
-    autocast_off,
-    check_accumulator,
-    check_kappa,
-    check_same_device,
-    check_same_dtype,
-    check_tensor,
-    eta_tensor,
-    operator,
-)
 from dbpkern.ops._matmul import cdiv, load_rate, rate_arguments
 from dbpkern.ops._table import address, address_table
 from dbpkern.ops._triton import jit, tl
 from dbpkern.ops.lowrank_fold import check_factors, ieee_products
 from dbpkern.ops.lowrank_statistics import rank_block, rank_refusal
+from dbpkern.ops.rates import eager_rates
 
 # Added to B's diagonal, relative to its trace, before B is inverted: with fewer rows than ranks B is
 # singular, and with about as many its inverse is mostly noise, which Q would follow.
@@ -32,9 +24,8 @@ RIDGE = 1e-4
 ROTATION_STEPS = 6
 TINY = torch.finfo(torch.float32).tiny
 # Features, ranks, and terms of a product, that a program takes at a time. Not measured.
-BLOCK_D, BLOCK_H, BLOCK_K, WARPS, STAGES = 64, 64, 16, 8, 2
-
-# Warps and stages of the kernel of small matrices.
+BLOCK_D, BLOCK_H, BLOCK_K = 64, 64, 16
+# Warps and stages of the kernel of small matrices, by the block of ranks.
 SMALL = {16: (4, 3), 32: (4, 3), 64: (8, 2), 128: (16, 1)}
 
 Stack = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -73,15 +64,9 @@ def place(table, count, ROWS, SPAN: tl.constexpr):
 
 
 @jit
-def numbers(table, count, stack, COLUMN: tl.constexpr):
-    """Where a tensor of a stack lies."""
-    return tl.load(table + COLUMN * count + stack).to(tl.pointer_type(tl.float32))
-
-
-@jit
-def matrices(table, count, stack, COLUMN: tl.constexpr):
-    """The same, known to lie so that 16 bytes are loaded at a time."""
-    return tl.multiple_of(numbers(table, count, stack, COLUMN), 16)
+def tensor(table, count, stack, COLUMN: tl.constexpr):
+    """Where a tensor of a stack lies. Matrices lie so that 16 bytes are loaded at a time, numbers alone."""
+    return tl.multiple_of(tl.load(table + COLUMN * count + stack).to(tl.pointer_type(tl.float32)), 16)
 
 
 @jit
@@ -179,11 +164,11 @@ def moved_kernel(
     program = tl.program_id(0).to(tl.int64)
     stack, layer, corner, scratch, rows = place(table, count, ROWS, SPAN)
     AREA: tl.constexpr = RANK * RANK
-    Q = matrices(table, count, stack, 4) + corner * RANK
-    S = matrices(table, count, stack, 5) + layer * AREA
-    B = matrices(table, count, stack, 8) + layer * AREA
-    Y = matrices(table, count, stack, 9) + corner * RANK
-    c = numbers(table, count, stack, 10) + corner
+    Q = tensor(table, count, stack, 4) + corner * RANK
+    S = tensor(table, count, stack, 5) + layer * AREA
+    B = tensor(table, count, stack, 8) + layer * AREA
+    Y = tensor(table, count, stack, 9) + corner * RANK
+    c = tensor(table, count, stack, 10) + corner
     A += scratch * RANK
     gQ += scratch * RANK
     # Until they are known, the room of the sums holds what the program needs of B.
@@ -227,7 +212,7 @@ def small_kernel(
     table, sums, sizes, room, moves, count, ROWS, eta, kappa, limit,
     ETA_TENSOR: tl.constexpr, ETA_STRIDE: tl.constexpr, SCALE_FREE: tl.constexpr, LIMITED: tl.constexpr,
     TINY: tl.constexpr, STEPS: tl.constexpr, SPAN: tl.constexpr, RANK: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """The rate and the new S of a layer, `L^-1` of `A^T A = L L^T`, and whether Q is to become `A L^-T`.
 
@@ -239,10 +224,10 @@ def small_kernel(
     D = tl.load(table + 3 * count + stack)
     parts = tl.cdiv(D, ROWS).to(tl.int32)
     first_part = tl.load(table + stack) + layer * parts
-    S = matrices(table, count, stack, 5) + layer * AREA
-    B = matrices(table, count, stack, 8) + layer * AREA
-    caution = numbers(table, count, stack, 6) + layer
-    rates = numbers(table, count, stack, 7) + layer
+    S = tensor(table, count, stack, 5) + layer * AREA
+    B = tensor(table, count, stack, 8) + layer * AREA
+    caution = tensor(table, count, stack, 6) + layer
+    rates = tensor(table, count, stack, 7) + layer
     diagonal = room + number * 8 * AREA
     gram = diagonal + AREA
     overlap = gram + AREA
@@ -252,10 +237,11 @@ def small_kernel(
     U = stepped + AREA
     other = U + AREA
 
-    p = tl.arange(0, BLOCK_P)
-    place = sizes + 2 * (first_part + p)
-    size = tl.sum(tl.load(place, mask=p < parts, other=0.0))
-    mean = tl.sum(tl.load(place + 1, mask=p < parts, other=0.0)) / D.to(tl.float32)
+    size = 0.0
+    mean = 0.0
+    for part in range(parts):
+        size += tl.load(sizes + 2 * (first_part + part))
+        mean += tl.load(sizes + 2 * (first_part + part) + 1) / D.to(tl.float32)
     sound = tl.abs(size) < float("inf")
     sums += first_part * 3 * AREA
     for first in range(0, 3 * RANK, BLOCK_H):
@@ -329,7 +315,7 @@ def turn_kernel(
     """`Q = A L^-T` where it moves, for ROWS features of a layer."""
     stack, layer, corner, scratch, rows = place(table, count, ROWS, SPAN)
     number = tl.load(table + count + stack) + layer
-    Q = matrices(table, count, stack, 4) + corner * RANK
+    Q = tensor(table, count, stack, 4) + corner * RANK
     factor = room + (8 * number + 1) * RANK * RANK
     A += scratch * RANK
     rows *= tl.load(moves + number)
@@ -348,87 +334,54 @@ def triton_step(
     sizes = [Q.shape[:2] for Q, *_ in stacks]
     # No more programs than run at a time, one on a processor, each with a number of whole blocks of features.
     most = max(_dispatch.processors(device), sum(L for L, _ in sizes))
-    rows = next(
-        n for n in itertools.count(BLOCK_D, BLOCK_D) if sum(L * cdiv(d, n) for L, d in sizes) <= most
-    )
+    rows = next(n for n in itertools.count(BLOCK_D, BLOCK_D) if sum(L * cdiv(d, n) for L, d in sizes) <= most)
     counts = [[L * cdiv(d, rows) for L, d in sizes], [L for L, _ in sizes], [L * d for L, d in sizes]]
-    *firsts, (programs, layers, features) = zip(
-        *(itertools.accumulate(column, initial=0) for column in counts), strict=True
-    )
-    columns = [*zip(*firsts, strict=True), [d for _, d in sizes]]
-    columns += [[address(t) for t in column] for column in zip(*stacks, strict=True)]
+    columns = [list(itertools.accumulate(column, initial=0)) for column in counts]
+    programs, layers, features = (column.pop() for column in columns)
+    columns += [
+        [d for _, d in sizes],
+        *([address(t) for t in column] for column in zip(*stacks, strict=True)),
+    ]
     A, gQ = like.new_empty(2, features, r)
-    sums, room = like.new_empty(programs, 3, r, r), like.new_empty(layers, 8, r, r)
-    parts, moves = like.new_empty(programs, 2), torch.empty(layers, dtype=torch.int32, device=device)
-    args = {"table": address_table(columns, device), "count": len(stacks), "ROWS": rows}
+    eta_argument, eta_constants = rate_arguments(eta, device)
+    args = {
+        "table": address_table(columns, device), "count": len(stacks), "ROWS": rows,
+        "A": A, "gQ": gQ, "sums": like.new_empty(programs, 3, r, r), "sizes": like.new_empty(programs, 2),
+        "room": like.new_empty(layers, 8, r, r), "moves": like.new_empty(layers, dtype=torch.int32),
+        **eta_argument, "kappa": kappa, "limit": limit or 0.0, "q_eta": q_eta, "ridge": RIDGE,
+    }  # fmt: skip
     block = rank_block(r)
     constants = {
-        "SPAN": 1 << (len(stacks) - 1).bit_length(), "RANK": r, "BLOCK_K": BLOCK_K, "BLOCK_R": block,
+        **eta_constants, "SCALE_FREE": scale_free, "LIMITED": limit is not None, "TINY": TINY,
+        "STEPS": ROTATION_STEPS, "SPAN": 1 << (len(stacks) - 1).bit_length(), "RANK": r, "PRECISION": "tf32x3",
+        "BLOCK_D": BLOCK_D, "BLOCK_H": min(BLOCK_H, block), "BLOCK_K": BLOCK_K, "BLOCK_R": block,
     }  # fmt: skip
-    by_rows = {**constants, "PRECISION": "tf32x3", "BLOCK_D": BLOCK_D}
-    constants["BLOCK_H"] = min(BLOCK_H, block)
-    _triton.launch(
-        moved_kernel,
-        (programs,),
-        args | {"A": A, "gQ": gQ, "sums": sums, "sizes": parts, "q_eta": q_eta, "ridge": RIDGE},
-        constants | by_rows, WARPS, STAGES,
-    )  # fmt: skip
-    eta_argument, eta_constants = rate_arguments(eta, device)
-    _triton.launch(
-        small_kernel,
-        (layers,),
-        {
-            **args, "sums": sums, "sizes": parts, "room": room, "moves": moves,
-            **eta_argument, "kappa": kappa, "limit": limit or 0.0,
-        },
-        {
-            **constants, **eta_constants, "SCALE_FREE": scale_free, "LIMITED": limit is not None,
-            "TINY": TINY, "STEPS": ROTATION_STEPS,
-            "BLOCK_P": 1 << (max(cdiv(d, rows) for _, d in sizes) - 1).bit_length(),
-        },
-        *SMALL[block],
-    )  # fmt: skip
-    _triton.launch(
-        turn_kernel, (programs,), args | {"A": A, "room": room, "moves": moves}, by_rows, WARPS, STAGES
+    kernels = (
+        (moved_kernel, programs, 8, 2),
+        (small_kernel, layers, *SMALL[block]),
+        (turn_kernel, programs, 8, 2),
     )
-
-
-def _identity(like: Tensor) -> Tensor:
-    return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
-
-
-def _orthonormal(A: Tensor) -> tuple[Tensor, Tensor]:
-    """A basis of the columns of `A [L, d, r]`, and per layer whether it is one.
-
-    Cholesky and not QR, which has no batched form that leaves the host alone; twice, because once loses
-    digits with the square of A's condition number.
-    """
-    found = torch.ones(len(A), dtype=torch.bool, device=A.device)
-    for _ in range(2):
-        factor, info = torch.linalg.cholesky_ex(torch.bmm(A.mT, A))
-        A = torch.linalg.solve_triangular(factor.mT, A, upper=True, left=False)
-        found &= info == 0
-    return A, found & A.isfinite().all(-1).all(-1)
+    for kernel, grid, warps, stages in kernels:
+        own, fixed = ({k: v for k, v in d.items() if k in kernel.arg_names} for d in (args, constants))
+        _triton.launch(kernel, (grid,), own, fixed, warps, stages)
 
 
 def _moved(Q: Tensor, B: Tensor, Y: Tensor, q_eta: float) -> tuple[Tensor, Tensor]:
-    """Q after `orth(Q + q_eta (Y B^-1 - Q))`, and per layer whether that succeeded."""
-    ridge = RIDGE * B.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
-    factor, info = torch.linalg.cholesky_ex(B + ridge * _identity(B))
+    """Q after `orth(Q + q_eta (Y B^-1 - Q))`, and per layer whether that succeeded.
+
+    By Cholesky and not QR, which has no batched form that leaves the host alone; twice, because once loses
+    digits with the square of the condition number.
+    """
+    ridge = RIDGE * B.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
+    factor, info = torch.linalg.cholesky_ex(B + torch.diag_embed(ridge.expand(B.shape[:2])))
     half = torch.linalg.solve_triangular(factor.mT, Y, upper=True, left=False)
     target = torch.linalg.solve_triangular(factor, half, upper=False, left=False)
-    moved, found = _orthonormal(torch.lerp(Q, target, q_eta))
-    return moved, found & (info == 0)
-
-
-def _rotation(P: Tensor) -> Tensor:
-    """The orthogonal factor of `P [L, r, r]`, whose singular values are at most 1.
-
-    They are the cosines of the angles between old and new subspace. Where one is small, S fades instead.
-    """
-    for _ in range(ROTATION_STEPS):
-        P = torch.baddbmm(P, torch.bmm(P, P.mT), P, beta=1.5, alpha=-0.5)
-    return P
+    A, found = torch.lerp(Q, target, q_eta), info == 0
+    for _ in range(2):
+        factor, info = torch.linalg.cholesky_ex(torch.bmm(A.mT, A))
+        A = torch.linalg.solve_triangular(factor.mT, A, upper=True, left=False)
+        found = found & (info == 0)
+    return A, found & A.isfinite().all(-1).all(-1)
 
 
 def _eager_step(
@@ -436,31 +389,27 @@ def _eager_step(
     kappa: float, scale_free: bool, limit: float | None, q_eta: float,
 ) -> None:  # fmt: skip
     tiny = torch.finfo(Q.dtype).tiny
-    eye = _identity(S)
+    eye = torch.eye(Q.shape[2], dtype=Q.dtype, device=Q.device)
     V, T = torch.bmm(Q, S), S + eye
     g = c + ((2 * Y + torch.bmm(V, B)) * V).sum(-1)  # mean squares of z, [L, d]
     M = torch.bmm(torch.bmm(T, B), T.mT)  # the second moment of z within the subspace
-
     size = c.sum(-1)
-    sound = size.isfinite()
     unit = 2 * g.mean(-1).clamp(min=tiny) if scale_free else torch.ones_like(size)
-    caution.mul_(torch.where(sound, 1.0, 0.5))
-    rate = caution * eta.to(Q.dtype)
-    if limit is not None:
-        bound = (torch.linalg.matrix_norm(M) + kappa) / unit
-        rate = torch.minimum(rate, limit / bound.clamp(min=tiny))
-    rates.copy_(torch.where(sound, rate, 0.0))
+    bound = None if limit is None else (torch.linalg.matrix_norm(M) + kappa) / unit
+    eager_rates(caution, rates, c, bound, eta, limit)
 
     diagonal = torch.bmm(Q.mT, g[:, :, None] * Q)
-    M.sub_(diagonal)
-    if kappa:
-        M.mul_(1 - kappa).add_(diagonal.sub_(eye), alpha=kappa)
+    M = torch.lerp(M - diagonal, diagonal - eye, kappa)
     # A step too small to show in T still shows in S.
     stepped = S - (rates / unit)[:, None, None] * torch.bmm(M, T)
     moved, found = _moved(Q, B, Y, q_eta)
-    U = _rotation(torch.bmm(moved.mT, Q))
+    # Towards the rotation nearest to this: its singular values, cosines of the angles between old and new
+    # subspace, become 1. Where one is small, S fades instead.
+    U = torch.bmm(moved.mT, Q)
+    for _ in range(ROTATION_STEPS):
+        U = torch.baddbmm(U, torch.bmm(U, U.mT), U, beta=1.5, alpha=-0.5)
     turned = torch.bmm(torch.bmm(U, stepped), U.mT)
-    found, seen = found[:, None, None], (sound & (size != 0))[:, None, None]
+    found, seen = found[:, None, None], (size.isfinite() & (size != 0))[:, None, None]
     S.copy_(torch.where(seen, torch.where(found, turned, stepped), S))
     Q.copy_(torch.where(seen & found, moved, Q))
 
@@ -477,7 +426,7 @@ def _compact(t: Tensor) -> Tensor:
     return t if t.is_contiguous() and address(t) % 16 == 0 else t.clone(memory_format=torch.contiguous_format)
 
 
-@operator("lowrank_step_", mutates=("Qs", "Ss", "cautions", "rates"))
+@common.operator("lowrank_step_", mutates=("Qs", "Ss", "cautions", "rates"))
 def _lowrank_step(
     Qs: list[Tensor], Ss: list[Tensor], cautions: list[Tensor], rates: list[Tensor],
     Bs: list[Tensor], Ys: list[Tensor], cs: list[Tensor], eta: Tensor,
@@ -494,7 +443,7 @@ def _lowrank_step(
                 by_rank.setdefault((device, r), []).append((*changed, *map(_compact, (B, Y, c))))
             continue
         # S is turned by two products in every step: in TF32 it would grow or fade, step after step.
-        with autocast_off(device), ieee_products(device):
+        with common.autocast_off(device), ieee_products(device):
             _eager_step(*changed, B, Y, c, *rule)
     for stacks in by_rank.values():
         triton_step(stacks, *rule)
@@ -512,19 +461,19 @@ def _flops(Q_shapes, *args, **kwargs) -> int:
 def _check_stack(
     Q: Tensor, S: Tensor, caution: Tensor, rates: Tensor, B: Tensor, Y: Tensor, c: Tensor
 ) -> None:
-    check_tensor("Q", Q, "[L, d, r]", (3,))
-    check_accumulator("Q", Q)
+    common.check_tensor("Q", Q, "[L, d, r]", (3,))
+    common.check_accumulator("Q", Q)
     L, d, r = Q.shape
     if r > d:
         raise ValueError(f"Q: expected shape [L, d, r] with r <= d, got {list(Q.shape)}")
     check_factors(Q, S, d, L)
     tensors = {"caution": caution, "rates": rates, "B": B, "Y": Y, "c": c}
     for (name, value), shape in zip(tensors.items(), ((L,), (L,), S.shape, Q.shape, (L, d)), strict=True):
-        check_tensor(name, value, str(list(shape)), (len(shape),))
+        common.check_tensor(name, value, str(list(shape)), (len(shape),))
         if value.shape != shape:
             raise ValueError(f"{name}: expected shape {list(shape)}, got {list(value.shape)}")
-    check_same_dtype(Q=Q, **tensors)
-    check_same_device(Q=Q, S=S, **tensors)
+    common.check_same_dtype(Q=Q, **tensors)
+    common.check_same_device(Q=Q, S=S, **tensors)
 
 
 def lowrank_step_(
@@ -573,8 +522,8 @@ def lowrank_step_(
         raise ValueError(f"eta: expected a number or a 0-d tensor, got {list(eta.shape)}")
     for stack in stacks:
         _check_stack(*stack)
-        rate = eta_tensor(eta, 0, stack[0].device)
-    check_kappa(kappa)
+        rate = common.eta_tensor(eta, 0, stack[0].device)
+    common.check_kappa(kappa)
     if limit is not None and not 0.0 < limit < math.inf:
         raise ValueError(f"limit: expected a finite number > 0 or None, got {limit}")
     if not 0.0 <= q_eta <= 1.0:  # also false for NaN
