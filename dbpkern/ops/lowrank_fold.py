@@ -1,4 +1,4 @@
-"""`W + ((W Q) S) Q^T`: a weight folded with a low-rank R, and the products that `lowrank_transform` shares."""
+"""`W + ((W Q) S) Q^T`: a weight folded with a low-rank R, and what `lowrank_transform` shares."""
 
 import contextlib
 import threading

@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from dbpkern.ops import _common as common
-from dbpkern.ops import _dispatch, _triton
+from dbpkern.ops import _common, _dispatch, _triton
 from dbpkern.ops._matmul import cdiv, load_rate, rate_arguments
 from dbpkern.ops._table import address, address_table
 from dbpkern.ops._triton import jit, tl
-from dbpkern.ops.lowrank_fold import check_factors, ieee_products
+from dbpkern.ops.lowrank_fold import ieee_products
 from dbpkern.ops.lowrank_statistics import rank_block, rank_refusal
 from dbpkern.ops.rates import eager_rates
 
@@ -22,13 +21,12 @@ from dbpkern.ops.rates import eager_rates
 RIDGE = 1e-4
 # Newton-Schulz steps towards a rotation, an even number; they bring cosines from 0.4 up to 1 in fp32.
 ROTATION_STEPS = 6
-TINY = torch.finfo(torch.float32).tiny
 # Features, ranks, and terms of a product, that a program takes at a time. Not measured.
 BLOCK_D, BLOCK_H, BLOCK_K = 64, 64, 16
 # Warps and stages of the kernel of small matrices, by the block of ranks.
 SMALL = {16: (4, 3), 32: (4, 3), 64: (8, 2), 128: (16, 1)}
 
-Stack = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Stack = tuple[Tensor, ...]
 """Q, S, caution, rates, B, Y, c."""
 
 
@@ -47,20 +45,12 @@ def find(table, count, COLUMN: tl.constexpr, number, SPAN: tl.constexpr):
 
 @jit
 def place(table, count, ROWS, SPAN: tl.constexpr):
-    """Stack, layer, the features before the program's own in the stack and in all, and how many it has."""
+    """A program's stack and layer, its first feature in all layers of the stack, and how many it has."""
     stack, number = find(table, count, 0, tl.program_id(0), SPAN)
     D = tl.load(table + 3 * count + stack)
     parts = tl.cdiv(D, ROWS)
     first = number % parts * ROWS
-    layer = number // parts
-    corner = layer * D + first
-    return (
-        stack,
-        layer,
-        corner,
-        tl.load(table + 2 * count + stack) + corner,
-        min(ROWS, D - first).to(tl.int32),
-    )
+    return stack, number // parts, number // parts * D + first, min(ROWS, D - first).to(tl.int32)
 
 
 @jit
@@ -70,18 +60,22 @@ def tensor(table, count, stack, COLUMN: tl.constexpr):
 
 
 @jit
+def load(a, i, j, M, N, RANK: tl.constexpr, T: tl.constexpr):
+    """Rows i and columns j of `a [M, N]`, whose rows, with T its columns, are RANK apart; zeros beyond it."""
+    place = j[None, :] * RANK + i[:, None] if T else i[:, None] * RANK + j[None, :]
+    return tl.load(a + place, mask=(i < M)[:, None] & (j < N)[None, :], other=0.0)
+
+
+@jit
 def load_rows(a, first, M, RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr):
-    """Rows of `a [M, RANK]` from `first` on, zeros beyond it."""
-    i = first + tl.arange(0, BLOCK_M)[:, None]
-    j = tl.arange(0, BLOCK_R)[None, :]
-    return tl.load(a + i * RANK + j, mask=(i < M) & (j < RANK), other=0.0)
+    """Rows of `a [M, RANK]` from `first` on."""
+    return load(a, first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R), M, RANK, RANK, False)
 
 
 @jit
 def store_rows(a, value, first, M, RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr):
     """Store such rows."""
-    i = first + tl.arange(0, BLOCK_M)[:, None]
-    j = tl.arange(0, BLOCK_R)[None, :]
+    i, j = first + tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_R)[None, :]
     tl.store(a + i * RANK + j, value, mask=(i < M) & (j < RANK))
 
 
@@ -95,17 +89,11 @@ def product(
     Both come from memory piece by piece: whole matrices of ranks as operands would take all registers. What
     the program itself has written there needs a barrier before.
     """
-    m = tl.arange(0, BLOCK_M)[:, None]
-    n = tl.arange(0, BLOCK_R)[None, :]
-    k = tl.arange(0, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for start in range(0, K, BLOCK_K):
-        row = (start + k)[None, :]
-        column = (start + k)[:, None]
-        left = a + (m + row * RANK if A_T else m * RANK + row)
-        right = b + (column + n * RANK if B_T else column * RANK + n)
-        left = tl.load(left, mask=(m < M) & (row < K), other=0.0)
-        right = tl.load(right, mask=(column < K) & (n < RANK), other=0.0)
+        k = start + tl.arange(0, BLOCK_K)
+        left = load(a, tl.arange(0, BLOCK_M), k, M, K, RANK, A_T)
+        right = load(b, k, tl.arange(0, BLOCK_R), K, RANK, RANK, B_T)
         acc = tl.dot(left, right, acc, input_precision=PRECISION)
     return acc
 
@@ -113,8 +101,8 @@ def product(
 @jit
 def multiply(
     out, a, b, c, K, ALPHA: tl.constexpr, BETA: tl.constexpr, A_T: tl.constexpr, B_T: tl.constexpr,
-    RANK: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    RANK: tl.constexpr, PRECISION: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """`out = ALPHA a b + BETA c`, `[RANK, RANK]`, once all threads have written these.
 
@@ -135,8 +123,7 @@ def inverse_factor(M, RANK: tl.constexpr, BLOCK: tl.constexpr):
 
     Elimination in place: what turns column k into zeros below the diagonal takes their room.
     """
-    i = tl.arange(0, BLOCK)[:, None]
-    j = tl.arange(0, BLOCK)[None, :]
+    i, j = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
     for k in range(RANK):
         row = tl.sum(tl.where(i == k, M, 0.0), axis=0)[None, :]
         column = tl.sum(tl.where(j == k, M, 0.0), axis=1)[:, None]
@@ -162,7 +149,8 @@ def moved_kernel(
     it would lose digits with the square of B's condition.
     """
     program = tl.program_id(0).to(tl.int64)
-    stack, layer, corner, scratch, rows = place(table, count, ROWS, SPAN)
+    stack, layer, corner, rows = place(table, count, ROWS, SPAN)
+    scratch = tl.load(table + 2 * count + stack) + corner
     AREA: tl.constexpr = RANK * RANK
     Q = tensor(table, count, stack, 4) + corner * RANK
     S = tensor(table, count, stack, 5) + layer * AREA
@@ -173,8 +161,7 @@ def moved_kernel(
     gQ += scratch * RANK
     # Until they are known, the room of the sums holds what the program needs of B.
     factor = sums + program * 3 * AREA
-    inverse = factor + AREA
-    SB = inverse + AREA
+    inverse, SB = factor + AREA, factor + 2 * AREA
     on_diagonal = tl.arange(0, BLOCK_R)[:, None] == tl.arange(0, BLOCK_R)[None, :]
     b = load_rows(B, 0, RANK, RANK, BLOCK_R, BLOCK_R)
     b += tl.where(on_diagonal, ridge * tl.sum(tl.where(on_diagonal, b, 0.0)), 0.0)
@@ -184,12 +171,10 @@ def moved_kernel(
     tl.debug_barrier()
 
     d = tl.arange(0, BLOCK_D)
-    c_sum = tl.zeros((BLOCK_D,), tl.float32)
-    g_sum = tl.zeros((BLOCK_D,), tl.float32)
+    c_sum, g_sum = tl.zeros((BLOCK_D,), tl.float32), tl.zeros((BLOCK_D,), tl.float32)
     for start in range(0, rows, BLOCK_D):
         left = rows - start
-        q = Q + start * RANK
-        y = Y + start * RANK
+        q, y = Q + start * RANK, Y + start * RANK
         V = product(q, S, left, RANK, 0, 0, RANK, PRECISION, BLOCK_D, BLOCK_R, BLOCK_K)
         VB = product(q, SB, left, RANK, 0, 0, RANK, PRECISION, BLOCK_D, BLOCK_R, BLOCK_K)
         c_block = tl.load(c + start + d, mask=d < left, other=0.0)
@@ -229,13 +214,8 @@ def small_kernel(
     caution = tensor(table, count, stack, 6) + layer
     rates = tensor(table, count, stack, 7) + layer
     diagonal = room + number * 8 * AREA
-    gram = diagonal + AREA
-    overlap = gram + AREA
-    one = overlap + AREA
-    M = one + AREA
-    stepped = M + AREA
-    U = stepped + AREA
-    other = U + AREA
+    gram, overlap, one, M = diagonal + AREA, diagonal + 2 * AREA, diagonal + 3 * AREA, diagonal + 4 * AREA
+    stepped, U, other = diagonal + 5 * AREA, diagonal + 6 * AREA, diagonal + 7 * AREA
 
     size = 0.0
     mean = 0.0
@@ -274,8 +254,8 @@ def small_kernel(
     # still shows in S.
     for first in range(0, RANK, BLOCK_H):
         rows = load_rows(diagonal, first, RANK, RANK, BLOCK_H, BLOCK_R)
-        i = first + tl.arange(0, BLOCK_H)[:, None]
-        eye = tl.where(i == tl.arange(0, BLOCK_R)[None, :], 1.0, 0.0)
+        i, j = first + tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_R)[None, :]
+        eye = tl.where(i == j, 1.0, 0.0)
         off = load_rows(M, first, RANK, RANK, BLOCK_H, BLOCK_R) - rows
         step = -rate / unit * ((1 - kappa) * off + kappa * (rows - eye))
         store_rows(M, step, first, RANK, RANK, BLOCK_H, BLOCK_R)
@@ -313,7 +293,8 @@ def turn_kernel(
     BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """`Q = A L^-T` where it moves, for ROWS features of a layer."""
-    stack, layer, corner, scratch, rows = place(table, count, ROWS, SPAN)
+    stack, layer, corner, rows = place(table, count, ROWS, SPAN)
+    scratch = tl.load(table + 2 * count + stack) + corner
     number = tl.load(table + count + stack) + layer
     Q = tensor(table, count, stack, 4) + corner * RANK
     factor = room + (8 * number + 1) * RANK * RANK
@@ -338,10 +319,8 @@ def triton_step(
     counts = [[L * cdiv(d, rows) for L, d in sizes], [L for L, _ in sizes], [L * d for L, d in sizes]]
     columns = [list(itertools.accumulate(column, initial=0)) for column in counts]
     programs, layers, features = (column.pop() for column in columns)
-    columns += [
-        [d for _, d in sizes],
-        *([address(t) for t in column] for column in zip(*stacks, strict=True)),
-    ]
+    columns += [[d for _, d in sizes]]
+    columns += [[address(t) for t in column] for column in zip(*stacks, strict=True)]
     A, gQ = like.new_empty(2, features, r)
     eta_argument, eta_constants = rate_arguments(eta, device)
     args = {
@@ -352,16 +331,14 @@ def triton_step(
     }  # fmt: skip
     block = rank_block(r)
     constants = {
-        **eta_constants, "SCALE_FREE": scale_free, "LIMITED": limit is not None, "TINY": TINY,
-        "STEPS": ROTATION_STEPS, "SPAN": 1 << (len(stacks) - 1).bit_length(), "RANK": r, "PRECISION": "tf32x3",
+        **eta_constants, "SCALE_FREE": scale_free, "LIMITED": limit is not None, "STEPS": ROTATION_STEPS,
+        "TINY": torch.finfo(torch.float32).tiny, "SPAN": 1 << (len(stacks) - 1).bit_length(), "RANK": r,
         "BLOCK_D": BLOCK_D, "BLOCK_H": min(BLOCK_H, block), "BLOCK_K": BLOCK_K, "BLOCK_R": block,
+        "PRECISION": "tf32x3",
     }  # fmt: skip
-    kernels = (
-        (moved_kernel, programs, 8, 2),
-        (small_kernel, layers, *SMALL[block]),
-        (turn_kernel, programs, 8, 2),
-    )
-    for kernel, grid, warps, stages in kernels:
+    grids, compiled = (programs, layers, programs), ((8, 2), SMALL[block], (8, 2))
+    kernels = (moved_kernel, small_kernel, turn_kernel)
+    for kernel, grid, (warps, stages) in zip(kernels, grids, compiled, strict=True):
         own, fixed = ({k: v for k, v in d.items() if k in kernel.arg_names} for d in (args, constants))
         _triton.launch(kernel, (grid,), own, fixed, warps, stages)
 
@@ -426,7 +403,7 @@ def _compact(t: Tensor) -> Tensor:
     return t if t.is_contiguous() and address(t) % 16 == 0 else t.clone(memory_format=torch.contiguous_format)
 
 
-@common.operator("lowrank_step_", mutates=("Qs", "Ss", "cautions", "rates"))
+@_common.operator("lowrank_step_", mutates=("Qs", "Ss", "cautions", "rates"))
 def _lowrank_step(
     Qs: list[Tensor], Ss: list[Tensor], cautions: list[Tensor], rates: list[Tensor],
     Bs: list[Tensor], Ys: list[Tensor], cs: list[Tensor], eta: Tensor,
@@ -443,7 +420,7 @@ def _lowrank_step(
                 by_rank.setdefault((device, r), []).append((*changed, *map(_compact, (B, Y, c))))
             continue
         # S is turned by two products in every step: in TF32 it would grow or fade, step after step.
-        with common.autocast_off(device), ieee_products(device):
+        with _common.autocast_off(device), ieee_products(device):
             _eager_step(*changed, B, Y, c, *rule)
     for stacks in by_rank.values():
         triton_step(stacks, *rule)
@@ -458,24 +435,6 @@ def _flops(Q_shapes, *args, **kwargs) -> int:
     return sum(L * (16 * d * r**2 + (6 + 1 + 4 * ROTATION_STEPS + 4) * r**3) for L, d, r in Q_shapes)
 
 
-def _check_stack(
-    Q: Tensor, S: Tensor, caution: Tensor, rates: Tensor, B: Tensor, Y: Tensor, c: Tensor
-) -> None:
-    common.check_tensor("Q", Q, "[L, d, r]", (3,))
-    common.check_accumulator("Q", Q)
-    L, d, r = Q.shape
-    if r > d:
-        raise ValueError(f"Q: expected shape [L, d, r] with r <= d, got {list(Q.shape)}")
-    check_factors(Q, S, d, L)
-    tensors = {"caution": caution, "rates": rates, "B": B, "Y": Y, "c": c}
-    for (name, value), shape in zip(tensors.items(), ((L,), (L,), S.shape, Q.shape, (L, d)), strict=True):
-        common.check_tensor(name, value, str(list(shape)), (len(shape),))
-        if value.shape != shape:
-            raise ValueError(f"{name}: expected shape {list(shape)}, got {list(value.shape)}")
-    common.check_same_dtype(Q=Q, **tensors)
-    common.check_same_device(Q=Q, S=S, **tensors)
-
-
 def lowrank_step_(
     stacks: Sequence[Stack],
     eta: float | Tensor,
@@ -488,48 +447,49 @@ def lowrank_step_(
 ) -> None:
     """Update stacks of low-rank `R = I + Q S Q^T` in place from the statistics of their input.
 
-    Inside the subspace, S follows the rule of the full R (arXiv 2510.14657, Eq. 4; its kappa term from arXiv
-    2405.02385): `T <- T - rate / unit M_Q T` with `T = I + S` and `M_Q = Q^T M Q`, where M is that of all d
-    features. Q then follows the leading eigenvectors of the input's second moment,
-    `orth(Q + q_eta (Y B^-1 - Q))`, and S turns with it. With r = d this is the full update, however Q moves.
-
-    The rate of a layer is `min(caution eta, limit / bound)`, where `bound = (||T B T^T||_F + kappa) / unit`
-    is at least M_Q's largest eigenvalue; `unit` is 1, or with `scale_free` twice the mean of z's mean squares.
-
-    A layer without rows, whose statistics are all zero, stays as it is. So does one whose sum of c is not
-    finite: its rate is 0, and its caution is halved. Where a factorisation fails, that layer's Q stays.
-    Nothing waits for the device, and nothing of size `d x d` is formed.
+    S follows the rule of the full R (arXiv 2510.14657, Eq. 4) within the subspace: with `T = I + S`,
+    `T <- T - rate / unit Q^T M Q T`. Q follows the leading eigenvectors of the input's second moment,
+    `orth(Q + q_eta (Y B^-1 - Q))`, and S turns with it. `rate = min(caution eta, limit / bound)`, where
+    `bound = (||T B T^T||_F + kappa) / unit`; `unit` is 1, or with `scale_free` twice the mean square of z.
+    A layer without rows rests. So does one whose sum of c is not finite: its rate is 0, and its caution is
+    halved. Where a factorisation fails, Q stays. Nothing waits for the device.
 
     Args:
-        stacks: (Q, S, caution, rates, B, Y, c) of L layers each, of one dtype, fp32 or fp64, and one device:
-            Q `[L, d, r]` with orthonormal columns, S `[L, r, r]`, caution `[L]`, factors of eta, and rates
-            `[L]`, which are written, all changed in place; B, Y and c as `lowrank_statistics` returns them.
-        eta: a number >= 0 or a 0-d tensor. A CUDA graph freezes a number.
+        stacks: (Q, S, caution, rates, B, Y, c) of L layers each, in fp32 or fp64: `Q [L, d, r]`,
+            `S [L, r, r]`, `caution [L]` and `rates [L]` change in place; the rest is of `lowrank_statistics`.
+        eta: a number >= 0, which a CUDA graph freezes, or a 0-d tensor.
         kappa: weight in [0, 1] of the unit-variance term.
         scale_free: whether eta is free of the input's scale.
         limit: how far a step may go along M's eigenvectors, > 0; None for no limit.
-        q_eta: how far Q moves towards its target, in [0, 1]; free of the input's scale.
-        backend: "eager", or "triton", three launches for all stacks of a rank, in fp32, ranks that are
-            multiples of 8 up to 128, products of d rows in three TF32 ones, which keep 22 bits. None chooses,
-            for each stack.
+        q_eta: how far Q moves towards its target, in [0, 1].
+        backend: "eager", or "triton": three launches for all stacks of a rank, fp32, ranks that are multiples
+            of 8 up to 128, products of d rows in three TF32 ones. None chooses for each stack.
 
     Raises:
         TypeError: dtypes other than fp32 or fp64, or unequal ones in a stack.
-        ValueError: shapes or devices that do not fit, r > d, numbers out of range, or a backend that cannot
-            serve a stack.
+        ValueError: shapes or devices that do not fit, numbers out of range, a backend that cannot serve.
     """
     if isinstance(eta, Tensor) and eta.dim():
         raise ValueError(f"eta: expected a number or a 0-d tensor, got {list(eta.shape)}")
     for stack in stacks:
-        _check_stack(*stack)
-        rate = common.eta_tensor(eta, 0, stack[0].device)
-    common.check_kappa(kappa)
+        tensors = dict(zip(("Q", "S", "caution", "rates", "B", "Y", "c"), stack, strict=True))
+        _common.check_tensor("Q", stack[0], "[L, d, r]", (3,))
+        _common.check_accumulator("Q", stack[0])
+        L, d, r = stack[0].shape
+        shapes = ((L, d, min(r, d)), (L, r, r), (L,), (L,), (L, r, r), (L, d, r), (L, d))
+        for (name, value), shape in zip(tensors.items(), shapes, strict=True):
+            _common.check_tensor(name, value, str(list(shape)), (len(shape),))
+            if value.shape != shape:
+                raise ValueError(f"{name}: expected shape {list(shape)}, got {list(value.shape)}")
+        _common.check_same_dtype(**tensors)
+        _common.check_same_device(**tensors)
+        rate = _common.eta_tensor(eta, 0, stack[0].device)
+    _common.check_kappa(kappa)
     if limit is not None and not 0.0 < limit < math.inf:
         raise ValueError(f"limit: expected a finite number > 0 or None, got {limit}")
     if not 0.0 <= q_eta <= 1.0:  # also false for NaN
         raise ValueError(f"q_eta: expected a number in [0, 1], got {q_eta}")
     _dispatch.check_backend(backend)
     if stacks:
-        limit = None if limit is None else float(limit)
-        rule = (rate, float(kappa), scale_free, limit, float(q_eta))
+        rule = (rate, float(kappa), scale_free, None if limit is None else float(limit), float(q_eta))
         torch.ops.dbpkern.lowrank_step_(*map(list, zip(*stacks, strict=True)), *rule, backend or "")
