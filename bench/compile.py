@@ -35,7 +35,8 @@ from dbpkern.ops._triton import Launch
 from dbpkern.ops.correlation import triton_correlation, triton_gram
 from dbpkern.ops.fold import triton_fold
 from dbpkern.ops.fused_step import triton_fused
-from dbpkern.ops.lowrank_fold import triton_lowrank
+from dbpkern.ops.lowrank_statistics import triton_statistics
+from dbpkern.ops.lowrank_step import triton_step
 from dbpkern.ops.rates import triton_rates
 from dbpkern.ops.sample_rows import triton_patches, triton_rows
 from dbpkern.ops.transform import triton_transform
@@ -83,8 +84,8 @@ KINDS = {"16bit": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
 """The kinds of operands, with the dtype of samples that asks for them."""
 WIDTHS = ((99,), (80,), (771,), (3072,))
 """The widest and oddest that take each row of a table of tiles by width."""
-RANKS = ((768, 64), (768, 128), (768, 256), (771, 63), (771, 127), (771, 255))
-"""Widths and ranks that take each row of a table of tiles by rank."""
+RANKS = ((768, 64), (3072, 64), (512, 48), (192, 16), (1024, 88), (768, 128))
+"""Widths and ranks: what models have, every block of ranks, and the widest."""
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -165,9 +166,17 @@ def _adamw(dtype: torch.dtype, d: int, r: int | None = None) -> None:
         )
 
 
-def _lowrank(dtype: torch.dtype, d: int, r: int) -> None:
-    triton_lowrank(meta(1, 4 * d, d, dtype=dtype), meta(1, d, r), meta(1, r, r), dtype)
-    triton_lowrank(meta(1, 4 * d, d), meta(1, d, r), meta(1, r, r), dtype)  # a weight under autocast
+def _lowrank_statistics(dtype: torch.dtype, d: int, r: int) -> None:
+    triton_statistics(meta(LAYERS, 1280, d, dtype=dtype), meta(LAYERS, d, r))
+
+
+def _lowrank_step(dtype: torch.dtype, d: int, r: int) -> None:
+    stacks = [
+        (meta(L, d, r), meta(L, r, r), meta(L), meta(L), meta(L, r, r), meta(L, d, r), meta(L, d))
+        for L in (LAYERS, 2 * LAYERS, 4)
+    ]
+    for eta, scale_free, limit in zip(_etas(), (True, False), (0.5, None), strict=True):
+        triton_step(stacks, eta, 0.0, scale_free, limit, 0.2)
 
 
 # Full R, and the ranks that a preset gives to widths from ViT-Ti's to ViT-L's, and odd ones.
@@ -179,7 +188,8 @@ WORKLOADS: dict[str, tuple[Sequence[tuple[int, ...]], Callable[..., None]]] = {
     "correlation": (WIDTHS, _correlation),
     "fold": (WIDTHS, _fold),
     "fused_step": (WIDTHS, _fused),
-    "lowrank_fold, lowrank_transform": (RANKS, _lowrank),
+    "lowrank_statistics": (RANKS, _lowrank_statistics),
+    "lowrank_step_": (RANKS, _lowrank_step),
     "maps": (OF_WEIGHTS, _maps),
     "orthogonalize": (WIDTHS, _orthogonalize),
     "sample_patches_": (((16,), (7,)), _sample_patches),

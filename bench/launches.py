@@ -195,13 +195,14 @@ def _of_triton(launch: _triton.Launch) -> Work:
         flops = 2 * layers * n * d * r
     elif name == "moments_kernel":
         flops = 2 * layers * n * r * (d + r)
-    elif name == "moved_kernel":
-        flops = 3 * 12 * layers * d * r**2  # three TF32 products for one of fp32
-    elif name == "turn_kernel":
-        flops = 3 * 4 * layers * d * r**2
+    elif name in ("moved_kernel", "turn_kernel"):
+        # Q and Y, or Q alone, lie where the table says. Three TF32 products for one of fp32.
+        features, factors = a["A"].shape[0], 6 if name == "moved_kernel" else 1
+        moved += features * r * 4 * (2 if factors > 1 else 1)
+        flops = 3 * 2 * factors * features * r**2
+        serial = 2 * r if factors > 1 else 0  # B is factorised column by column
     elif name == "small_kernel":
-        # Two factorisations and their inverses go column by column.
-        kind, flops, serial = "fp32", 40 * layers * r**3, 4 * r
+        kind, flops, serial = "fp32", 40 * launch.grid[0] * r**3, 2 * r  # a factorisation, and r x r products
     products = {kind: flops} if flops else {}
     if precise:
         products["tf32"] = precise

@@ -7,7 +7,7 @@ rates under the limiter, the update; averaged over processes where there are sev
 
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Protocol
 
@@ -51,6 +51,8 @@ class Step:
     limit: float | None
     keep: Tensor | None = None
     """0-d, 1 or 0: whether the step counts, where only the device knows. None for one that does."""
+    lowrank: list[tuple[Tensor, ...]] = field(default_factory=list)
+    """Low-rank R with their statistics, as `ops.lowrank_step_` takes them: one call steps those of all stacks."""
 
     @property
     def linear(self) -> bool:
@@ -289,14 +291,11 @@ class LowRankStack(Stack):
             self._apply(where, *ops.lowrank_statistics(rows, self.factors[0][where]), step)
 
     def _apply(self, where: slice, B: Tensor, Y: Tensor, c: Tensor, step: Step) -> None:
-        """Step the sites `where` by their statistics, see `ops.lowrank_statistics`."""
-        Q, S = (factor[where] for factor in self.factors)
+        """Have the sites `where` stepped by their statistics, see `ops.lowrank_statistics`."""
         if step.keep is not None:  # as without rows
             B, Y, c = (statistic * step.keep for statistic in (B, Y, c))
-        ops.lowrank_step_(
-            Q, S, self.caution[where], self.rates[where], B, Y, c,
-            step.eta, step.kappa, step.scale_free, step.limit,
-        )  # fmt: skip
+        changed = (part[where] for part in (*self.factors, self.caution, self.rates))
+        step.lowrank.append((*changed, B, Y, c))
 
     def _statistics(self) -> distributed.Transfer:
         """B, Y, c and row counts of the whole stack, on their way from all processes."""
@@ -471,6 +470,7 @@ class Engine:
         under_way, done = [stack.step(step) for stack in stacks], object()
         while under_way:
             under_way = [updates for updates in under_way if next(updates, done) is not done]
+        ops.lowrank_step_(step.lowrank, step.eta, step.kappa, step.scale_free, step.limit)
         for site in self.sites:
             site.slot.settle()
         self.sampler.advance()

@@ -1,4 +1,4 @@
-"""Low-rank R: the ops against their specification and the full rule, the Triton kernel, layers, optimizer."""
+"""Products with a low-rank R: `lowrank_transform` and `lowrank_fold` against their specification."""
 
 import contextlib
 import sys
@@ -6,18 +6,12 @@ import threading
 
 import pytest
 import torch
-from test_ops import LAYOUTS, arguments, holds_precision, peak
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from dbpkern import (
-    ops,
-    reference,
-)
-from dbpkern.ops import _dispatch, _triton
+from dbpkern import reference
+from dbpkern.ops import _dispatch
 from dbpkern.ops.lowrank_fold import ieee_products, lowrank_fold
-from dbpkern.ops.lowrank_statistics import (
-    lowrank_statistics,
-)
 from dbpkern.ops.lowrank_transform import lowrank_transform
 
 pytestmark = [
@@ -27,10 +21,7 @@ pytestmark = [
 ]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-KAPPAS = [0.0, 0.3, 1.0]
 HALVES = [torch.bfloat16, torch.float16]
-DOUBLE = {"dtype": torch.float64}
-NAN, INF = float("nan"), float("inf")
 # (L, n, d, r): more, fewer and as many rows as ranks, one and none of each, primes, r = d.
 SHAPES = [
     (1, 1, 1, 1),
@@ -58,16 +49,31 @@ def rand_factors(*lead, d, r, dtype=torch.float64, size=0.3):
     return Q.to(dtype), (size * randn(*lead, r, r)).to(dtype)
 
 
-def correlated(L, n, d, dtype=torch.float64):
-    """Rows whose features are correlated, differently in each layer."""
-    return (randn(L, n, d) @ (torch.eye(d) + 0.3 * randn(L, d, d))).to(dtype)
-
-
 def exact(actual, expected, tolerance=1e-12):
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
+def holds_precision(actual, expected, plain):
+    """The error is at most twice that of PyTorch with the same dtypes, and 4 units in the last place."""
+    assert actual.dtype == plain.dtype
+    error, other = ((t.double() - expected).abs().max() for t in (actual, plain))
+    assert error <= 2 * other + 4 * torch.finfo(actual.dtype).eps * expected.abs().max()  # false for NaN
+
+
+def peak(call):
+    """The most memory that is in use during a call, beyond that before it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        call()
+    used = most = 0
+    for event in recorded.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            used += event.nbytes()
+            most = max(most, used)
+    return most
+
+
 def identical(one, other):
+    assert one.dtype == other.dtype
     assert one.shape == other.shape
     assert torch.equal(one, other)
 
@@ -101,24 +107,6 @@ def test_without_S_the_input_comes_back_bit_for_bit(dtype):
         identical(lowrank_fold(x, Q, S, out), x.to(out))
 
 
-BROKEN = {
-    "indefinite B": lambda B, Y, c: B[1].neg_(),
-    "NaN in B": lambda B, Y, c: B[1].fill_(NAN),
-    "NaN in Y": lambda B, Y, c: Y[1, 2].fill_(NAN),
-    "infinite Y": lambda B, Y, c: Y[1].fill_(INF),
-    "NaN in c": lambda B, Y, c: c[1].fill_(NAN),
-}
-
-
-RATES = {
-    "float": lambda L: 0.125,
-    "0-d float64": lambda L: torch.tensor(0.125, dtype=torch.float64),
-    "0-d float32": lambda L: torch.tensor(0.125),
-    "[L] float64": lambda L: 0.125 * torch.arange(1, L + 1).double(),
-    "[L] float32": lambda L: 0.125 * torch.arange(1, L + 1),
-}
-
-
 # Precision of the eager implementation: plain PyTorch in fp32, rounded once.
 
 
@@ -131,10 +119,46 @@ def test_precision(L, n, d, r, dtype):
     for out in (torch.float32, *HALVES):
         plain = (wide + wide @ Q @ S @ Q.mT).to(out)
         holds_precision(lowrank_fold(x, Q, S, out), x.double() @ R, plain)
-    expected = reference.lowrank_statistics(x.double(), Q.double())
-    plain = reference.lowrank_statistics(wide, Q)
-    for parts in zip(lowrank_statistics(x, Q), expected, plain, strict=True):
-        holds_precision(*parts)
+
+
+def test_bfloat16_operands_of_a_gpu(monkeypatch):
+    """What a GPU multiplies, where one of operands and result is bfloat16; the sums of the product are exact."""
+    module = sys.modules["dbpkern.ops.lowrank_fold"]
+    monkeypatch.setattr(module, "multiplies_bfloat16", lambda _, *dtypes: torch.bfloat16 in dtypes)
+
+    def product(a, b):
+        assert {a.dtype, b.dtype} == {torch.bfloat16}
+        return torch.bmm(a.float(), b.float())
+
+    monkeypatch.setattr(module, "product", product)
+    x, (Q, S) = randn(2, 33, 64), rand_factors(2, d=64, r=8, dtype=torch.float32)
+    R, V = reference.lowrank_matrix(Q.double(), S.double()), Q @ S.mT
+    for dtype, out in (
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16,) * 2,
+    ):
+        W = x.to(dtype)
+        T = (W.bfloat16().float() @ Q.bfloat16().float()).bfloat16().float()
+        peer = (W.float() + T @ V.bfloat16().float().mT).to(out)
+        holds_precision(lowrank_fold(W, Q, S, out), W.double() @ R, peer)
+    with torch.no_grad():
+        identical(lowrank_fold(W, Q, torch.zeros_like(S), torch.float32), W.float())
+
+
+def test_where_operands_are_bfloat16(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", None)
+    serves, gpu = sys.modules["dbpkern.ops.lowrank_fold"].multiplies_bfloat16, torch.device("cuda")
+    bf16, fp32 = torch.bfloat16, torch.float32
+    with _dispatch.assume((8, 0)):
+        assert serves(gpu, bf16, fp32, fp32)
+        assert serves(gpu, fp32, fp32, bf16)
+        assert not serves(torch.device("cpu"), bf16, fp32)
+        assert not any(
+            serves(gpu, *dtypes) for dtypes in ((fp32,), (bf16, torch.float64), (bf16, torch.half))
+        )
+    with _dispatch.assume((7, 5)):
+        assert not serves(gpu, bf16, fp32)
 
 
 # fp32 products keep their digits where PyTorch may use TF32 or bf16 for its own.
@@ -210,46 +234,23 @@ def test_threads_do_not_take_the_suspended_permission_for_the_users(permit):
     assert setting.fp32_precision == "tf32"
 
 
-def watched(monkeypatch, *names):
-    """The precision in force at each call of these functions of torch."""
-    seen = []
-
-    def watch(function):
-        def call(*args, **kwargs):
-            seen.append(MATMUL[DEVICE].fp32_precision)
-            return function(*args, **kwargs)
-
-        return call
-
-    for name in names:
-        monkeypatch.setattr(torch, name, watch(getattr(torch, name)))
-    return seen
-
-
-# Layouts. The storage around a view is NaN: reading it poisons the result, writing it is noticed.
+LAYOUTS = {
+    "transposed": lambda t: t.mT.contiguous().mT,
+    "strided": lambda t: torch.stack([t, torch.full_like(t, float("nan"))], -1)[..., 0],
+    "layers last": lambda t: t.movedim(0, -1).contiguous().movedim(-1, 0),
+}
 
 
 @pytest.mark.parametrize(("L", "n", "d", "r"), [(3, 15, 13, 5), (1, 6, 2, 2), (9, 10, 7, 1)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout, L, n, d, r):
-    x, (Q, S) = correlated(L, n, d), rand_factors(L, d=d, r=r)
-    x_, Q_, S_ = (layout(t)[0] for t in (x, Q, S))
+    x, (Q, S) = randn(L, n, d), rand_factors(L, d=d, r=r)
+    x_, Q_, S_ = map(LAYOUTS[layout], (x, Q, S))
     for op in (lowrank_transform, lowrank_fold):
         for i in (slice(None), 0):
             found = op(x_[i], Q_[i], S_[i])
             exact(found, getattr(reference, op.__name__)(x[i], Q[i], S[i]))
             assert found.is_contiguous()
-    statistics = reference.lowrank_statistics(x, Q)
-    for actual, expected in zip(lowrank_statistics(x_, Q_), statistics, strict=True):
-        exact(actual, expected)
-        assert actual.is_contiguous()
-    expected = reference.lowrank_apply(Q, S, *statistics, 0.1)
-    (Q_, Q_base), (S_, S_base) = layout(Q), layout(S)
-    padding = Q_base.isnan(), S_base.isnan()
-    lowrank_apply_(Q_, S_, *(layout(t)[0] for t in statistics), 0.1)
-    for actual, wanted in zip((Q_, S_), expected, strict=True):
-        exact(actual, wanted, 1e-9)
-    assert all(torch.equal(base.isnan(), old) for base, old in zip((Q_base, S_base), padding, strict=True))
 
 
 # Autograd.
@@ -309,13 +310,6 @@ OPCHECKS = {
         torch.float64,
         "eager",
     ),
-    "lowrank_statistics": lambda g: (
-        randn(2, 3, 5).bfloat16(),
-        rand_factors(2, d=5, r=2, dtype=torch.float32)[0],
-        "",
-    ),
-    "lowrank_statistics no rows": lambda g: (randn(2, 0, 5), rand_factors(2, d=5, r=2)[0], ""),
-    "lowrank_apply_": lambda g: (*statistics_of(2, 5, 2), torch.tensor(0.1, **DOUBLE), 0.3, 0.2),
 }
 
 
@@ -331,40 +325,32 @@ CALLS = {
     "transform stacked": lambda Q, S, x: lowrank_transform(x, Q, S),
     "fold": lambda Q, S, x: lowrank_fold(x[0], Q[0], S[0]),
     "fold to bfloat16": lambda Q, S, x: lowrank_fold(x, Q, S, torch.bfloat16),
-    "statistics": lambda Q, S, x: lowrank_statistics(x, Q),
-    "step": lambda Q, S, x: lowrank_apply_(Q, S, *lowrank_statistics(x, Q), 0.1, 0.3),
 }
 
 
 def call_arguments():
     torch.manual_seed(1)
     Q, S = rand_factors(3, d=6, r=2, dtype=torch.float32)
-    return Q, S, arguments()["z"]
-
-
-def equal(one, other):
-    pairs = zip(one, other, strict=True) if isinstance(one, tuple) else [(one, other)]
-    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
+    return Q, S, torch.randn(3, 7, 6)
 
 
 @pytest.mark.parametrize("case", CALLS)
 def test_autocast_changes_nothing(case):
     plain = CALLS[case](*call_arguments())
     with torch.autocast("cpu", torch.bfloat16):
-        assert equal(CALLS[case](*call_arguments()), plain)
+        identical(CALLS[case](*call_arguments()), plain)
 
 
 @pytest.mark.parametrize("case", CALLS)
 def test_compiles_to_one_graph(case):
     compiled = torch.compile(CALLS[case], fullgraph=True, backend="aot_eager")
-    assert equal(compiled(*call_arguments()), CALLS[case](*call_arguments()))
+    identical(compiled(*call_arguments()), CALLS[case](*call_arguments()))
 
 
 FLOPS = {
     "transform": (lambda Q, S, x: lowrank_transform(x, Q[0], S[0]), 2 * 9 * (2 * 5 * 2 + 4) * 2),
     "transform stacked": (lambda Q, S, x: lowrank_transform(x, Q, S), 2 * 9 * (2 * 5 * 2 + 4) * 2),
     "fold": (lambda Q, S, x: lowrank_fold(x[0], Q[0], S[0]), 9 * (2 * 5 * 2 + 4) * 2),
-    "statistics": (lambda Q, S, x: lowrank_statistics(x, Q), 2 * 9 * (2 * 5 * 2 + 4) * 2),
 }
 
 
@@ -387,10 +373,8 @@ def test_flops_of_the_backward_are_counted():
 def test_no_square_matrix_is_formed():
     L, n, d, r = 2, 16, 512, 4
     (Q, S), x = rand_factors(L, d=d, r=r, dtype=torch.float32), torch.randn(L, n, d)
-    lr = torch.tensor(0.1)
-    assert peak(lambda: reference.lowrank_statistics(x, Q)) > L * d * d * 4
+    assert peak(lambda: reference.lowrank_fold(x, Q, S)) > L * d * d * 4
     for call in (
-        lambda: lowrank_apply_(Q, S, *lowrank_statistics(x, Q), lr),
         lambda: lowrank_transform(x, Q, S),
         lambda: lowrank_fold(x, Q, S),
     ):
@@ -412,11 +396,15 @@ REFUSALS = [
     (lambda Q, S, x: lowrank_transform(x, Q, S.double()), TypeError, "equal dtypes, got Q torch.float32, S"),
     (lambda Q, S, x: lowrank_transform(x.to("meta"), Q, S), ValueError, "one device, got x on meta"),
     (lambda Q, S, x: lowrank_transform(x, Q, S, backend="cublas"), ValueError, "backend: expected None or"),
-    (lambda Q, S, x: lowrank_transform(x, Q, S, backend="cuda"), ValueError, "no backend 'cuda'; .* triton"),
     (
-        lambda Q, S, x: lowrank_transform(x.double(), Q, S, backend="triton"),
+        lambda Q, S, x: lowrank_transform(x, Q, S, backend="cuda"),
         ValueError,
-        "lowrank_transform: backend 'triton' cannot serve this call: ",
+        "no backend 'cuda'; there are eager",
+    ),
+    (
+        lambda Q, S, x: lowrank_fold(x, Q, S, backend="triton"),
+        ValueError,
+        "lowrank_fold: no backend 'triton'",
     ),
     (lambda Q, S, x: lowrank_fold(None, Q, S), TypeError, "W: expected a tensor .* got NoneType"),
     (lambda Q, S, x: lowrank_fold(x[0, 0], Q, S), ValueError, r"W: expected shape .* got \[5\]"),
@@ -424,35 +412,6 @@ REFUSALS = [
     (lambda Q, S, x: lowrank_fold(x, Q, S, torch.int8), TypeError, "out_dtype: .* got torch.int8"),
     (lambda Q, S, x: lowrank_fold(x, Q, S.to("meta")), ValueError, "one device, got .* S on meta"),
     (lambda Q, S, x: lowrank_fold(x, Q, S, backend="fast"), ValueError, "backend: .* got 'fast'"),
-    (lambda Q, S, x: lowrank_statistics(x[0], Q), ValueError, r"x: expected shape \[L, n, d\], got \[9, 5\]"),
-    (lambda Q, S, x: lowrank_statistics(x, Q[0]), ValueError, r"Q: expected shape \[L, d, r\], got \[5, 3\]"),
-    (lambda Q, S, x: lowrank_statistics(x, Q[:1]), ValueError, r"L = 2 and d = 5, got \[1, 5, 3\]"),
-    (lambda Q, S, x: lowrank_statistics(x, Q[:, :4]), ValueError, r"L = 2 and d = 5, got \[2, 4, 3\]"),
-    (lambda Q, S, x: lowrank_statistics(x, Q.half()), TypeError, "Q: expected float32 or float64"),
-    (lambda Q, S, x: lowrank_statistics(x, Q.to("meta")), ValueError, "one device, got x on cpu, Q on meta"),
-    (lambda Q, S, x: lowrank_statistics(x, Q, backend="triton"), ValueError, "no backend 'triton'; .* cuda"),
-    (
-        lambda Q, S, x: lowrank_statistics(x, Q, backend="cuda"),
-        ValueError,
-        "'cuda' cannot serve this call: it needs a CUDA device, got cpu",
-    ),
-    (lambda Q, S, x: step(Q.half(), S.half(), x), TypeError, "Q: expected float32 or float64"),
-    (lambda Q, S, x: step(Q.mT, S, x), ValueError, r"Q: expected .* r <= d, got \[2, 3, 5\]"),
-    (lambda Q, S, x: step(Q, S[:, :2, :2], x), ValueError, r"S: .* r = 3, got \[2, 2, 2\]"),
-    (lambda Q, S, x: step(Q, S.double(), x), TypeError, "equal dtypes"),
-    (lambda Q, S, x: step(Q, S, x, B=S[:1]), ValueError, r"B: expected .* \[2, 3, 3\], got \[1, 3, 3\]"),
-    (lambda Q, S, x: step(Q, S, x, Y=Q.mT), ValueError, r"Y: expected .* \[2, 5, 3\], got \[2, 3, 5\]"),
-    (lambda Q, S, x: step(Q, S, x, c=Q[..., 0].double()), TypeError, "equal dtypes, got .* c torch.float64"),
-    (lambda Q, S, x: step(Q, S, x, c=Q[..., :1]), ValueError, r"c: expected shape \[L, d\], got \[2, 5, 1\]"),
-    (lambda Q, S, x: step(Q, S, x, B=S.to("meta")), ValueError, "one device, got .* B on meta"),
-    *(
-        (lambda Q, S, x, e=e: step(Q, S, x, lr=e), ValueError, "lr: expected a finite")
-        for e in (-1, NAN, INF)
-    ),
-    (lambda Q, S, x: step(Q, S, x, lr=torch.ones(3)), ValueError, r"lr: .* L = 2, got \[3\]"),
-    *((lambda Q, S, x, k=k: step(Q, S, x, kappa=k), ValueError, "kappa: expected") for k in (-1, 2, NAN)),
-    *((lambda Q, S, x, q=q: step(Q, S, x, q_lr=q), ValueError, "q_lr: expected") for q in (-0.1, 1.1, NAN)),
-    (lambda Q, S, x: step(Q, S, x, backend="triton"), ValueError, "lowrank_apply_: no backend 'triton'"),
 ]
 
 
@@ -465,197 +424,3 @@ def test_refusals_say_why_and_touch_nothing(call, error, match):
     identical(Q, before[0])
     identical(S, before[1])
     assert (Q._version, S._version) == versions
-
-
-# The Triton kernel, on a GPU or in the interpreter.
-
-needs_triton = pytest.mark.skipif(
-    _triton.triton is None or (DEVICE == "cpu" and not _triton.INTERPRETED),
-    reason="needs Triton, and a CUDA GPU or TRITON_INTERPRET=1",
-)
-# (L, M, d, r): one of each, primes, the edges of blocks and one beyond, every size of block of ranks.
-TRITON_SHAPES = [
-    (1, 1, 1, 1),
-    (1, 3, 7, 2),
-    (2, 13, 17, 5),
-    (3, 64, 64, 16),
-    (2, 65, 33, 17),
-    (1, 63, 129, 64),
-    (1, 37, 131, 65),
-    (1, 33, 140, 129),
-    (1, 20, 261, 256),
-    (2, 0, 7, 3),
-    (0, 5, 7, 3),
-]
-KINDS = {
-    "fp32": (torch.float32, torch.float32),
-    "fp32 to bf16": (torch.float32, torch.bfloat16),
-    "bf16": (torch.bfloat16, torch.bfloat16),
-    "bf16 to fp32": (torch.bfloat16, torch.float32),
-    "fp16": (torch.float16, torch.float16),
-}
-
-
-def as_operand(x, dtype):
-    """x rounded to what a product in this dtype multiplies, in fp32."""
-    if dtype != "tf32":
-        return x.to(dtype).float()
-    bits = x.float().view(torch.int32)
-    return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
-
-
-def plain_lowrank(a, Q, S, out):
-    """The same products in PyTorch, with the kernel's operands, fp32 sums and one rounding."""
-    kinds = sys.modules["dbpkern.ops.lowrank_fold"]._operands(a, Q, out)
-    # The interpreter does not round to TF32.
-    first, second = ("tf32" if k.kind == "tf32" and DEVICE == "cuda" else k.dtype for k in kinds)
-    T = as_operand(a, first) @ as_operand(Q, first)
-    V = Q @ S.mT
-    return (a.float() + as_operand(T, second) @ as_operand(V, second).mT).to(out)
-
-
-@needs_triton
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("L", "M", "d", "r"), TRITON_SHAPES)
-def test_triton_against_fp64(L, M, d, r, kind):
-    dtype, out = KINDS[kind]
-    W, factors = randn(L, M, d).to(DEVICE, dtype), rand_factors(L, d=d, r=r, dtype=torch.float32)
-    Q, S = (factor.to(DEVICE) for factor in factors)
-    expected = reference.lowrank_fold(W.double(), Q.double(), S.double())
-    holds_precision_or_empty(
-        lowrank_fold(W, Q, S, out, backend="triton"), expected, plain_lowrank(W, Q, S, out)
-    )
-    if dtype == out:
-        expected = reference.lowrank_transform(W.double(), Q.double(), S.double())
-        holds_precision_or_empty(
-            lowrank_transform(W, Q, S, backend="triton"), expected, plain_lowrank(W, Q, S.mT, out)
-        )
-
-
-def holds_precision_or_empty(actual, expected, plain):
-    if actual.numel():
-        holds_precision(actual, expected, plain)
-    else:
-        assert actual.shape == expected.shape
-        assert actual.dtype == plain.dtype
-
-
-@needs_triton
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_triton_with_any_strides(layout):
-    W, (Q, S) = randn(2, 37, 43).float(), rand_factors(2, d=43, r=9, dtype=torch.float32)
-    W_, Q_, S_ = (layout(t.to(DEVICE))[0] for t in (W, Q, S))
-    found = lowrank_fold(W_, Q_, S_, backend="triton")
-    assert found.is_contiguous()
-    torch.testing.assert_close(found.cpu(), reference.lowrank_fold(W, Q, S))
-    x = W_[0].unflatten(0, (37, 1))
-    found = lowrank_transform(x, Q_[0], S_[0], backend="triton").cpu()
-    torch.testing.assert_close(found, reference.lowrank_transform(W[0], Q[0], S[0])[:, None])
-
-
-def far_apart(values, *strides):
-    """A tensor of these values in a storage so wide that most of it is never touched, and takes no memory."""
-    torch.use_deterministic_algorithms(False)  # or all of it would be filled
-    size = 1 + sum((n - 1) * stride for n, stride in zip(values.shape, strides, strict=True))
-    room = torch.empty(size, dtype=values.dtype, device=DEVICE)
-    return room.as_strided(values.shape, strides).copy_(values)
-
-
-@needs_triton
-def test_triton_with_strides_beyond_the_reach_of_a_tile():
-    """The last of 64 rows, or of 256 ranks, lies more than 2^31 elements from the first."""
-    Q, S = (t.to(DEVICE) for t in rand_factors(d=16, r=16, dtype=torch.float32))
-    W = far_apart(torch.randn(64, 16).bfloat16(), 34_200_016, 1)
-    expected = reference.lowrank_fold(W.double(), Q.double(), S.double())
-    plain = plain_lowrank(W[None], Q[None], S[None].mT, W.dtype)[0]
-    holds_precision(lowrank_fold(W, Q, S, backend="triton"), expected, plain)
-    del W
-    S = (0.01 * torch.randn(256, 256)).to(DEVICE)
-    W, Q = torch.randn(3, 16, device=DEVICE), far_apart(torch.randn(16, 256) / 16, 1, 8_500_016)
-    expected = reference.lowrank_fold(W.double(), Q.double(), S.double())
-    plain = plain_lowrank(W[None], Q[None], S[None].mT, W.dtype)[0]
-    holds_precision(lowrank_fold(W, Q, S, backend="triton"), expected, plain)
-
-
-@needs_triton
-def test_triton_with_offsets_beyond_32_bits():
-    x = far_apart(torch.randn(2, 20, 24).bfloat16(), 2**31 + 16, 24, 1)
-    Q, S = (t.to(DEVICE) for t in rand_factors(2, d=24, r=5, dtype=torch.float32))
-    expected = reference.lowrank_transform(x.double(), Q.double(), S.double())
-    found = lowrank_transform(x, Q, S, backend="triton")
-    holds_precision(found, expected, plain_lowrank(x, Q, S, x.dtype))
-
-
-@needs_triton
-def test_the_right_factor_is_not_shortened(permit, monkeypatch):
-    permit("medium")
-    Q, S = (t.to(DEVICE) for t in rand_factors(d=19, r=5, dtype=torch.float32))
-    seen = watched(monkeypatch, "bmm")
-    lowrank_fold(torch.randn(7, 19, device=DEVICE), Q, S, backend="triton")
-    assert seen == ["ieee"]
-
-
-BACKENDS = {
-    "transform": lambda m, x: lambda **k: ops.transform(x, m, **k),
-    "fold": lambda m, x: lambda **k: ops.fold(x, m, **k),
-    "correlation": lambda m, x: lambda **k: ops.correlation(x[None], **k),
-    "apply_": lambda m, x: lambda **k: ops.apply_(m[None], m[None], 0.1, **k),
-    "update_": lambda m, x: lambda **k: ops.update_(m[None], x[None], 0.1, **k),
-    "fused_step": lambda m, x: lambda **k: ops.fused_step(x, m, torch.arange(2, device=DEVICE), 0.1, **k),
-    "lowrank_transform": lambda m, x: lambda **k: lowrank_transform(x, m, m, **k),
-    "lowrank_fold": lambda m, x: lambda **k: lowrank_fold(x, m, m, **k),
-    "lowrank_statistics": lambda m, x: lambda **k: lowrank_statistics(x[None], m[None], **k),
-    "lowrank_apply_": lambda m, x: lambda **k: step(m[None], m[None], x[None], c=m[:1], **k),
-}
-
-
-@pytest.mark.parametrize("kind", ["16bit", "tf32"])
-@pytest.mark.parametrize("op", ["lowrank_transform", "lowrank_fold"])
-def test_triton_serves_low_rank_once_its_rows_fill_the_device(op, kind, monkeypatch):
-    monkeypatch.setattr(_dispatch, "architecture", lambda _: "default")
-    full = 64 * 132  # rows of a program, multiprocessors of an H100
-    for rows, width, pays in ((full, 128, True), (full - 1, 128, False), (full, 127, False)):
-        assert _dispatch.pays(op, kind, torch.device("cuda"), d=16, rows=rows, width=width) == pays
-
-
-@needs_triton
-def test_triton_gives_the_gradients_of_eager():
-    Q, S = (t.to(DEVICE) for t in rand_factors(d=19, r=5, dtype=torch.float32))
-    x, W, g = (torch.randn(23, 19, device=DEVICE) for _ in range(3))
-    grads = {}
-    for backend in ("eager", "triton"):
-        x_, W_ = x.clone().requires_grad_(), W.clone().requires_grad_()
-        with FlopCounterMode(display=False):
-            y = lowrank_transform(x_, Q, S, backend=backend) + lowrank_fold(W_, Q, S, backend=backend)
-        grads[backend] = torch.autograd.grad(y, (x_, W_), g)
-    torch.testing.assert_close(grads["triton"], grads["eager"])
-
-
-@needs_triton
-def test_triton_sums_beyond_the_range_of_fp16():
-    """Rows within fp16 whose products with Q are not: 30,000 in 64 features of one direction."""
-    d = 64
-    Q, S = torch.full((d, 1), d**-0.5, device=DEVICE), torch.full((1, 1), -1.0, device=DEVICE)
-    x = torch.full((4, d), 3e4, dtype=torch.float16, device=DEVICE)
-    z = lowrank_transform(x, Q, S, backend="triton")  # the direction is removed
-    assert z.isfinite().all()
-    assert z.abs().max() <= 3e4 * 2e-3
-
-
-@needs_triton
-def test_triton_without_S_gives_the_input_bit_for_bit():
-    Q, S = (t.to(DEVICE) for t in rand_factors(d=33, r=4, dtype=torch.float32, size=0.0))
-    for dtype, out in KINDS.values():
-        W = randn(17, 33).to(DEVICE, dtype)
-        identical(lowrank_fold(W, Q, S, out, backend="triton"), W.to(out))
-
-
-@needs_triton
-@pytest.mark.parametrize(
-    ("d", "r", "dtype", "match"),
-    [(300, 257, torch.float32, "ranks from 1 to 256, got 257"), (5, 2, torch.float64, "not serve float64")],
-)
-def test_triton_says_what_it_cannot_serve(d, r, dtype, match):
-    Q, S = (t.to(DEVICE) for t in rand_factors(d=d, r=r, dtype=dtype))
-    with pytest.raises(ValueError, match=f"lowrank_fold: backend 'triton' cannot serve this call: .*{match}"):
-        lowrank_fold(torch.ones(3, d, dtype=dtype, device=DEVICE), Q, S, backend="triton")

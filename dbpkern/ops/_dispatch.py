@@ -123,10 +123,8 @@ AUTOMATIC: dict[str, str] = {
     "correlation": "triton",
     "fold": "triton",
     "fused_step": "triton",
-    "lowrank_fold": "triton",
     "lowrank_statistics": "triton",
     "lowrank_step_": "triton",
-    "lowrank_transform": "triton",
     "map_": "triton",
     "orthogonalize": "triton",
     "remember": "triton",
@@ -219,20 +217,9 @@ TILES: dict[tuple[str, str], dict[tuple[int, int], Tiles]] = {
     ("fused", "tf32"): _TENSOR_CORES,
     ("fused", "ieee"): _IEEE,
     # By the rank.
-    ("lowrank", "16bit"): {
-        (0, 1): Tiles(64, 32, 32, 8, 2),
-        (0, 16): Tiles(64, 64, 32, 4, 3),
-        (65, 1): Tiles(32, 32, 32, 8, 2),
-        (80, 16): Tiles(64, 32, 32, 4, 2),
-        (144, 16): Tiles(64, 32, 32, 8, 2),
-    },
-    ("lowrank", "tf32"): {
-        (0, 1): Tiles(64, 32, 32, 8, 2),
-        (0, 16): Tiles(64, 64, 32, 4, 2),
-        (65, 1): Tiles(32, 32, 32, 8, 2),
-        (80, 16): Tiles(64, 32, 32, 4, 2),
-    },
-    ("lowrank", "ieee"): {(0, 1): Tiles(32, 32, 16, 4, 2), (129, 1): Tiles(16, 32, 16, 8, 2)},
+    ("lowrank", "16bit"): {(0, 8): Tiles(64, 64, 32, 4, 3), (65, 8): Tiles(64, 32, 32, 4, 2)},
+    ("lowrank", "tf32"): {(0, 8): Tiles(64, 64, 32, 4, 2), (65, 8): Tiles(64, 32, 32, 4, 2)},
+    ("lowrank", "ieee"): {(0, 8): Tiles(32, 32, 16, 8, 2)},
 }
 """Tiles by kernel and kind of operands: `{(least width, multiple): tiles}`. None has been measured;
 `python -m dbpkern.tune` finds others for the GPU at hand."""

@@ -1,4 +1,4 @@
-"""`W + ((W Q) S) Q^T`: a weight folded with a low-rank R, and the kernel that `lowrank_transform` shares."""
+"""`W + ((W Q) S) Q^T`: a weight folded with a low-rank R, and what `lowrank_transform` shares."""
 
 import contextlib
 import threading
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from dbpkern.ops import _dispatch, _triton
+from dbpkern.ops import _dispatch
 from dbpkern.ops._common import (
     FLOATS,
     autocast_off,
@@ -16,21 +16,9 @@ from dbpkern.ops._common import (
     check_same_dtype,
     check_tensor,
     operator,
+    product,
 )
-from dbpkern.ops._dispatch import Operands, check_backend
-from dbpkern.ops._matmul import (
-    cdiv,
-    dot,
-    dtype_name,
-    operand_constants,
-    product_loop,
-    rounded,
-    within_reach,
-)
-from dbpkern.ops._triton import jit, tl
-
-# The widest block of ranks that stays in registers.
-MAX_RANK = 256
+from dbpkern.ops._dispatch import check_backend
 
 # The precision is one setting for all threads, and each backward has a thread of its own for every GPU.
 _precision_lock = threading.RLock()
@@ -81,106 +69,29 @@ def lowrank_flops(rows: int, d: int, r: int) -> int:
     return 4 * rows * d * r + 2 * rows * r**2
 
 
-@jit
-def lowrank_kernel(
-    a, q, v, c, M, D, RANK, a_l, a_m, a_d, q_l, q_d, q_r, v_l, v_d, v_r, c_l, c_m,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr,
-    T_OPERAND: tl.constexpr, T_PRECISION: tl.constexpr, EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """`c [L, M, D] = a + (a q) v^T`, q and v `[L, D, RANK]`; BLOCK_M rows on grid axis 0, a layer on axis 1.
+def multiplies_bfloat16(device: torch.device, *dtypes: torch.dtype) -> bool:
+    """Whether PyTorch multiplies such operands as bfloat16, with fp32 sums and results.
 
-    The first pass over D gives `t = a q`, which stays in registers; the second finds a in L2.
+    float16 does not count: sums of d products, which are operands again, can leave its range.
     """
-    layer = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0) * BLOCK_M
-    m = tl.arange(0, BLOCK_M)
-    n = tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    rank = tl.arange(0, BLOCK_R)
-    m_in = (row + m < M)[:, None]
-    # The corner in 64 bits, the rest relative to it in 32.
-    a += layer * a_l + row.to(tl.int64) * a_m
-    q += layer * q_l
-    t = product_loop(
-        a + (m[:, None] * a_m + k[None, :] * a_d), q + (k[:, None] * q_d + rank[None, :] * q_r),
-        m_in, (rank < RANK)[None, :], D, a_d, q_d, rank,
-        False, OPERAND, PRECISION, EMULATE, EVEN_K, BLOCK_M, BLOCK_R, BLOCK_K,
-    )  # fmt: skip
-    t = rounded(t, T_OPERAND, EMULATE)
-    a_tile = a + (m[:, None] * a_m + n[None, :] * a_d)
-    v_tile = v + layer * v_l + (rank[:, None] * v_r + n[None, :] * v_d)
-    c_tile = c + layer * c_l + row.to(tl.int64) * c_m + (m[:, None] * c_m + n[None, :])
-    rank_in = (rank < RANK)[:, None]
-    for start in range(0, D, BLOCK_N):
-        n_in = (n < D - start)[None, :]
-        plain = tl.load(a_tile, mask=m_in & n_in, other=0.0).to(tl.float32)
-        columns = tl.load(v_tile, mask=rank_in & n_in, other=0.0)
-        total = dot(t, columns, plain, T_OPERAND, T_PRECISION, EMULATE)
-        tl.store(c_tile, rounded(total, c.dtype.element_ty, EMULATE), mask=m_in & n_in)
-        a_tile += BLOCK_N * a_d
-        v_tile += BLOCK_N * v_d
-        c_tile += BLOCK_N
-
-
-def _tile_key(d: int, r: int) -> int:
-    """What the table of tiles goes by: the rank, as an odd one where the width is no multiple of 16."""
-    return r if d % 16 == 0 or r % 2 else r - 1
-
-
-def _operands(A: Tensor, Q: Tensor, out_dtype: torch.dtype) -> tuple[Operands, Operands]:
-    """The operands of the first and of the second product."""
-    kind = _dispatch.operands(A.dtype, Q.dtype, out=out_dtype)
-    # A sum of d products can leave the range of fp16, where each of its terms is inside.
-    return kind, Operands(torch.float32, "tf32") if kind.dtype == torch.float16 else kind
-
-
-def triton_lowrank(A: Tensor, Q: Tensor, S: Tensor, out_dtype: torch.dtype) -> Tensor:
-    """`A + ((A Q) S) Q^T` by the kernel, for stacks `[L, M, d], [L, d, r], [L, r, r]`."""
-    L, M, d = A.shape
-    r = Q.shape[2]
-    kind, t_kind = _operands(A, Q, out_dtype)
-    # S joins the right factor: as an operand of its own it would not fit into shared memory at large ranks,
-    # and A has more rows than Q as a rule.
-    A, Q = within_reach(A), Q.float().contiguous()  # a tile has up to 256 of Q's columns
-    with ieee_products(A.device):
-        V = torch.bmm(Q, S.float().mT)
-    out = torch.empty(L, M, d, dtype=out_dtype, device=A.device)
-    blocks = _dispatch.tiles("lowrank", t_kind.kind, _tile_key(d, r))
-    _triton.launch(
-        lowrank_kernel,
-        (cdiv(M, blocks.m), L),
-        {
-            "a": A, "q": Q, "v": V, "c": out, "M": M, "D": d, "RANK": r,
-            "a_l": A.stride(0), "a_m": A.stride(1), "a_d": A.stride(2),
-            "q_l": Q.stride(0), "q_d": Q.stride(1), "q_r": Q.stride(2),
-            "v_l": V.stride(0), "v_d": V.stride(1), "v_r": V.stride(2),
-            "c_l": out.stride(0), "c_m": out.stride(1),
-        },
-        {
-            **operand_constants(kind),
-            "T_OPERAND": dtype_name(t_kind.dtype), "T_PRECISION": t_kind.precision,
-            "EVEN_K": d % blocks.k == 0,
-            "BLOCK_M": blocks.m, "BLOCK_N": blocks.n, "BLOCK_K": blocks.k,
-            "BLOCK_R": max(16, 1 << (r - 1).bit_length()),
-        },
-        blocks.warps,
-        blocks.stages,
-    )  # fmt: skip
-    return out
+    return (
+        torch.bfloat16 in dtypes
+        and {*dtypes} <= {torch.bfloat16, torch.float32}
+        and device.type == "cuda"
+        and torch.version.hip is None
+        and _dispatch.capability(device) >= (8, 0)
+    )
 
 
 def add_lowrank(op: str, A: Tensor, Q: Tensor, S: Tensor, out_dtype: torch.dtype, backend: str) -> Tensor:
     """`A + ((A Q) S) Q^T` for stacks `[L, M, d], [L, d, r], [L, r, r]`, rounded once to `out_dtype`."""
-    r = Q.shape[2]
-    refusal = _dispatch.triton_refusal(A.device, A.dtype, Q.dtype, out_dtype)
-    if not 1 <= r <= MAX_RANK:
-        refusal = refusal or f"it serves ranks from 1 to {MAX_RANK}, got {r}"
-    automatic = _dispatch.preferred(op, A.device, _operands(A, Q, out_dtype)[1].kind)
-    backend = _dispatch.choose(op, backend, {"triton": refusal}, automatic)
+    _dispatch.choose(op, backend, {})
     with autocast_off(A.device):
-        if backend == "triton":
-            return triton_lowrank(A, Q, S, out_dtype)
+        if multiplies_bfloat16(A.device, A.dtype, Q.dtype, out_dtype):
+            with ieee_products(A.device):
+                V = torch.bmm(Q, S.mT)  # S joins the right factor: one rounding less
+            T = product(A.bfloat16(), Q.bfloat16())
+            return torch.add(product(T.bfloat16(), V.mT.bfloat16()), A).to(out_dtype)
         compute = torch.promote_types(A.dtype, Q.dtype)
         A, Q, S = A.to(compute), Q.to(compute), S.to(compute)
         return torch.baddbmm(A, torch.bmm(torch.bmm(A, Q), S), Q.mT).to(out_dtype)
@@ -231,7 +142,7 @@ def lowrank_fold(
         Q: `[d, r]` or `[L, d, r]`, orthonormal columns as a rule; gets no gradient.
         S: `[r, r]` or `[L, r, r]`, of the dtype of Q; gets no gradient.
         out_dtype: dtype of the result, by default that of W; the sum is rounded to it once.
-        backend: "eager" or "triton"; None chooses.
+        backend: "eager", or None for the same. On a GPU the operands are bf16 where W or the result is.
 
     Returns:
         `[(L,) o, d]`, differentiable in W (`dW = dW~ R^T`, the same with `S^T`).

@@ -1,37 +1,120 @@
-"""The decorrelation step of a low-rank R from finished statistics; the subspace follows the input's."""
+"""The decorrelation step of low-rank R from finished statistics; the subspace follows the input's."""
 
+import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from dbpkern.ops import _dispatch, _triton
-from dbpkern.ops._common import (
-    autocast_off,
-    check_accumulator,
-    check_kappa,
-    check_same_device,
-    check_same_dtype,
-    check_tensor,
-    eta_tensor,
-    operator,
-)
+from dbpkern.ops import _common, _dispatch, _triton
 from dbpkern.ops._matmul import cdiv, load_rate, rate_arguments
+from dbpkern.ops._table import address, address_table
 from dbpkern.ops._triton import jit, tl
-from dbpkern.ops.lowrank_fold import check_factors, ieee_products
-from dbpkern.ops.lowrank_statistics import rank_block
+from dbpkern.ops.lowrank_fold import ieee_products
+from dbpkern.ops.lowrank_statistics import rank_block, rank_refusal
+from dbpkern.ops.rates import eager_rates
 
 # Added to B's diagonal, relative to its trace, before B is inverted: with fewer rows than ranks B is
 # singular, and with about as many its inverse is mostly noise, which Q would follow.
 RIDGE = 1e-4
-# Newton-Schulz steps towards a rotation; they bring cosines from 0.4 up to 1 in fp32.
+# Newton-Schulz steps towards a rotation, an even number; they bring cosines from 0.4 up to 1 in fp32.
 ROTATION_STEPS = 6
-# The widest rank whose matrices stay in registers.
-MAX_RANK = 128
-TINY = torch.finfo(torch.float32).tiny
-# Features, and terms of a product, that a program takes at a time. Not measured.
-BLOCK_D, BLOCK_K, WARPS, STAGES = 64, 16, 8, 2
+# Features, ranks, and terms of a product, that a program takes at a time. Not measured.
+BLOCK_D, BLOCK_H, BLOCK_K = 64, 64, 16
+# Warps and stages of the kernel of small matrices, by the block of ranks.
+SMALL = {16: (4, 3), 32: (4, 3), 64: (8, 2), 128: (16, 1)}
+
+Stack = tuple[Tensor, ...]
+"""Q, S, caution, rates, B, Y, c."""
+
+
+# The kernels serve all stacks of a rank through a table, whose columns are the numbers of a stack's first
+# program (0), first layer (1) and first feature (2), its width (3), and where its tensors lie (4 to 10).
+
+
+@jit
+def find(table, count, COLUMN: tl.constexpr, number, SPAN: tl.constexpr):
+    """The stack that a program or layer belongs to, and its number within."""
+    i = tl.arange(0, SPAN)
+    firsts = tl.load(table + COLUMN * count + i, mask=i < count, other=2**62)
+    stack = tl.sum((firsts <= number).to(tl.int32), 0) - 1
+    return stack, number - tl.load(table + COLUMN * count + stack)
+
+
+@jit
+def place(table, count, ROWS, SPAN: tl.constexpr):
+    """A program's stack and layer, its first feature in all layers of the stack, and how many it has."""
+    stack, number = find(table, count, 0, tl.program_id(0), SPAN)
+    D = tl.load(table + 3 * count + stack)
+    parts = tl.cdiv(D, ROWS)
+    first = number % parts * ROWS
+    return stack, number // parts, number // parts * D + first, min(ROWS, D - first).to(tl.int32)
+
+
+@jit
+def tensor(table, count, stack, COLUMN: tl.constexpr):
+    """Where a tensor of a stack lies. Matrices lie so that 16 bytes are loaded at a time, numbers alone."""
+    return tl.multiple_of(tl.load(table + COLUMN * count + stack).to(tl.pointer_type(tl.float32)), 16)
+
+
+@jit
+def load(a, i, j, M, N, RANK: tl.constexpr, T: tl.constexpr):
+    """Rows i and columns j of `a [M, N]`, whose rows, with T its columns, are RANK apart; zeros beyond it."""
+    place = j[None, :] * RANK + i[:, None] if T else i[:, None] * RANK + j[None, :]
+    return tl.load(a + place, mask=(i < M)[:, None] & (j < N)[None, :], other=0.0)
+
+
+@jit
+def load_rows(a, first, M, RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Rows of `a [M, RANK]` from `first` on."""
+    return load(a, first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R), M, RANK, RANK, False)
+
+
+@jit
+def store_rows(a, value, first, M, RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Store such rows."""
+    i, j = first + tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_R)[None, :]
+    tl.store(a + i * RANK + j, value, mask=(i < M) & (j < RANK))
+
+
+@jit
+def product(
+    a, b, M, K, A_T: tl.constexpr, B_T: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """`a b` in fp32 for `a [M, K]` and `b [K, RANK]`; with A_T or B_T the transpose lies in memory.
+
+    Both come from memory piece by piece: whole matrices of ranks as operands would take all registers. What
+    the program itself has written there needs a barrier before.
+    """
+    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        left = load(a, tl.arange(0, BLOCK_M), k, M, K, RANK, A_T)
+        right = load(b, k, tl.arange(0, BLOCK_R), K, RANK, RANK, B_T)
+        acc = tl.dot(left, right, acc, input_precision=PRECISION)
+    return acc
+
+
+@jit
+def multiply(
+    out, a, b, c, K, ALPHA: tl.constexpr, BETA: tl.constexpr, A_T: tl.constexpr, B_T: tl.constexpr,
+    RANK: tl.constexpr, PRECISION: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """`out = ALPHA a b + BETA c`, `[RANK, RANK]`, once all threads have written these.
+
+    In blocks of rows, or wide ranks would take more registers than there are.
+    """
+    tl.debug_barrier()
+    for first in range(0, RANK, BLOCK_H):
+        left = a + (first if A_T else first * RANK)
+        found = product(left, b, RANK - first, K, A_T, B_T, RANK, PRECISION, BLOCK_H, BLOCK_R, BLOCK_K)
+        if BETA != 0:
+            found = ALPHA * found + BETA * load_rows(c, first, RANK, RANK, BLOCK_H, BLOCK_R)
+        store_rows(out, found, first, RANK, RANK, BLOCK_H, BLOCK_R)
 
 
 @jit
@@ -40,8 +123,7 @@ def inverse_factor(M, RANK: tl.constexpr, BLOCK: tl.constexpr):
 
     Elimination in place: what turns column k into zeros below the diagonal takes their room.
     """
-    i = tl.arange(0, BLOCK)[:, None]
-    j = tl.arange(0, BLOCK)[None, :]
+    i, j = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
     for k in range(RANK):
         row = tl.sum(tl.where(i == k, M, 0.0), axis=0)[None, :]
         column = tl.sum(tl.where(j == k, M, 0.0), axis=1)[:, None]
@@ -54,314 +136,229 @@ def inverse_factor(M, RANK: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @jit
-def product(
-    a, b, M, N, K, a_m, a_k, b_k, b_n, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """`a [M, K] @ b [K, N]` in fp32, of any strides; both come from memory piece by piece.
-
-    Whole matrices of ranks as operands would take all registers. What the program itself has written there
-    needs a barrier before.
-    """
-    m = tl.arange(0, BLOCK_M)[:, None]
-    n = tl.arange(0, BLOCK_N)[None, :]
-    k = tl.arange(0, BLOCK_K)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, K, BLOCK_K):
-        terms = start + k
-        left = tl.load(a + m * a_m + terms[None, :] * a_k, mask=(m < M) & (terms < K)[None, :], other=0.0)
-        right = tl.load(b + terms[:, None] * b_k + n * b_n, mask=(n < N) & (terms < K)[:, None], other=0.0)
-        acc = tl.dot(left, right, acc, input_precision=PRECISION)
-    return acc
-
-
-@jit
-def small_product(
-    a, b, a_m, a_k, b_k, b_n,
-    RANK: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """`product` of two matrices of ranks, once all threads have written them."""
-    tl.debug_barrier()
-    return product(a, b, RANK, RANK, RANK, a_m, a_k, b_k, b_n, PRECISION, BLOCK_R, BLOCK_R, BLOCK_K)
-
-
-@jit
-def load_small(a, RANK: tl.constexpr, BLOCK_R: tl.constexpr):
-    """A matrix of ranks in a block of zeros."""
-    i = tl.arange(0, BLOCK_R)[:, None]
-    j = tl.arange(0, BLOCK_R)[None, :]
-    return tl.load(a + i * RANK + j, mask=(i < RANK) & (j < RANK), other=0.0)
-
-
-@jit
-def store_small(a, value, RANK: tl.constexpr, BLOCK_R: tl.constexpr):
-    """Store a matrix of ranks, once all threads have read what was there."""
-    i = tl.arange(0, BLOCK_R)[:, None]
-    j = tl.arange(0, BLOCK_R)[None, :]
-    tl.debug_barrier()
-    tl.store(a + i * RANK + j, value, mask=(i < RANK) & (j < RANK))
-
-
-@jit
 def moved_kernel(
-    Q, S, B, Y, c, A, gQ, sums, sizes, D, ROWS, q_eta, ridge,
-    RANK: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    table, A, gQ, sums, sizes, count, ROWS, q_eta, ridge,
+    SPAN: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """`A = Q + q_eta (Y B^-1 - Q)` and `diag(g) Q`, g the mean squares of z, for ROWS features of a layer.
 
-    Stores these features' terms of `Q^T diag(g) Q`, `A^T A` and `A^T Q` in `sums [L, parts, 3, r, r]`, and
-    of the sums of c and of g in `sizes [L, parts, 2]`. A part on grid axis 0, a layer on axis 1. Each part
-    inverts B for itself: that takes no longer than to wait for one that does. A is formed before its Gram
-    matrix is: put together from those of Q and Y, it would lose digits with the square of B's condition.
+    Stores these features' terms of `Q^T diag(g) Q`, `A^T A` and `A^T Q` in `sums [programs, 3, r, r]`, and of
+    the sums of c and of g in `sizes [programs, 2]`. Each program inverts B for itself: that takes no longer
+    than to wait for one that does. A is formed before its Gram matrix is: put together from those of Q and Y,
+    it would lose digits with the square of B's condition.
     """
-    layer = tl.program_id(1).to(tl.int64)
-    part = layer * tl.num_programs(0) + tl.program_id(0)
+    program = tl.program_id(0).to(tl.int64)
+    stack, layer, corner, rows = place(table, count, ROWS, SPAN)
+    scratch = tl.load(table + 2 * count + stack) + corner
     AREA: tl.constexpr = RANK * RANK
-    S += layer * AREA
-    B += layer * AREA
+    Q = tensor(table, count, stack, 4) + corner * RANK
+    S = tensor(table, count, stack, 5) + layer * AREA
+    B = tensor(table, count, stack, 8) + layer * AREA
+    Y = tensor(table, count, stack, 9) + corner * RANK
+    c = tensor(table, count, stack, 10) + corner
+    A += scratch * RANK
+    gQ += scratch * RANK
     # Until they are known, the room of the sums holds what the program needs of B.
-    factor = sums + part * 3 * AREA
-    inverse = factor + AREA
-    SB = inverse + AREA
+    factor = sums + program * 3 * AREA
+    inverse, SB = factor + AREA, factor + 2 * AREA
     on_diagonal = tl.arange(0, BLOCK_R)[:, None] == tl.arange(0, BLOCK_R)[None, :]
-    b = load_small(B, RANK, BLOCK_R)
+    b = load_rows(B, 0, RANK, RANK, BLOCK_R, BLOCK_R)
     b += tl.where(on_diagonal, ridge * tl.sum(tl.where(on_diagonal, b, 0.0)), 0.0)
-    store_small(factor, inverse_factor(b, RANK, BLOCK_R), RANK, BLOCK_R)
-    store_small(SB, small_product(S, B, RANK, 1, RANK, 1, RANK, PRECISION, BLOCK_R, BLOCK_K), RANK, BLOCK_R)
-    found = small_product(factor, factor, 1, RANK, RANK, 1, RANK, PRECISION, BLOCK_R, BLOCK_K)
-    store_small(inverse, found, RANK, BLOCK_R)
+    store_rows(factor, inverse_factor(b, RANK, BLOCK_R), 0, RANK, RANK, BLOCK_R, BLOCK_R)
+    multiply(SB, S, B, S, RANK, 1.0, 0.0, 0, 0, RANK, PRECISION, BLOCK_H, BLOCK_R, BLOCK_K)
+    multiply(inverse, factor, factor, S, RANK, 1.0, 0.0, 1, 0, RANK, PRECISION, BLOCK_H, BLOCK_R, BLOCK_K)
     tl.debug_barrier()
 
-    first = tl.program_id(0) * ROWS
-    rows = min(ROWS, D - first)
-    corner = layer * D + first
-    Q += corner * RANK
-    Y += corner * RANK
-    A += corner * RANK
-    gQ += corner * RANK
-    c += corner
     d = tl.arange(0, BLOCK_D)
-    rank = tl.arange(0, BLOCK_R)[None, :]
-    c_sum = tl.zeros((BLOCK_D,), tl.float32)
-    g_sum = tl.zeros((BLOCK_D,), tl.float32)
+    c_sum, g_sum = tl.zeros((BLOCK_D,), tl.float32), tl.zeros((BLOCK_D,), tl.float32)
     for start in range(0, rows, BLOCK_D):
         left = rows - start
-        at = start * RANK
-        V = product(Q + at, S, left, RANK, RANK, RANK, 1, RANK, 1, PRECISION, BLOCK_D, BLOCK_R, BLOCK_K)
-        VB = product(Q + at, SB, left, RANK, RANK, RANK, 1, RANK, 1, PRECISION, BLOCK_D, BLOCK_R, BLOCK_K)
-        place = at + d[:, None] * RANK + rank
-        inside = (d < left)[:, None] & (rank < RANK)
+        q, y = Q + start * RANK, Y + start * RANK
+        V = product(q, S, left, RANK, 0, 0, RANK, PRECISION, BLOCK_D, BLOCK_R, BLOCK_K)
+        VB = product(q, SB, left, RANK, 0, 0, RANK, PRECISION, BLOCK_D, BLOCK_R, BLOCK_K)
         c_block = tl.load(c + start + d, mask=d < left, other=0.0)
-        g = c_block + tl.sum((2 * tl.load(Y + place, mask=inside, other=0.0) + VB) * V, axis=1)
+        g = c_block + tl.sum((2 * load_rows(y, 0, left, RANK, BLOCK_D, BLOCK_R) + VB) * V, axis=1)
         c_sum += c_block
         g_sum += g
-        target = product(
-            Y + at, inverse, left, RANK, RANK, RANK, 1, RANK, 1, PRECISION, BLOCK_D, BLOCK_R, BLOCK_K
-        )
-        q = tl.load(Q + place, mask=inside, other=0.0)
-        tl.store(gQ + place, g[:, None] * q, mask=inside)
-        tl.store(A + place, q + q_eta * (target - q), mask=inside)
-    tl.store(sizes + 2 * part, tl.sum(c_sum))
-    tl.store(sizes + 2 * part + 1, tl.sum(g_sum))
-    tl.debug_barrier()
-    found = product(Q, gQ, RANK, RANK, rows, 1, RANK, RANK, 1, PRECISION, BLOCK_R, BLOCK_R, BLOCK_K)
-    store_small(factor, found, RANK, BLOCK_R)
-    found = product(A, A, RANK, RANK, rows, 1, RANK, RANK, 1, PRECISION, BLOCK_R, BLOCK_R, BLOCK_K)
-    store_small(inverse, found, RANK, BLOCK_R)
-    found = product(A, Q, RANK, RANK, rows, 1, RANK, RANK, 1, PRECISION, BLOCK_R, BLOCK_R, BLOCK_K)
-    store_small(SB, found, RANK, BLOCK_R)
-
-
-@jit
-def sum_parts(sums, parts, RANK: tl.constexpr, BLOCK_R: tl.constexpr):
-    """The sum of one of the three matrices over the parts of a layer."""
-    total = tl.zeros((BLOCK_R, BLOCK_R), tl.float32)
-    for part in range(parts):
-        total += load_small(sums + part * (3 * RANK * RANK), RANK, BLOCK_R)
-    return total
+        target = product(y, inverse, left, RANK, 0, 0, RANK, PRECISION, BLOCK_D, BLOCK_R, BLOCK_K)
+        before = load_rows(q, 0, left, RANK, BLOCK_D, BLOCK_R)
+        store_rows(gQ, g[:, None] * before, start, rows, RANK, BLOCK_D, BLOCK_R)
+        store_rows(A, before + q_eta * (target - before), start, rows, RANK, BLOCK_D, BLOCK_R)
+    tl.store(sizes + 2 * program, tl.sum(c_sum))
+    tl.store(sizes + 2 * program + 1, tl.sum(g_sum))
+    multiply(factor, Q, gQ, S, rows, 1.0, 0.0, 1, 0, RANK, PRECISION, BLOCK_H, BLOCK_R, BLOCK_K)
+    multiply(inverse, A, A, S, rows, 1.0, 0.0, 1, 0, RANK, PRECISION, BLOCK_H, BLOCK_R, BLOCK_K)
+    multiply(SB, A, Q, S, rows, 1.0, 0.0, 1, 0, RANK, PRECISION, BLOCK_H, BLOCK_R, BLOCK_K)
 
 
 @jit
 def small_kernel(
-    S, B, caution, rates, sums, sizes, factor, room, moves, eta, kappa, limit, D, parts,
+    table, sums, sizes, room, moves, count, ROWS, eta, kappa, limit,
     ETA_TENSOR: tl.constexpr, ETA_STRIDE: tl.constexpr, SCALE_FREE: tl.constexpr, LIMITED: tl.constexpr,
-    TINY: tl.constexpr, STEPS: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
+    TINY: tl.constexpr, STEPS: tl.constexpr, SPAN: tl.constexpr, RANK: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """The rate and the new S of a layer, `L^-1` of `A^T A = L L^T`, and whether Q is to become `A L^-T`.
 
-    `room [L, 5, r, r]` holds what products need of earlier ones.
+    `room [layers, 8, r, r]` holds what products need of earlier ones; its second matrix is `L^-1`.
     """
-    layer = tl.program_id(0).to(tl.int64)
+    number = tl.program_id(0).to(tl.int64)
+    stack, layer = find(table, count, 1, number, SPAN)
     AREA: tl.constexpr = RANK * RANK
-    S += layer * AREA
-    B += layer * AREA
-    factor += layer * AREA
-    sums += layer * parts * 3 * AREA
-    T = room + layer * 5 * AREA
-    U = T + AREA
-    stepped = U + AREA
-    one = stepped + AREA
-    other = one + AREA
-    on_diagonal = tl.arange(0, BLOCK_R)[:, None] == tl.arange(0, BLOCK_R)[None, :]
+    D = tl.load(table + 3 * count + stack)
+    parts = tl.cdiv(D, ROWS).to(tl.int32)
+    first_part = tl.load(table + stack) + layer * parts
+    S = tensor(table, count, stack, 5) + layer * AREA
+    B = tensor(table, count, stack, 8) + layer * AREA
+    caution = tensor(table, count, stack, 6) + layer
+    rates = tensor(table, count, stack, 7) + layer
+    diagonal = room + number * 8 * AREA
+    gram, overlap, one, M = diagonal + AREA, diagonal + 2 * AREA, diagonal + 3 * AREA, diagonal + 4 * AREA
+    stepped, U, other = diagonal + 5 * AREA, diagonal + 6 * AREA, diagonal + 7 * AREA
 
-    p = tl.arange(0, BLOCK_P)
-    sizes += 2 * (layer * parts + p)
-    size = tl.sum(tl.load(sizes, mask=p < parts, other=0.0))
-    mean = tl.sum(tl.load(sizes + 1, mask=p < parts, other=0.0)) / D
+    size = 0.0
+    mean = 0.0
+    for part in range(parts):
+        size += tl.load(sizes + 2 * (first_part + part))
+        mean += tl.load(sizes + 2 * (first_part + part) + 1) / D.to(tl.float32)
     sound = tl.abs(size) < float("inf")
-    store_small(T, load_small(S, RANK, BLOCK_R) + tl.where(on_diagonal, 1.0, 0.0), RANK, BLOCK_R)
-    store_small(one, small_product(T, B, RANK, 1, RANK, 1, RANK, PRECISION, BLOCK_R, BLOCK_K), RANK, BLOCK_R)
-    M = small_product(one, T, RANK, 1, 1, RANK, RANK, PRECISION, BLOCK_R, BLOCK_K)
-    store_small(other, M, RANK, BLOCK_R)
+    sums += first_part * 3 * AREA
+    for first in range(0, 3 * RANK, BLOCK_H):
+        total = tl.zeros((BLOCK_H, BLOCK_R), tl.float32)
+        for part in range(parts):
+            total += load_rows(sums + part * (3 * AREA), first, 3 * RANK, RANK, BLOCK_H, BLOCK_R)
+        store_rows(diagonal, total, first, 3 * RANK, RANK, BLOCK_H, BLOCK_R)
 
+    # The second moment of z within the subspace, T B T^T with T = I + S.
+    multiply(one, S, B, B, RANK, 1.0, 1.0, 0, 0, RANK, "ieee", BLOCK_H, BLOCK_R, BLOCK_K)
+    multiply(M, one, S, one, RANK, 1.0, 1.0, 0, 1, RANK, "ieee", BLOCK_H, BLOCK_R, BLOCK_K)
+    tl.debug_barrier()
     if SCALE_FREE:
         unit = tl.maximum(2 * mean, TINY)
     else:
         unit = 1.0
-    careful = tl.load(caution + layer) * tl.where(sound, 1.0, 0.5)
+    careful = tl.load(caution) * tl.where(sound, 1.0, 0.5)
     rate = careful * load_rate(eta, layer, ETA_TENSOR, ETA_STRIDE)
     if LIMITED:
-        bound = (tl.sqrt(tl.sum(M * M)) + kappa) / unit
-        rate = tl.minimum(rate, limit / tl.maximum(bound, TINY))
+        squares = 0.0
+        for first in range(0, RANK, BLOCK_H):
+            rows = load_rows(M, first, RANK, RANK, BLOCK_H, BLOCK_R)
+            squares += tl.sum(rows * rows)
+        rate = tl.minimum(rate, limit / tl.maximum((tl.sqrt(squares) + kappa) / unit, TINY))
     rate = tl.where(sound, rate, 0.0)
-    tl.store(caution + layer, careful)
-    tl.store(rates + layer, rate)
+    tl.store(caution, careful)
+    tl.store(rates, rate)
 
-    diagonal = sum_parts(sums, parts, RANK, BLOCK_R)  # Q^T diag(g) Q
-    M = (1 - kappa) * (load_small(other, RANK, BLOCK_R) - diagonal)
-    M += kappa * (diagonal - tl.where(on_diagonal, 1.0, 0.0))
-    store_small(other, M, RANK, BLOCK_R)
-    found = small_product(other, T, RANK, 1, RANK, 1, RANK, PRECISION, BLOCK_R, BLOCK_K)
-    # A step too small to show in T still shows in S.
-    store_small(stepped, load_small(S, RANK, BLOCK_R) - rate / unit * found, RANK, BLOCK_R)
+    # S - rate / unit M T: what M becomes here is added to S, and times S. So a step too small to show in T
+    # still shows in S.
+    for first in range(0, RANK, BLOCK_H):
+        rows = load_rows(diagonal, first, RANK, RANK, BLOCK_H, BLOCK_R)
+        i, j = first + tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_R)[None, :]
+        eye = tl.where(i == j, 1.0, 0.0)
+        off = load_rows(M, first, RANK, RANK, BLOCK_H, BLOCK_R) - rows
+        step = -rate / unit * ((1 - kappa) * off + kappa * (rows - eye))
+        store_rows(M, step, first, RANK, RANK, BLOCK_H, BLOCK_R)
+        step += load_rows(S, first, RANK, RANK, BLOCK_H, BLOCK_R)
+        store_rows(stepped, step, first, RANK, RANK, BLOCK_H, BLOCK_R)
+    multiply(stepped, M, S, stepped, RANK, 1.0, 1.0, 0, 0, RANK, "ieee", BLOCK_H, BLOCK_R, BLOCK_K)
 
-    inverse = inverse_factor(sum_parts(sums + AREA, parts, RANK, BLOCK_R), RANK, BLOCK_R)
+    inverse = inverse_factor(load_rows(gram, 0, RANK, RANK, BLOCK_R, BLOCK_R), RANK, BLOCK_R)
     valid = tl.sum(inverse * 0.0) == 0
     seen = sound & (size != 0)
-    store_small(factor, inverse, RANK, BLOCK_R)
-    tl.store(moves + layer, (seen & valid).to(tl.int32))
+    tl.debug_barrier()
+    store_rows(gram, inverse, 0, RANK, RANK, BLOCK_R, BLOCK_R)
+    tl.store(moves + number, (seen & valid).to(tl.int32))
 
     # The rotation nearest to Q_new^T Q.
-    store_small(one, sum_parts(sums + 2 * AREA, parts, RANK, BLOCK_R), RANK, BLOCK_R)
-    found = small_product(factor, one, RANK, 1, RANK, 1, RANK, PRECISION, BLOCK_R, BLOCK_K)
-    store_small(U, found, RANK, BLOCK_R)
-    for _ in range(STEPS):
-        found = small_product(U, U, RANK, 1, 1, RANK, RANK, PRECISION, BLOCK_R, BLOCK_K)
-        store_small(other, found, RANK, BLOCK_R)
-        found = small_product(other, U, RANK, 1, RANK, 1, RANK, PRECISION, BLOCK_R, BLOCK_K)
-        store_small(U, 1.5 * load_small(U, RANK, BLOCK_R) - 0.5 * found, RANK, BLOCK_R)
-    found = small_product(U, stepped, RANK, 1, RANK, 1, RANK, PRECISION, BLOCK_R, BLOCK_K)
-    store_small(one, found, RANK, BLOCK_R)
-    found = small_product(one, U, RANK, 1, 1, RANK, RANK, PRECISION, BLOCK_R, BLOCK_K)
-    found = tl.where(valid, found, load_small(stepped, RANK, BLOCK_R))
-    # A layer that rests keeps its S bit for bit.
-    store_small(S, tl.where(seen, found, load_small(S, RANK, BLOCK_R)), RANK, BLOCK_R)
+    multiply(U, gram, overlap, S, RANK, 1.0, 0.0, 0, 0, RANK, "ieee", BLOCK_H, BLOCK_R, BLOCK_K)
+    for _ in range(STEPS // 2):
+        multiply(one, U, U, S, RANK, 1.0, 0.0, 0, 1, RANK, "ieee", BLOCK_H, BLOCK_R, BLOCK_K)
+        multiply(other, one, U, U, RANK, -0.5, 1.5, 0, 0, RANK, "ieee", BLOCK_H, BLOCK_R, BLOCK_K)
+        multiply(one, other, other, S, RANK, 1.0, 0.0, 0, 1, RANK, "ieee", BLOCK_H, BLOCK_R, BLOCK_K)
+        multiply(U, one, other, other, RANK, -0.5, 1.5, 0, 0, RANK, "ieee", BLOCK_H, BLOCK_R, BLOCK_K)
+    multiply(one, U, stepped, S, RANK, 1.0, 0.0, 0, 0, RANK, "ieee", BLOCK_H, BLOCK_R, BLOCK_K)
+    multiply(other, one, U, S, RANK, 1.0, 0.0, 0, 1, RANK, "ieee", BLOCK_H, BLOCK_R, BLOCK_K)
+    tl.debug_barrier()
+    if seen:  # a layer that rests keeps its S bit for bit
+        for first in range(0, RANK, BLOCK_H):
+            turned = load_rows(other, first, RANK, RANK, BLOCK_H, BLOCK_R)
+            plain = load_rows(stepped, first, RANK, RANK, BLOCK_H, BLOCK_R)
+            store_rows(S, tl.where(valid, turned, plain), first, RANK, RANK, BLOCK_H, BLOCK_R)
 
 
 @jit
 def turn_kernel(
-    Q, A, factor, moves, D, RANK: tl.constexpr, PRECISION: tl.constexpr,
+    table, A, room, moves, count, ROWS, SPAN: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """`Q = A L^-T` where it moves: a block of features on grid axis 0, a layer on axis 1."""
-    layer = tl.program_id(1).to(tl.int64)
-    first = tl.program_id(0) * BLOCK_D
-    rows = D * tl.load(moves + layer) - first
-    corner = (layer * D + first) * RANK
-    q = product(
-        A + corner, factor + layer * RANK * RANK, rows, RANK, RANK, RANK, 1, 1, RANK,
-        PRECISION, BLOCK_D, BLOCK_R, BLOCK_K,
-    )  # fmt: skip
-    d = tl.arange(0, BLOCK_D)[:, None]
-    rank = tl.arange(0, BLOCK_R)[None, :]
-    tl.store(Q + corner + d * RANK + rank, q, mask=(d < rows) & (rank < RANK))
+    """`Q = A L^-T` where it moves, for ROWS features of a layer."""
+    stack, layer, corner, rows = place(table, count, ROWS, SPAN)
+    scratch = tl.load(table + 2 * count + stack) + corner
+    number = tl.load(table + count + stack) + layer
+    Q = tensor(table, count, stack, 4) + corner * RANK
+    factor = room + (8 * number + 1) * RANK * RANK
+    A += scratch * RANK
+    rows *= tl.load(moves + number)
+    for start in range(0, rows, BLOCK_D):
+        a = A + start * RANK
+        q = product(a, factor, rows - start, RANK, 0, 1, RANK, PRECISION, BLOCK_D, BLOCK_R, BLOCK_K)
+        store_rows(Q, q, start, rows, RANK, BLOCK_D, BLOCK_R)
 
 
 def triton_step(
-    Q: Tensor, S: Tensor, caution: Tensor, rates: Tensor, B: Tensor, Y: Tensor, c: Tensor, eta: Tensor,
-    kappa: float, scale_free: bool, limit: float | None, q_eta: float,
-) -> None:  # fmt: skip
-    """The step by three launches, for contiguous fp32 tensors."""
-    L, d, r = Q.shape
-    # As many programs as run at a time, each with a number of whole blocks of features.
-    rows = cdiv(cdiv(d, BLOCK_D), max(1, 2 * _dispatch.processors(Q.device) // max(L, 1))) * BLOCK_D
-    parts = cdiv(d, rows)
-    A, gQ, sizes = torch.empty_like(Q), torch.empty_like(Q), Q.new_empty(L, parts, 2)
-    sums, room, factor = (Q.new_empty(L, *lead, r, r) for lead in ((parts, 3), (5,), ()))
-    moves = torch.empty(L, dtype=torch.int32, device=Q.device)
-    constants = {"RANK": r, "BLOCK_K": BLOCK_K, "BLOCK_R": rank_block(r)}
-    by_rows = {**constants, "PRECISION": "tf32x3", "BLOCK_D": BLOCK_D}
-    _triton.launch(
-        moved_kernel,
-        (parts, L),
-        {
-            "Q": Q, "S": S, "B": B, "Y": Y, "c": c, "A": A, "gQ": gQ, "sums": sums, "sizes": sizes,
-            "D": d, "ROWS": rows, "q_eta": q_eta, "ridge": RIDGE,
-        },
-        by_rows, WARPS, STAGES,
-    )  # fmt: skip
-    eta_argument, eta_constants = rate_arguments(eta, Q.device)
-    _triton.launch(
-        small_kernel,
-        (L,),
-        {
-            "S": S, "B": B, "caution": caution, "rates": rates, "sums": sums, "sizes": sizes,
-            "factor": factor, "room": room, "moves": moves, **eta_argument,
-            "kappa": kappa, "limit": limit or 0.0, "D": d, "parts": parts,
-        },
-        {
-            **constants, **eta_constants, "SCALE_FREE": scale_free, "LIMITED": limit is not None,
-            "TINY": TINY, "STEPS": ROTATION_STEPS, "PRECISION": "ieee",
-            "BLOCK_P": max(2, 1 << (parts - 1).bit_length()),
-        },
-        *((4, 3) if r <= 64 else (16, 1)),
-    )  # fmt: skip
-    _triton.launch(
-        turn_kernel,
-        (cdiv(d, BLOCK_D), L),
-        {"Q": Q, "A": A, "factor": factor, "moves": moves, "D": d},
-        by_rows, WARPS, STAGES,
-    )  # fmt: skip
-
-
-def _identity(like: Tensor) -> Tensor:
-    return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
-
-
-def _orthonormal(A: Tensor) -> tuple[Tensor, Tensor]:
-    """A basis of the columns of `A [L, d, r]`, and per layer whether it is one.
-
-    Cholesky and not QR, which has no batched form that leaves the host alone; twice, because once loses
-    digits with the square of A's condition number.
-    """
-    found = torch.ones(len(A), dtype=torch.bool, device=A.device)
-    for _ in range(2):
-        factor, info = torch.linalg.cholesky_ex(torch.bmm(A.mT, A))
-        A = torch.linalg.solve_triangular(factor.mT, A, upper=True, left=False)
-        found &= info == 0
-    return A, found & A.isfinite().all(-1).all(-1)
+    stacks: Sequence[Stack], eta: Tensor, kappa: float, scale_free: bool, limit: float | None, q_eta: float
+) -> None:
+    """The step of stacks of one rank, contiguous and in fp32, by three launches."""
+    like = stacks[0][0]
+    r, device = like.shape[2], like.device
+    sizes = [Q.shape[:2] for Q, *_ in stacks]
+    # No more programs than run at a time, one on a processor, each with a number of whole blocks of features.
+    most = max(_dispatch.processors(device), sum(L for L, _ in sizes))
+    rows = next(n for n in itertools.count(BLOCK_D, BLOCK_D) if sum(L * cdiv(d, n) for L, d in sizes) <= most)
+    counts = [[L * cdiv(d, rows) for L, d in sizes], [L for L, _ in sizes], [L * d for L, d in sizes]]
+    columns = [list(itertools.accumulate(column, initial=0)) for column in counts]
+    programs, layers, features = (column.pop() for column in columns)
+    columns += [[d for _, d in sizes]]
+    columns += [[address(t) for t in column] for column in zip(*stacks, strict=True)]
+    A, gQ = like.new_empty(2, features, r)
+    eta_argument, eta_constants = rate_arguments(eta, device)
+    args = {
+        "table": address_table(columns, device), "count": len(stacks), "ROWS": rows,
+        "A": A, "gQ": gQ, "sums": like.new_empty(programs, 3, r, r), "sizes": like.new_empty(programs, 2),
+        "room": like.new_empty(layers, 8, r, r), "moves": like.new_empty(layers, dtype=torch.int32),
+        **eta_argument, "kappa": kappa, "limit": limit or 0.0, "q_eta": q_eta, "ridge": RIDGE,
+    }  # fmt: skip
+    block = rank_block(r)
+    constants = {
+        **eta_constants, "SCALE_FREE": scale_free, "LIMITED": limit is not None, "STEPS": ROTATION_STEPS,
+        "TINY": torch.finfo(torch.float32).tiny, "SPAN": 1 << (len(stacks) - 1).bit_length(), "RANK": r,
+        "BLOCK_D": BLOCK_D, "BLOCK_H": min(BLOCK_H, block), "BLOCK_K": BLOCK_K, "BLOCK_R": block,
+        "PRECISION": "tf32x3",
+    }  # fmt: skip
+    grids, compiled = (programs, layers, programs), ((8, 2), SMALL[block], (8, 2))
+    kernels = (moved_kernel, small_kernel, turn_kernel)
+    for kernel, grid, (warps, stages) in zip(kernels, grids, compiled, strict=True):
+        own, fixed = ({k: v for k, v in d.items() if k in kernel.arg_names} for d in (args, constants))
+        _triton.launch(kernel, (grid,), own, fixed, warps, stages)
 
 
 def _moved(Q: Tensor, B: Tensor, Y: Tensor, q_eta: float) -> tuple[Tensor, Tensor]:
-    """Q after `orth(Q + q_eta (Y B^-1 - Q))`, and per layer whether that succeeded."""
-    ridge = RIDGE * B.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
-    factor, info = torch.linalg.cholesky_ex(B + ridge * _identity(B))
+    """Q after `orth(Q + q_eta (Y B^-1 - Q))`, and per layer whether that succeeded.
+
+    By Cholesky and not QR, which has no batched form that leaves the host alone; twice, because once loses
+    digits with the square of the condition number.
+    """
+    ridge = RIDGE * B.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
+    factor, info = torch.linalg.cholesky_ex(B + torch.diag_embed(ridge.expand(B.shape[:2])))
     half = torch.linalg.solve_triangular(factor.mT, Y, upper=True, left=False)
     target = torch.linalg.solve_triangular(factor, half, upper=False, left=False)
-    moved, found = _orthonormal(torch.lerp(Q, target, q_eta))
-    return moved, found & (info == 0)
-
-
-def _rotation(P: Tensor) -> Tensor:
-    """The orthogonal factor of `P [L, r, r]`, whose singular values are at most 1.
-
-    They are the cosines of the angles between old and new subspace. Where one is small, S fades instead.
-    """
-    for _ in range(ROTATION_STEPS):
-        P = torch.baddbmm(P, torch.bmm(P, P.mT), P, beta=1.5, alpha=-0.5)
-    return P
+    A, found = torch.lerp(Q, target, q_eta), info == 0
+    for _ in range(2):
+        factor, info = torch.linalg.cholesky_ex(torch.bmm(A.mT, A))
+        A = torch.linalg.solve_triangular(factor.mT, A, upper=True, left=False)
+        found = found & (info == 0)
+    return A, found & A.isfinite().all(-1).all(-1)
 
 
 def _eager_step(
@@ -369,81 +366,77 @@ def _eager_step(
     kappa: float, scale_free: bool, limit: float | None, q_eta: float,
 ) -> None:  # fmt: skip
     tiny = torch.finfo(Q.dtype).tiny
-    eye = _identity(S)
+    eye = torch.eye(Q.shape[2], dtype=Q.dtype, device=Q.device)
     V, T = torch.bmm(Q, S), S + eye
     g = c + ((2 * Y + torch.bmm(V, B)) * V).sum(-1)  # mean squares of z, [L, d]
     M = torch.bmm(torch.bmm(T, B), T.mT)  # the second moment of z within the subspace
-
     size = c.sum(-1)
-    sound = size.isfinite()
     unit = 2 * g.mean(-1).clamp(min=tiny) if scale_free else torch.ones_like(size)
-    caution.mul_(torch.where(sound, 1.0, 0.5))
-    rate = caution * eta.to(Q.dtype)
-    if limit is not None:
-        bound = (torch.linalg.matrix_norm(M) + kappa) / unit
-        rate = torch.minimum(rate, limit / bound.clamp(min=tiny))
-    rates.copy_(torch.where(sound, rate, 0.0))
+    bound = None if limit is None else (torch.linalg.matrix_norm(M) + kappa) / unit
+    eager_rates(caution, rates, c, bound, eta, limit)
 
     diagonal = torch.bmm(Q.mT, g[:, :, None] * Q)
-    M.sub_(diagonal)
-    if kappa:
-        M.mul_(1 - kappa).add_(diagonal.sub_(eye), alpha=kappa)
+    M = torch.lerp(M - diagonal, diagonal - eye, kappa)
     # A step too small to show in T still shows in S.
     stepped = S - (rates / unit)[:, None, None] * torch.bmm(M, T)
     moved, found = _moved(Q, B, Y, q_eta)
-    U = _rotation(torch.bmm(moved.mT, Q))
+    # Towards the rotation nearest to this: its singular values, cosines of the angles between old and new
+    # subspace, become 1. Where one is small, S fades instead.
+    U = torch.bmm(moved.mT, Q)
+    for _ in range(ROTATION_STEPS):
+        U = torch.baddbmm(U, torch.bmm(U, U.mT), U, beta=1.5, alpha=-0.5)
     turned = torch.bmm(torch.bmm(U, stepped), U.mT)
-    found, seen = found[:, None, None], (sound & (size != 0))[:, None, None]
+    found, seen = found[:, None, None], (size.isfinite() & (size != 0))[:, None, None]
     S.copy_(torch.where(seen, torch.where(found, turned, stepped), S))
     Q.copy_(torch.where(seen & found, moved, Q))
 
 
-def _triton_refusal(*tensors: Tensor) -> str | None:
-    """Why the kernels cannot serve these tensors, Q the first and those that change in front, or None."""
-    r = tensors[0].shape[2]
-    if not 1 <= r <= MAX_RANK:
-        return f"it serves ranks from 1 to {MAX_RANK}, got {r}"
-    if not all(t.is_contiguous() for t in tensors[:4]):
-        return "it needs contiguous Q, S, caution and rates"
-    return _dispatch.triton_refusal(tensors[0].device, *(t.dtype for t in tensors))
+def _triton_refusal(Q: Tensor, *changed: Tensor) -> str | None:
+    """Why the kernels cannot serve a stack whose Q, S, caution and rates these are, or None."""
+    if not all(t.is_contiguous() for t in (Q, *changed)) or any(address(t) % 16 for t in (Q, changed[0])):
+        return "it needs contiguous Q, S, caution and rates, and Q and S where 16 bytes begin"
+    return rank_refusal(Q.shape[2]) or _dispatch.triton_refusal(Q.device, Q.dtype)
 
 
-@operator("lowrank_step_", mutates=("Q", "S", "caution", "rates"))
+def _compact(t: Tensor) -> Tensor:
+    """t, or a copy that lies where 16 bytes begin and in one piece."""
+    return t if t.is_contiguous() and address(t) % 16 == 0 else t.clone(memory_format=torch.contiguous_format)
+
+
+@_common.operator("lowrank_step_", mutates=("Qs", "Ss", "cautions", "rates"))
 def _lowrank_step(
-    Q: Tensor, S: Tensor, caution: Tensor, rates: Tensor, B: Tensor, Y: Tensor, c: Tensor, eta: Tensor,
+    Qs: list[Tensor], Ss: list[Tensor], cautions: list[Tensor], rates: list[Tensor],
+    Bs: list[Tensor], Ys: list[Tensor], cs: list[Tensor], eta: Tensor,
     kappa: float, scale_free: bool, limit: float | None, q_eta: float, backend: str,
 ) -> None:  # fmt: skip
-    refusal = _triton_refusal(Q, S, caution, rates)
-    automatic = _dispatch.preferred("lowrank_step_", Q.device)  # its operands are its own, not the caller's
     rule = (eta, kappa, scale_free, limit, q_eta)
-    if _dispatch.choose("lowrank_step_", backend, {"triton": refusal}, automatic) == "triton":
-        triton_step(Q, S, caution, rates, B.contiguous(), Y.contiguous(), c.contiguous(), *rule)
-        return
-    # S is turned by two products in every step: in TF32 it would grow or fade, step after step.
-    with autocast_off(Q.device), ieee_products(Q.device):
-        _eager_step(Q, S, caution, rates, B, Y, c, *rule)
+    by_rank: dict[tuple[torch.device, int], list[Stack]] = {}
+    for *changed, B, Y, c in zip(Qs, Ss, cautions, rates, Bs, Ys, cs, strict=True):
+        device, r = changed[0].device, changed[0].shape[2]
+        automatic = _dispatch.preferred("lowrank_step_", device)  # its operands are its own, not the caller's
+        serves = _dispatch.choose("lowrank_step_", backend, {"triton": _triton_refusal(*changed)}, automatic)
+        if serves == "triton":
+            if len(B):
+                by_rank.setdefault((device, r), []).append((*changed, *map(_compact, (B, Y, c))))
+            continue
+        # S is turned by two products in every step: in TF32 it would grow or fade, step after step.
+        with _common.autocast_off(device), ieee_products(device):
+            _eager_step(*changed, B, Y, c, *rule)
+    for stacks in by_rank.values():
+        triton_step(stacks, *rule)
 
 
-@_lowrank_step.register_fake
-def _(Q, S, caution, rates, B, Y, c, eta, kappa, scale_free, limit, q_eta, backend) -> None:
-    return None
+_lowrank_step.register_fake(lambda *args: None)
 
 
 @register_flop_formula(torch.ops.dbpkern.lowrank_step_)
-def _flops(Q_shape, *args, **kwargs) -> int:
-    L, d, r = Q_shape
+def _flops(Q_shapes, *args, **kwargs) -> int:
     # 5 products and 3 Gram matrices or solves of d rows; then T B T^T, M T, 3 Cholesky, the rotation.
-    return L * (16 * d * r**2 + (6 + 1 + 4 * ROTATION_STEPS + 4) * r**3)
+    return sum(L * (16 * d * r**2 + (6 + 1 + 4 * ROTATION_STEPS + 4) * r**3) for L, d, r in Q_shapes)
 
 
 def lowrank_step_(
-    Q: Tensor,
-    S: Tensor,
-    caution: Tensor,
-    rates: Tensor,
-    B: Tensor,
-    Y: Tensor,
-    c: Tensor,
+    stacks: Sequence[Stack],
     eta: float | Tensor,
     kappa: float = 0.0,
     scale_free: bool = True,
@@ -451,74 +444,52 @@ def lowrank_step_(
     q_eta: float = 0.2,
     *,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Update a stack of low-rank `R = I + Q S Q^T` in place from the statistics of its input.
+) -> None:
+    """Update stacks of low-rank `R = I + Q S Q^T` in place from the statistics of their input.
 
-    Inside the subspace, S follows the rule of the full R (arXiv 2510.14657, Eq. 4; its kappa term from arXiv
-    2405.02385): `T <- T - rate / unit M_Q T` with `T = I + S` and `M_Q = Q^T M Q`, where M is that of all d
-    features. Q then follows the leading eigenvectors of the input's second moment,
-    `orth(Q + q_eta (Y B^-1 - Q))`, and S turns with it. With r = d this is the full update, however Q moves.
-
-    The rate of a layer is `min(caution eta, limit / bound)`, where `bound = (||T B T^T||_F + kappa) / unit`
-    is no less than the largest eigenvalue of M_Q. With `scale_free`, `unit` is twice the mean square of z.
-
-    A layer without rows, whose statistics are all zero, stays as it is. So does one whose sum of c is not
-    finite: its rate is 0, and its caution is halved. Where a factorisation fails or a result is not finite,
-    that layer's Q stays. Nothing waits for the device, and nothing of size `d x d` is formed. No product is
-    shortened, also where PyTorch may use TF32 for its own: what a step loses of S is lost for good.
+    S follows the rule of the full R (arXiv 2510.14657, Eq. 4) within the subspace: with `T = I + S`,
+    `T <- T - rate / unit Q^T M Q T`. Q follows the leading eigenvectors of the input's second moment,
+    `orth(Q + q_eta (Y B^-1 - Q))`, and S turns with it. `rate = min(caution eta, limit / bound)`, where
+    `bound = (||T B T^T||_F + kappa) / unit`; `unit` is 1, or with `scale_free` twice the mean square of z.
+    A layer without rows rests. So does one whose sum of c is not finite: its rate is 0, and its caution is
+    halved. Where a factorisation fails, Q stays. Nothing waits for the device.
 
     Args:
-        Q: `[L, d, r]`, fp32 or fp64, orthonormal columns; changed in place.
-        S: `[L, r, r]` of the same dtype; changed in place.
-        caution: `[L]` of the same dtype, factors of eta; changed in place.
-        rates: `[L]` of the same dtype; receives the rates.
-        B: `[L, r, r]` of the same dtype, as `lowrank_statistics` returns it.
-        Y: `[L, d, r]`, likewise.
-        c: `[L, d]`, likewise.
-        eta: a number >= 0, a 0-d tensor, or `[L]` for a rate per layer. A CUDA graph freezes a number; a
-            tensor on the device is read at each replay.
+        stacks: (Q, S, caution, rates, B, Y, c) of L layers each, in fp32 or fp64: `Q [L, d, r]`,
+            `S [L, r, r]`, `caution [L]` and `rates [L]` change in place; the rest is of `lowrank_statistics`.
+        eta: a number >= 0, which a CUDA graph freezes, or a 0-d tensor.
         kappa: weight in [0, 1] of the unit-variance term.
-        scale_free: whether M is divided by `unit`, so that eta is free of the input's scale.
+        scale_free: whether eta is free of the input's scale.
         limit: how far a step may go along M's eigenvectors, > 0; None for no limit.
-        q_eta: how far Q moves towards its target, in [0, 1]; free of the input's scale.
-        backend: "eager", or "triton": three launches, ranks up to 128, contiguous fp32 factors, products of d
-            rows in three TF32 ones, which keep 22 bits. None chooses.
-
-    Returns:
-        Q and S.
+        q_eta: how far Q moves towards its target, in [0, 1].
+        backend: "eager", or "triton": three launches for all stacks of a rank, fp32, ranks that are multiples
+            of 8 up to 128, products of d rows in three TF32 ones. None chooses for each stack.
 
     Raises:
-        TypeError: dtypes other than fp32 or fp64, or unequal ones.
-        ValueError: shapes or devices that do not fit, r > d, numbers out of range, or a backend that cannot
-            serve the call.
+        TypeError: dtypes other than fp32 or fp64, or unequal ones in a stack.
+        ValueError: shapes or devices that do not fit, numbers out of range, a backend that cannot serve.
     """
-    check_tensor("Q", Q, "[L, d, r]", (3,))
-    check_accumulator("Q", Q)
-    L, d, r = Q.shape
-    if r > d:
-        raise ValueError(f"Q: expected shape [L, d, r] with r <= d, got {list(Q.shape)}")
-    check_factors(Q, S, d, L)
-    for name, value, letters, shape in (
-        ("caution", caution, "[L]", (L,)),
-        ("rates", rates, "[L]", (L,)),
-        ("B", B, "[L, r, r]", (L, r, r)),
-        ("Y", Y, "[L, d, r]", (L, d, r)),
-        ("c", c, "[L, d]", (L, d)),
-    ):
-        check_tensor(name, value, letters, (len(shape),))
-        if value.shape != shape:
-            raise ValueError(f"{name}: expected shape {letters} = {list(shape)}, got {list(value.shape)}")
-    check_same_dtype(Q=Q, caution=caution, rates=rates, B=B, Y=Y, c=c)
-    check_same_device(Q=Q, S=S, caution=caution, rates=rates, B=B, Y=Y, c=c)
-    check_kappa(kappa)
+    if isinstance(eta, Tensor) and eta.dim():
+        raise ValueError(f"eta: expected a number or a 0-d tensor, got {list(eta.shape)}")
+    for stack in stacks:
+        tensors = dict(zip(("Q", "S", "caution", "rates", "B", "Y", "c"), stack, strict=True))
+        _common.check_tensor("Q", stack[0], "[L, d, r]", (3,))
+        _common.check_accumulator("Q", stack[0])
+        L, d, r = stack[0].shape
+        shapes = ((L, d, min(r, d)), (L, r, r), (L,), (L,), (L, r, r), (L, d, r), (L, d))
+        for (name, value), shape in zip(tensors.items(), shapes, strict=True):
+            _common.check_tensor(name, value, str(list(shape)), (len(shape),))
+            if value.shape != shape:
+                raise ValueError(f"{name}: expected shape {list(shape)}, got {list(value.shape)}")
+        _common.check_same_dtype(**tensors)
+        _common.check_same_device(**tensors)
+        rate = _common.eta_tensor(eta, 0, stack[0].device)
+    _common.check_kappa(kappa)
     if limit is not None and not 0.0 < limit < math.inf:
         raise ValueError(f"limit: expected a finite number > 0 or None, got {limit}")
     if not 0.0 <= q_eta <= 1.0:  # also false for NaN
         raise ValueError(f"q_eta: expected a number in [0, 1], got {q_eta}")
     _dispatch.check_backend(backend)
-    rate = eta_tensor(eta, L, Q.device)
-    limit = None if limit is None else float(limit)
-    torch.ops.dbpkern.lowrank_step_(
-        Q, S, caution, rates, B, Y, c, rate, float(kappa), scale_free, limit, float(q_eta), backend or ""
-    )
-    return Q, S
+    if stacks:
+        rule = (rate, float(kappa), scale_free, None if limit is None else float(limit), float(q_eta))
+        torch.ops.dbpkern.lowrank_step_(*map(list, zip(*stacks, strict=True)), *rule, backend or "")

@@ -52,7 +52,7 @@ def lowrank_transform(x: Tensor, Q: Tensor, S: Tensor, *, backend: str | None = 
         x: `[*, d]`, or `[L, n, d]` together with stacks of Q and S.
         Q: `[d, r]` or `[L, d, r]`, orthonormal columns as a rule; gets no gradient.
         S: `[r, r]` or `[L, r, r]`, of the dtype of Q; gets no gradient.
-        backend: "eager" or "triton"; None chooses.
+        backend: "eager", or None for the same. On a GPU the operands are bf16 where x is.
 
     Returns:
         `[*, d]` in the dtype of x, summed in at least fp32 and rounded once; differentiable in x

@@ -57,9 +57,10 @@ def triton_rates(
     )  # fmt: skip
 
 
-def _eager_rates(
+def eager_rates(
     caution: Tensor, rates: Tensor, a: Tensor, bound: Tensor | None, eta: Tensor, limit: float
 ) -> None:
+    """The same by PyTorch's operations."""
     sound = a.sum(1).isfinite()
     caution.mul_(torch.where(sound, 1.0, 0.5))
     found = caution * eta
@@ -76,7 +77,7 @@ def _choose_rates(
     automatic = _dispatch.preferred("choose_rates_", a.device)
     serves = _dispatch.choose("choose_rates_", backend, {"triton": refusal}, automatic)
     with autocast_off(a.device):
-        (triton_rates if serves == "triton" else _eager_rates)(caution, rates, a, bound, eta, limit)
+        (triton_rates if serves == "triton" else eager_rates)(caution, rates, a, bound, eta, limit)
 
 
 @_choose_rates.register_fake

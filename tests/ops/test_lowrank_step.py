@@ -65,9 +65,7 @@ def step(Q, S, caution, B, Y, c, eta, kappa=0.0, *, dtype=None, **options):
     """What the op makes of copies: Q, S, caution and rates, as the reference returns them."""
     Q, S, caution, B, Y, c = (t.to(dtype or t.dtype, copy=True) for t in (Q, S, caution, B, Y, c))
     rates = torch.full_like(caution, NAN)
-    found = ops.lowrank_step_(Q, S, caution, rates, B, Y, c, eta, kappa, **options)
-    assert found[0] is Q
-    assert found[1] is S
+    ops.lowrank_step_([(Q, S, caution, rates, B, Y, c)], eta, kappa, **options)
     return Q, S, caution, rates
 
 
@@ -75,7 +73,7 @@ def moved(Q, S, x, eta, kappa=0.0, **options):
     """Step Q and S in place by rows."""
     caution = torch.ones_like(S[:, 0, 0])
     statistics = ops.lowrank_statistics(x, Q)
-    ops.lowrank_step_(Q, S, caution, torch.zeros_like(caution), *statistics, eta, kappa, **options)
+    ops.lowrank_step_([(Q, S, caution, torch.zeros_like(caution), *statistics)], eta, kappa, **options)
 
 
 def exact(found, expected, tolerance=1e-10):
@@ -115,26 +113,28 @@ def test_values(L, n, d, r, rule):
 
 @pytest.fixture
 def parts(monkeypatch):
-    """Several programs a layer, of few features each: small layers then have several parts."""
+    """Several programs a layer, of few features each, and products in several pieces: as wide layers have."""
     monkeypatch.setattr(module, "BLOCK_D", 16)
-    monkeypatch.setattr(_dispatch, "processors", lambda _: 3)
+    monkeypatch.setattr(module, "BLOCK_H", 16)
+    monkeypatch.setattr(_dispatch, "processors", lambda _: 5)
 
 
-@pytest.mark.parametrize("rule", range(len(RULES)))
-@pytest.mark.parametrize(("L", "n", "d", "r"), [(1, 1, 1, 1), (2, 60, 53, 3), (1, 40, 37, 19), (0, 4, 3, 2)])
-def test_triton(parts, L, n, d, r, rule):
-    given = state(L, n, d, r)
-    truth = reference.lowrank_step(*given, 0.02, **RULES[rule])
-    found, peers = (
-        step(*given, 0.02, dtype=torch.float32, backend=backend, **RULES[rule])
-        for backend in ("triton", "eager")
-    )
-    as_good(found, truth, peers)
+@pytest.mark.parametrize("rule", range(0, len(RULES), 2))
+def test_triton_serves_stacks_of_every_width_and_rank(parts, rule):
+    """One call for three widths and two ranks, as many ranks as features, and a stack without layers."""
+    given = [state(*shape) for shape in ((2, 60, 53, 8), (1, 60, 37, 24), (1, 20, 8, 8), (0, 5, 19, 8))]
+    found = {}
+    for backend in ("triton", "eager"):
+        stacks = [[t.float() for t in (*g[:3], torch.full_like(g[2], NAN), *g[3:])] for g in given]
+        ops.lowrank_step_(stacks, 0.02, backend=backend, **RULES[rule])
+        found[backend] = stacks
+    for one, other, g in zip(found["triton"], found["eager"], given, strict=True):
+        as_good(one[:4], reference.lowrank_step(*g, 0.02, **RULES[rule]), other[:4])
 
 
-@pytest.mark.parametrize(("n", "d", "r"), [(30, 20, 20), (100, 50, 33), (5, 40, 17)])
+@pytest.mark.parametrize(("n", "d", "r"), [(100, 50, 32), (5, 40, 16)])
 def test_triton_is_deterministic_and_close(parts, n, d, r):
-    """Also with as many ranks as features, several pieces of ranks, and fewer rows than ranks."""
+    """Also with several pieces of ranks, and fewer rows than ranks."""
     given = state(1, n, d, r)
     truth = reference.lowrank_step(*given, 0.02, 0.3, q_eta=0.02)
     found, again = (
@@ -147,16 +147,32 @@ def test_triton_is_deterministic_and_close(parts, n, d, r):
 
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 def test_rates_of_every_kind(parts, backend):
-    given = state(2, 20, 7, 3, torch.float32)
-    each = torch.tensor([[0.125, 0.0], [0.25, 0.0]], dtype=DOUBLE, device=DEVICE)[:, 0]
-    for eta in (0.125, torch.tensor(0.125, dtype=DOUBLE), torch.tensor(0.125, device=DEVICE), each):
+    given = state(2, 20, 17, 8, torch.float32)
+    for eta in (0.125, torch.tensor(0.125, dtype=DOUBLE), torch.tensor(0.125, device=DEVICE)):
         found = step(*given, eta, backend=backend, **PLAIN)
-        rates = torch.as_tensor(eta, device=DEVICE).float().expand(2) * given[2]
-        torch.testing.assert_close(found[3], rates)
-        for i in range(2):
-            layer = (t[i : i + 1] for t in given)
-            expected = reference.lowrank_step(*layer, float(rates[i] / given[2][i]), **PLAIN)
-            exact([t[i : i + 1] for t in found], expected, 1e-4)
+        torch.testing.assert_close(found[3], 0.125 * given[2])
+    exact(found, reference.lowrank_step(*given, 0.125, **PLAIN), 1e-4)
+
+
+def test_what_the_kernels_cannot_serve_is_left_to_eager(parts, monkeypatch):
+    """Ranks that are no multiples of 8, another dtype, and strides, beside a stack that they serve."""
+    monkeypatch.setattr(_dispatch, "preferred", lambda *_: "triton")
+    odd, wide, fits = (
+        state(2, 20, 9, 3, torch.float32),
+        state(1, 20, 17, 8),
+        state(1, 20, 17, 8, torch.float32),
+    )
+    strided = [t.clone() for t in fits]
+    strided[0] = strided[0].mT.contiguous().mT
+    stacks = [[*(t.clone() for t in g[:3]), torch.zeros_like(g[2]), *g[3:]] for g in (odd, wide, fits)]
+    stacks.append([*strided[:3], torch.zeros_like(fits[2]), *strided[3:]])
+    called = []
+    monkeypatch.setattr(module, "triton_step", lambda stacks, *rule: called.extend(stacks))
+    ops.lowrank_step_(stacks, 0.1)
+    assert [stack[0].data_ptr() for stack in called] == [stacks[2][0].data_ptr()]
+    for stack, g in zip(stacks, (odd, wide, None, fits), strict=True):
+        if g is not None:
+            exact(stack[:4], reference.lowrank_step(*g, 0.1), 1e-4)
 
 
 # What the mathematics asks for.
@@ -166,7 +182,7 @@ def test_rates_of_every_kind(parts, backend):
 def test_S_follows_the_full_rule_inside_the_subspace(kappa):
     """`T - eta Q^T M Q T` with M of all d features, formed from z itself."""
     x, (Q, S) = correlated(3, 40, 9), factors(3, 9, 4)
-    M, _ = reference.correlation(reference.lowrank_transform(x, Q, S), kappa)
+    M, *_ = reference.correlation(reference.lowrank_transform(x, Q, S), kappa)
     expected = S - 0.05 * Q.mT @ M @ Q @ (torch.eye(4, device=DEVICE) + S)
     before = Q.clone()
     moved(Q, S, x, 0.05, kappa, q_eta=0.0, **PLAIN)
@@ -178,9 +194,9 @@ def test_S_follows_the_full_rule_inside_the_subspace(kappa):
 @pytest.mark.parametrize("kappa", KAPPAS)
 @pytest.mark.parametrize(
     ("dtype", "backend", "steps", "tolerance"),
-    [(DOUBLE, "eager", 20, 1e-12), (torch.float32, "eager", 20, 1e-5), (torch.float32, "triton", 2, 1e-5)],
+    [(DOUBLE, "eager", 20, 1e-12), (torch.float32, "eager", 20, 1e-5)],
 )
-def test_at_full_rank_it_is_the_full_update(parts, dtype, backend, steps, tolerance, kappa, n, start):
+def test_at_full_rank_it_is_the_full_update(dtype, backend, steps, tolerance, kappa, n, start):
     d = 12
     Q, S = factors(1, d, d, dtype, size=0.0)
     R = torch.eye(d, dtype=dtype, device=DEVICE)[None].clone()
@@ -226,7 +242,7 @@ def test_S_keeps_its_singular_values_while_Q_turns(n):
 def test_Q_stays_orthonormal_and_finite(backend, n, spread):
     """Singular statistics, eigenvalues that span seven orders of magnitude, fp32."""
     # Triton's interpreter takes its time.
-    d, r, steps = (24, 5, 20) if backend == "triton" and DEVICE == "cpu" else (64, 16, 200)
+    d, r, steps = (32, 8, 5) if backend == "triton" and DEVICE == "cpu" else (64, 16, 200)
     Q, S = factors(1, d, r, torch.float32, size=0.0)
     scale = torch.arange(1, d + 1, device=DEVICE) ** (-spread * 2)
     start, eye = Q.clone(), torch.eye(r, device=DEVICE)
@@ -234,7 +250,7 @@ def test_Q_stays_orthonormal_and_finite(backend, n, spread):
         moved(Q, S, torch.randn(1, n, d, device=DEVICE) * scale, 0.05, backend=backend)
         assert (Q.mT @ Q - eye).abs().max() < 1e-5
     assert S.isfinite().all()
-    assert (Q - start).abs().max() > 0.1
+    assert (Q - start).abs().max() > 0.05
 
 
 def loss_of(R, C):
@@ -268,7 +284,7 @@ BACKENDS = [("eager", DOUBLE, 1e-9), ("triton", torch.float32, 1e-4)]
 
 @pytest.mark.parametrize(("backend", "dtype", "tolerance"), BACKENDS)
 def test_layers_without_rows_stay_as_they_are(parts, backend, dtype, tolerance):
-    given = state(3, 20, 18, 3, dtype)
+    given = state(3, 20, 16, 8, dtype)
     for part in given[3:]:
         part[1] = 0
     expected = reference.lowrank_step(*given, 0.1, 0.5)
@@ -279,11 +295,11 @@ def test_layers_without_rows_stay_as_they_are(parts, backend, dtype, tolerance):
     assert not torch.equal(found[1][0], given[1][0])
 
 
-@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("value", [NAN, INF])
 @pytest.mark.parametrize(("backend", "dtype", "tolerance"), BACKENDS)
 def test_a_layer_whose_rows_are_not_finite_rests_with_more_caution(parts, backend, dtype, tolerance, value):
-    given = state(3, 20, 18, 3, dtype)
-    x = torch.randn(3, 20, 18, dtype=dtype, device=DEVICE)
+    given = state(3, 20, 16, 8, dtype)
+    x = torch.randn(3, 20, 16, dtype=dtype, device=DEVICE)
     x[1, 4, 2] = value
     given = *given[:3], *ops.lowrank_statistics(x, given[0], backend=backend)
     expected = reference.lowrank_step(*given, 0.1, 0.3)
@@ -308,7 +324,7 @@ BROKEN = {
 def test_a_layer_that_cannot_be_factorised_keeps_its_Q_and_harms_no_other(
     parts, backend, dtype, tolerance, case
 ):
-    given = state(3, 20, 18, 3, dtype)
+    given = state(3, 20, 16, 8, dtype)
     expected = reference.lowrank_step(*given, 0.1)
     BROKEN[case](*given[3:5])
     found = step(*given, 0.1, backend=backend)
@@ -325,7 +341,7 @@ def test_what_changes_keeps_its_address_and_raises_its_version():
     Q, S, caution, *statistics = state(2, 9, 5, 2)
     changed = (Q, S, caution, torch.zeros_like(caution))
     before = [(t.data_ptr(), t._version) for t in changed]
-    ops.lowrank_step_(*changed, *statistics, 0.1)
+    ops.lowrank_step_([(*changed, *statistics)], 0.1)
     for t, (address, version) in zip(changed, before, strict=True):
         assert t.data_ptr() == address
         assert t._version > version
@@ -335,18 +351,23 @@ def test_eager_serves_any_strides():
     given = state(3, 15, 13, 5)
     views = [torch.stack([t, torch.full_like(t, NAN)], -1)[..., 0] for t in given]
     rates = torch.zeros_like(given[2])
-    ops.lowrank_step_(*views[:3], rates, *views[3:], 0.1)
+    ops.lowrank_step_([(*views[:3], rates, *views[3:])], 0.1)
     exact((*views[:3], rates), reference.lowrank_step(*given, 0.1))
 
 
-@pytest.mark.parametrize(("d", "r"), [(768, 64), (37, 5), (300, 128)])
-def test_three_launches_of_triton_on_a_gpu(d, r, monkeypatch):
+def test_three_launches_of_a_rank_on_a_gpu(monkeypatch):
+    """The runs of a ViT-B with a decoder: an empty one, and two ranks."""
     monkeypatch.setattr(_triton, "INTERPRETED", False)
+    sizes = [(36, 768, 64), (0, 768, 64), (12, 3072, 64), (6, 512, 48), (2, 2048, 64), (1, 64, 3)]
     with FakeTensorMode(), _dispatch.assume((9, 0)), _triton.recording() as launches:
-        Q, S, caution, Y = (torch.empty(3, *n, device="cuda") for n in ((d, r), (r, r), (), (d, r)))
-        arguments = (Q, S, caution, caution, S, Y, Y[:, :, 0], torch.tensor(0.1), 0.0, True, 0.5, 0.2, "")
-        IMPLEMENTATIONS["lowrank_step_"](*arguments)
-    assert [launch.kernel.__name__ for launch in launches] == ["moved_kernel", "small_kernel", "turn_kernel"]
+        shapes = [((L, d, r), (L, r, r), (L,), (L,), (L, r, r), (L, d, r), (L, d)) for L, d, r in sizes]
+        stacks = [[torch.empty(shape, device="cuda") for shape in stack] for stack in shapes]
+        lists = [list(column) for column in zip(*stacks, strict=True)]
+        IMPLEMENTATIONS["lowrank_step_"](*lists, torch.tensor(0.1), 0.0, True, 0.5, 0.2, "")
+    names = ["moved_kernel", "small_kernel", "turn_kernel"]
+    assert [launch.kernel.__name__ for launch in launches] == 2 * names
+    assert launches[1].grid == (36 + 12 + 2,)
+    assert launches[0].grid <= (132,)  # one program on a processor
 
 
 @pytest.mark.parametrize("precision", ["highest", "medium"])
@@ -388,11 +409,10 @@ def test_it_never_reads_a_value():
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize(("backend", "dtype"), [("", DOUBLE), ("triton", torch.float32)])
 def test_opcheck(backend, dtype):
-    Q, S, caution, *statistics = state(1, 9, 5, 2, dtype)
-    arguments = (Q, S, caution, torch.zeros_like(caution), *statistics, torch.tensor(0.1))
-    torch.library.opcheck(
-        torch.ops.dbpkern.lowrank_step_.default, (*arguments, 0.3, True, None, 0.2, backend)
-    )
+    Q, S, caution, *statistics = state(1, 20, 17, 8, dtype)
+    lists = [[t] for t in (Q, S, caution, torch.zeros_like(caution), *statistics)]
+    rule = (torch.tensor(0.1), 0.3, True, None, 0.2, backend)
+    torch.library.opcheck(torch.ops.dbpkern.lowrank_step_.default, (*lists, *rule))
 
 
 def test_autocast_and_compilation_change_nothing():
@@ -402,7 +422,7 @@ def test_autocast_and_compilation_change_nothing():
         assert all(map(torch.equal, step(*given, 0.1, 0.3), plain))
 
     def call(Q, S, caution, rates, *statistics):
-        return ops.lowrank_step_(Q, S, caution, rates, *statistics, 0.1, 0.3)
+        ops.lowrank_step_([(Q, S, caution, rates, *statistics)], 0.1, 0.3)
 
     copies = [t.clone() for t in given]
     copies.insert(3, torch.zeros_like(given[2]))
@@ -429,18 +449,18 @@ REFUSALS = [
         TypeError,
         "Q: expected float32 or float64",
     ),
-    ({"Q": lambda g: g["Q"].mT}, ValueError, r"Q: expected .* r <= d, got \[2, 3, 5\]"),
-    ({"S": lambda g: g["S"][:, :2, :2]}, ValueError, r"S: .* r = 3, got \[2, 2, 2\]"),
+    ({"Q": lambda g: g["Q"].mT}, ValueError, r"Q: expected shape \[2, 3, 3\], got \[2, 3, 5\]"),
+    ({"S": lambda g: g["S"][:, :2, :2]}, ValueError, r"S: expected shape \[2, 3, 3\], got \[2, 2, 2\]"),
     ({"S": lambda g: g["S"].double()}, TypeError, "equal dtypes"),
-    ({"caution": lambda g: g["c"]}, ValueError, r"caution: expected shape \[L\]"),
-    ({"rates": lambda g: g["rates"][:1]}, ValueError, r"rates: expected shape \[L\] = \[2\], got \[1\]"),
+    ({"caution": lambda g: g["c"]}, ValueError, r"caution: expected shape \[2\]"),
+    ({"rates": lambda g: g["rates"][:1]}, ValueError, r"rates: expected shape \[2\], got \[1\]"),
     ({"B": lambda g: g["B"][:1]}, ValueError, r"B: expected .* \[2, 3, 3\], got \[1, 3, 3\]"),
     ({"Y": lambda g: g["Y"].mT}, ValueError, r"Y: expected .* \[2, 5, 3\], got \[2, 3, 5\]"),
     ({"c": lambda g: g["c"].double()}, TypeError, "equal dtypes, got .* c torch.float64"),
-    ({"c": lambda g: g["c"][:, :1]}, ValueError, r"c: expected shape \[L, d\] = \[2, 5\], got \[2, 1\]"),
+    ({"c": lambda g: g["c"][:, :1]}, ValueError, r"c: expected shape \[2, 5\], got \[2, 1\]"),
     ({"B": lambda g: g["B"].to("meta")}, ValueError, "one device, got .* B on meta"),
     *(({"eta": eta}, ValueError, "eta: expected a finite") for eta in (-1, NAN, INF)),
-    ({"eta": torch.ones(3)}, ValueError, r"eta: .* L = 2, got \[3\]"),
+    ({"eta": torch.ones(2)}, ValueError, r"eta: expected a number or a 0-d tensor, got \[2\]"),
     *(({"kappa": kappa}, ValueError, "kappa: expected") for kappa in (-1, 2, NAN)),
     *(({"limit": limit}, ValueError, "limit: expected") for limit in (0, -1, NAN, INF)),
     *(({"q_eta": q_eta}, ValueError, "q_eta: expected") for q_eta in (-0.1, 1.1, NAN)),
@@ -456,14 +476,16 @@ def test_refusals_say_why_and_touch_nothing(changes, error, match):
     given = {"Q": Q, "S": S, "caution": caution, "rates": caution.clone(), "B": B, "Y": Y, "c": c, "eta": 0.1}
     before = Q.clone(), S.clone(), caution.clone()
     changed = {name: change(given) if callable(change) else change for name, change in changes.items()}
+    given |= changed
+    stack = tuple(given.pop(name) for name in ("Q", "S", "caution", "rates", "B", "Y", "c"))
     with pytest.raises(error, match=match):
-        ops.lowrank_step_(**given | changed)
+        ops.lowrank_step_([stack], **given)
     assert all(map(torch.equal, (Q, S, caution), before))
 
 
-def test_triton_says_what_it_cannot_serve():
-    wide = state(1, 3, 130, 129, torch.float32)
-    with pytest.raises(ValueError, match="ranks from 1 to 128, got 129"):
-        step(*wide, 0.1, backend="triton")
+@pytest.mark.parametrize("r", [3, 12, 136])
+def test_triton_says_what_it_cannot_serve(r):
+    with pytest.raises(ValueError, match=f"ranks that are multiples of 8 up to 128, got {r}"):
+        step(*state(1, 3, 140, r, torch.float32), 0.1, backend="triton")
     with pytest.raises(ValueError, match="it does not serve float64"):
-        step(*state(1, 3, 5, 2), 0.1, backend="triton")
+        step(*state(1, 3, 9, 8), 0.1, backend="triton")
