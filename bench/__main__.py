@@ -21,6 +21,7 @@ COMMANDS = {
     "convergence": "how soon each way to train reaches AdamW's final loss",
     "curves": "the report of what convergence has found",
     "transfer": "what pre-trained encoders are worth in fine-tuning, against training from scratch",
+    "rounding": "whether 16-bit operands in the maps change what the demo ends at",
     "compile": "every shipped kernel configuration ahead of time, its registers, shared memory and spills",
     "report": "tables and plots of what the others have written",
 }

@@ -253,7 +253,7 @@ def _lowrank_statistics(s: Sizes) -> tuple:
 
 def _lowrank_step(s: Sizes) -> tuple:
     def call(Q, S, caution, rates, B, Y, c, backend):
-        ops.lowrank_step_(Q, S, caution, rates, B, Y, c, 0.1, backend=backend)
+        ops.lowrank_step_([(Q, S, caution, rates, B, Y, c)], 0.1, backend=backend)
         return Q, S, caution, rates
 
     Q, S = s.QS()
