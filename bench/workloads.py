@@ -384,10 +384,19 @@ def _lowrank_statistics(x: Tensor, Q: Tensor, halves: bool) -> tuple[Tensor, Ten
     return B, Y, torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).square_().div_(n)
 
 
-def _lowrank_apply(
-    Q: Tensor, S: Tensor, statistics: Sequence[Tensor], lr: float, backend: str | None = None
+def _lowrank_step(
+    factors: Sequence[tuple[Tensor, Tensor]],
+    statistics: Sequence[Sequence[Tensor]],
+    lr: float,
+    backend: str | None = None,
 ) -> Outputs:
-    return ops.lowrank_apply_(Q, S, *statistics, lr, q_lr=Q_RATE * lr, backend=backend)
+    """Every stack at the rate lr: none is bounded, and caution is 1."""
+    stacks = []
+    for (Q, S), found in zip(factors, statistics, strict=True):
+        caution = Q.new_ones(len(Q))
+        stacks.append((Q, S, caution, torch.zeros_like(caution), *found))
+    ops.lowrank_step_(stacks, lr, scale_free=False, limit=None, q_eta=Q_RATE * lr, backend=backend)
+    return [factor for pair in factors for factor in pair]
 
 
 # The specification, with products in the order in which a fast path may form them. In fp64 that makes no
@@ -787,7 +796,7 @@ def _lowrank_statistics_cost(L: int, n: int, d: int, r: int, dtype: str) -> Cost
     return Cost(flops, DTYPES[dtype].itemsize * L * n * d + 4 * L * (2 * d * r + r * r + d))
 
 
-def _lowrank_apply_cost(L: int, d: int, r: int) -> Cost:
+def _lowrank_step_cost(L: int, d: int, r: int) -> Cost:
     """Products alone: 11 of d r^2 operations (symmetric ones count half), 10 of r^3; Q and S both ways."""
     return Cost(L * (11 * d * r**2 + 10 * r**3), 4 * L * (3 * d * r + 3 * r * r + d))
 
@@ -822,7 +831,7 @@ def lowrank_statistics(L: int, n: int, d: int, r: int, dtype: str) -> Workload:
     return Workload("lowrank_statistics", "step", sizes, dtype, make, (truth,), cost, published, arms)
 
 
-def lowrank_apply_(L: int, d: int, r: int) -> Workload:
+def lowrank_step_(L: int, d: int, r: int) -> Workload:
     """Q and S from finished statistics, against the published step of a dense R; everything in fp32.
 
     The op itself is PyTorch's algebra on stacks, so there is no arm "baddbmm".
@@ -835,13 +844,13 @@ def lowrank_apply_(L: int, d: int, r: int) -> Workload:
         return {"Q": Q, "S": S, "B": B, "Y": Y, "c": c, "R": dense(Q, S), "M": draw.M(L, d)}
 
     def truth(t: Inputs, lr: float, narrow: Narrow) -> Outputs:
-        return reference.lowrank_apply(t["Q"], t["S"], t["B"], t["Y"], t["c"], lr, q_lr=Q_RATE * lr)
+        return reference.lowrank_apply(t["Q"], t["S"], t["B"], t["Y"], t["c"], lr, q_eta=Q_RATE * lr)
 
     def full(t: Inputs, lr: float, narrow: Narrow) -> Outputs:
         return (reference.apply(t["R"], t["M"], lr),)
 
     def ours(t: Inputs, lr: float, backend: str | None) -> Outputs:
-        return _lowrank_apply(t["Q"], t["S"], (t["B"], t["Y"], t["c"]), lr, backend)
+        return _lowrank_step([(t["Q"], t["S"])], [(t["B"], t["Y"], t["c"])], lr, backend)
 
     arms = _arms(
         "fp32",
@@ -854,9 +863,9 @@ def lowrank_apply_(L: int, d: int, r: int) -> Workload:
         references=(full,),
         cost=apply_(L, d).cost,
     )
-    cost, sizes = _lowrank_apply_cost(L, d, r), {"L": L, "d": d, "r": r}
+    cost, sizes = _lowrank_step_cost(L, d, r), {"L": L, "d": d, "r": r}
     mutates, published = ("R", "Q", "S"), 2 * L * d**3
-    return Workload("lowrank_apply_", "step", sizes, "fp32", make, (truth,), cost, published, arms, mutates)
+    return Workload("lowrank_step_", "step", sizes, "fp32", make, (truth,), cost, published, arms, mutates)
 
 
 def _published_model_update(compiled: bool) -> Prepare:
@@ -892,7 +901,7 @@ def _lowrank_model_cost(stacks: Sequence[tuple[int, int]], n: int, dtype: str, r
     cost = Cost(0, 0)
     for d, L in stacks:
         r = min(rank, d)
-        flops = _lowrank_statistics_cost(L, n, d, r, dtype).flops + _lowrank_apply_cost(L, d, r).flops
+        flops = _lowrank_statistics_cost(L, n, d, r, dtype).flops + _lowrank_step_cost(L, d, r).flops
         cost += Cost(flops, DTYPES[dtype].itemsize * L * n * d + 8 * L * (d * r + r * r))
     return cost
 
@@ -924,7 +933,7 @@ def model_update(stacks: Sequence[tuple[int, int]], n: int, dtype: str, rank: in
         found = []
         for i in places:
             statistics = exact_statistics(t[f"x{i}"], t[f"Q{i}"])
-            found += reference.lowrank_apply(t[f"Q{i}"], t[f"S{i}"], *statistics, lr, q_lr=Q_RATE * lr)
+            found += reference.lowrank_apply(t[f"Q{i}"], t[f"S{i}"], *statistics, lr, q_eta=Q_RATE * lr)
         return found
 
     def ours(t: Inputs, lr: float, backend: str | None) -> Outputs:
@@ -936,11 +945,9 @@ def model_update(stacks: Sequence[tuple[int, int]], n: int, dtype: str, rank: in
         return found
 
     def ours_low(t: Inputs, lr: float, backend: str | None) -> Outputs:
-        found = []
-        for i in places:
-            Q, S = t[f"Q{i}"], t[f"S{i}"]
-            found += _lowrank_apply(Q, S, ops.lowrank_statistics(t[f"x{i}"], Q, backend=backend), lr)
-        return found
+        factors = [(t[f"Q{i}"], t[f"S{i}"]) for i in places]
+        found = [ops.lowrank_statistics(t[f"x{i}"], t[f"Q{i}"], backend=backend) for i in places]
+        return _lowrank_step(factors, found, lr)
 
     def algebra(t: Inputs, lr: float, halves: bool) -> Outputs:
         found = []
@@ -951,11 +958,10 @@ def model_update(stacks: Sequence[tuple[int, int]], n: int, dtype: str, rank: in
         return found
 
     def algebra_low(t: Inputs, lr: float, halves: bool) -> Outputs:
-        found = []
-        for i in places:
-            Q, S = t[f"Q{i}"], t[f"S{i}"]
-            found += _lowrank_apply(Q, S, _lowrank_statistics(t[f"x{i}"], Q, halves), lr)
-        return found
+        factors = [(t[f"Q{i}"], t[f"S{i}"]) for i in places]
+        return _lowrank_step(
+            factors, [_lowrank_statistics(t[f"x{i}"], t[f"Q{i}"], halves) for i in places], lr
+        )
 
     def way(function: Callable, argument: object) -> Prepare:
         return forward(lambda t, lr: function(t, lr, argument))
@@ -1006,7 +1012,7 @@ OPS = (
     "lowrank_transform",
     "lowrank_fold",
     "lowrank_statistics",
-    "lowrank_apply_",
+    "lowrank_step_",
     "model_update",
 )
 
@@ -1042,8 +1048,8 @@ def _of_model(op: str, model: Model, n: int, dtype: str, rank: int) -> Iterator[
             yield from (lowrank_transform(L, samples, d, r, dtype, mode) for mode in modes)
         elif op == "lowrank_statistics":
             yield lowrank_statistics(L, samples, d, r, dtype)
-        elif op == "lowrank_apply_":
-            yield lowrank_apply_(L, d, r)
+        elif op == "lowrank_step_":
+            yield lowrank_step_(L, d, r)
 
 
 def workloads(
