@@ -180,7 +180,7 @@ def _lowrank_step(dtype: torch.dtype, d: int, r: int) -> None:
 
 
 # Full R, and the ranks that a preset gives to widths from ViT-Ti's to ViT-L's, and odd ones.
-OF_WEIGHTS = ((768,), (771,), (192, 16), (768, 64), (1024, 88), (768, 128), (771, 63))
+OF_WEIGHTS = ((768,), (771,), (192, 16), (768, 64), (1024, 88), (768, 128), (771, 63), (771, 99))
 
 WORKLOADS: dict[str, tuple[Sequence[tuple[int, ...]], Callable[..., None]]] = {
     "adamw_": (OF_WEIGHTS, _adamw),

@@ -1,11 +1,11 @@
 """What a training step launches on a GPU, counted without one.
 
-Forward and optimizer step run on fake CUDA tensors, which have shapes and no memory, under autocast as on
-the GPU that `--device` names: the code that would run is the code that is counted. Autograd has no engine for
-fake tensors, so gradients are given by hand, the rows that the forward sampled are delivered, and the backward is
-taken as twice the forward's products and bytes. For every arm the figures are of a step in which R is not
-due and of one in which it is, once sizes are known: gradients lie where they lay in the step before. Where
-they move, the maps and `adamw_` write their tables of addresses again, two more operations each.
+Forward and optimizer step run on fake CUDA tensors, which have shapes and no memory, under autocast as on the
+GPU that `--device` names: the code that would run is the code that is counted. Autograd has no engine for
+fake tensors, so gradients are given by hand, the rows that the forward sampled are delivered, and the
+backward is taken as twice the forward's products and bytes. For every arm the figures are of a step in which
+R is not due and of one in which it is, once sizes are known: gradients lie where they lay in the step before.
+Where they move, the maps and `adamw_` write their tables of addresses again, two more operations each.
 
 An operation starts work on the device; PyTorch's multi-tensor operations make several launches. "Beyond" is
 beyond plain training with `torch.optim.AdamW(fused=True)`, or with timm's Muon for DecorMuon.
@@ -14,8 +14,8 @@ Times are estimates by a roofline, not measurements. An operation takes the larg
 products / rate of their kind, over the part of the GPU that its programs fill, and a least time; columns of
 small matrices that one program makes one after the other count by their number. The ceilings are those of
 `--gpu` as its maker states them, times the efficiencies printed with them. Forward and backward of PyTorch
-take longer than their roofline by a factor that is assumed, too, and printed: public measurements lie above it
-(0.408 s a step of MAE's ViT-B with 128 images on an A6000, github.com/Alpha-VL/ConvMAE issue 5, where the
+take longer than their roofline by a factor that is assumed, too, and printed: public measurements lie above
+it (0.408 s a step of MAE's ViT-B with 128 images on an A6000, github.com/Alpha-VL/ConvMAE issue 5, where the
 roofline of this file gives 0.15 s). What dbpkern adds is given no such factor.
 """
 
@@ -314,10 +314,10 @@ class FlashAttention(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and kwargs.get("attn_mask") is None and len(args) == 3:
-            if all(t.dtype in HALVES for t in args):
-                causal = kwargs.get("is_causal", False)
-                return torch.ops.aten._scaled_dot_product_flash_attention(*args, 0.0, causal)[0]
+        attention = func is F.scaled_dot_product_attention and kwargs.get("attn_mask") is None
+        if attention and len(args) == 3 and all(t.dtype in HALVES for t in args):
+            causal = kwargs.get("is_causal", False)
+            return torch.ops.aten._scaled_dot_product_flash_attention(*args, 0.0, causal)[0]
         return func(*args, **kwargs)
 
 

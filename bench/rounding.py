@@ -1,8 +1,9 @@
 """Whether 16-bit operands in the maps change what a run ends at: the demo with and without, on the CPU.
 
-On a GPU the kernels round gradients, changes, R - I, Q and S to bf16 where they map, and sum in fp32. Here the
-same operands are rounded in PyTorch's implementation. Arms: AdamW, DecorAdamW, DecorAdamW with rounded operands,
-and DecorPreconditioner; a run of `train/configs/demo.yaml` each, for every seed, with losses kept in FOLDER.
+On a GPU the kernels round gradients, changes, R - I, Q and S to bf16 where they map, and sum in fp32. Here
+the same operands are rounded in PyTorch's implementation. Arms: AdamW, DecorAdamW, DecorAdamW with rounded
+operands, and DecorPreconditioner; a run of `train/configs/demo.yaml` each, for every seed, with losses kept
+in FOLDER.
 """
 
 import argparse

@@ -3,10 +3,10 @@
 A step is zero_grad, forward, backward, the optimizer and the update of R, the mean of two steps, as the
 default updates R in every second one. DecorAdamW and DecorPreconditioner decorrelate the encoder, and the
 decoders of MAE and DARL, by the ranks of a preset; the others decorrelate the encoder alone, by full R that
-are updated in every step: "full" around the optimizer, "layers" in decorrelated layers, and as published. Before
-anything is timed, these and the published rule train a small model of the same kind from one start on the
-same samples, in fp64 and in the precision asked for: unless losses, weights and R agree, no figure is printed
-and the exit code is 1. Low ranks are another rule, which the tests hold to its own mathematics.
+are updated in every step: "full" around the optimizer, "layers" in decorrelated layers, and as published.
+Before anything is timed, these and the published rule train a small model of the same kind from one start on
+the same samples, in fp64 and in the precision asked for: unless losses, weights and R agree, no figure is
+printed and the exit code is 1. Low ranks are another rule, which the tests hold to its own mathematics.
 
 All arms run in one process, one after the other in each round, in an order that rotates. The time ratio is
 the median over rounds of (arm / plain) within a round, with its quartiles; the seconds are medians, too. Peak

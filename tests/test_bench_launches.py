@@ -8,8 +8,8 @@ import sys
 import pytest
 
 ARMS = (
-    "AdamW, fused", "DecorAdamW", "DecorPreconditioner", "DecorPreconditioner, full R, sublayers", "published",
-    "Muon", "DecorMuon",
+    "AdamW, fused", "DecorAdamW", "DecorPreconditioner", "DecorPreconditioner, full R, sublayers",
+    "published", "Muon", "DecorMuon",
 )  # fmt: skip
 
 

@@ -216,7 +216,8 @@ def lowrank_statistics(x: Tensor, Q: Tensor, *, backend: str | None = None) -> t
         Q: fp32 or fp64.
         backend: "eager"; "triton", two launches, for widths that are multiples of 16 and ranks of 8 up to
             128; or "cuda", the extension, once `python -m dbpkern.extension` has built it: fp32 and bf16
-            rows, ranks from 8 to 256. None chooses between the first two. bf16 rows have bf16 operands on a GPU, sums fp32.
+            rows, ranks from 8 to 256. None chooses between the first two. bf16 rows have bf16 operands on a
+            GPU, and sums in fp32.
 
     Returns:
         `B [L, r, r] = P^T P / n`, `Y [L, d, r] = x^T P / n` and `c [L, d]`, the mean squares of x, in fp32

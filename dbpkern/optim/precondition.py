@@ -82,8 +82,8 @@ class DecorPreconditioner:
             if evaluated:
                 raise RuntimeError(
                     "DecorPreconditioner: expected an optimizer that evaluates its closure once, but "
-                    f"{type(optimizer).__name__} does so again: its later gradients would be those of weights "
-                    "that are half way between two coordinates"
+                    f"{type(optimizer).__name__} does so again: its later gradients would be of weights "
+                    "half way between two coordinates"
                 )
             evaluated = True
             with torch.enable_grad():

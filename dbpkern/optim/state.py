@@ -1,7 +1,7 @@
 """R in an optimizer's state: what `state_dict` holds beside the moments of each decorrelated weight.
 
 The state of the first weight that an R serves has R (`decor_R`, or `decor_Q` and `decor_S`), its caution, and
-the position of the sampling. So R goes wherever the optimizer's own state goes, by the same parameter numbers.
+the position of the sampling. R goes wherever the optimizer's own state goes, by the same parameter numbers.
 """
 
 import warnings
@@ -38,8 +38,8 @@ def _entries(engine: Engine, site: Site) -> dict[str, Tensor | int]:
 def attach(engine: Engine, optimizer: torch.optim.Optimizer) -> None:
     """Put R into the optimizer's live state of weights that it has met, after a step.
 
-    Some loaders ask the live state, and not `state_dict`, what a parameter has. An optimizer that has not met a
-    parameter yet takes an empty state for the sign of it.
+    Some loaders ask the live state, and not `state_dict`, what a parameter has. An optimizer that has not met
+    a parameter yet takes an empty state for the sign of it.
     """
     sites = _weights(engine, optimizer)
     for group in optimizer.param_groups:
@@ -119,7 +119,7 @@ def _shapes(entries: dict[str, Tensor | int]) -> dict[str, list[int]]:
 
 @torch.no_grad()
 def restore(engine: Engine, found: list[tuple[Site, dict]]) -> None:
-    """Take R, caution and the position of the sampling from what `split` found; R is I where it found none."""
+    """Take R, caution and the position of the sampling from what `split` found; R is I where none was."""
     engine.drop_samples()
     if not found:
         warnings.warn(
