@@ -24,7 +24,7 @@ ROTATION_STEPS = 6
 # Features, ranks, and terms of a product, that a program takes at a time. Not measured.
 BLOCK_D, BLOCK_H, BLOCK_K = 64, 64, 16
 # Warps and stages of the kernel of small matrices, by the block of ranks.
-SMALL = {16: (4, 3), 32: (4, 3), 64: (8, 1), 128: (16, 1)}
+SMALL = {16: (4, 3), 32: (4, 3), 64: (4, 1), 128: (16, 1)}
 
 Stack = tuple[Tensor, ...]
 """Q, S, caution, rates, B, Y, c."""
