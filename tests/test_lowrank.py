@@ -122,7 +122,7 @@ def test_precision(L, n, d, r, dtype):
 
 
 def test_bfloat16_operands_of_a_gpu(monkeypatch):
-    """What a GPU multiplies, where an operand or the result is bfloat16; its sums are exact."""
+    """What a GPU multiplies, where one of operands and result is bfloat16."""
     module = sys.modules["dbpkern.ops.lowrank_fold"]
     monkeypatch.setattr(module, "multiplies_bfloat16", lambda _, *dtypes: torch.bfloat16 in dtypes)
 

@@ -217,7 +217,7 @@ TILES: dict[tuple[str, str], dict[tuple[int, int], Tiles]] = {
     ("fused", "tf32"): _TENSOR_CORES,
     ("fused", "ieee"): _IEEE,
     # By the rank.
-    ("lowrank", "16bit"): {(0, 8): Tiles(64, 64, 32, 4, 3), (65, 8): Tiles(64, 32, 32, 4, 2)},
+    ("lowrank", "16bit"): {(0, 8): Tiles(64, 64, 32, 8, 3), (65, 8): Tiles(64, 32, 32, 4, 2)},
     ("lowrank", "tf32"): {(0, 8): Tiles(64, 64, 32, 4, 2), (65, 8): Tiles(64, 32, 32, 4, 2)},
     ("lowrank", "ieee"): {(0, 8): Tiles(32, 32, 16, 8, 2)},
 }

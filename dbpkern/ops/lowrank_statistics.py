@@ -63,9 +63,9 @@ def moments(
         acc = dot(tl.trans(columns), rows, acc, OPERAND, PRECISION, EMULATE)
         a += BLOCK_K * a_n
         P += BLOCK_K * RANK
-    tl.store(out + (d[:, None] * RANK + rank), acc / N, mask=(d < D)[:, None] & (rank < RANK))
+    tl.store(out + (d[:, None] * RANK + rank), acc * (1.0 / N), mask=(d < D)[:, None] & (rank < RANK))
     if SQUARES:
-        tl.store(squares + d, total / N, mask=d < D)
+        tl.store(squares + d, total * (1.0 / N), mask=d < D)
 
 
 @jit

@@ -19,12 +19,12 @@ from dbpkern.ops.rates import eager_rates
 # Added to B's diagonal, relative to its trace, before B is inverted: with fewer rows than ranks B is
 # singular, and with about as many its inverse is mostly noise, which Q would follow.
 RIDGE = 1e-4
-# Newton-Schulz steps towards a rotation, an even number; they bring cosines from 0.4 up to 1 in fp32.
+# Newton-Schulz steps towards a rotation; they bring cosines from 0.4 up to 1 in fp32.
 ROTATION_STEPS = 6
 # Features, ranks, and terms of a product, that a program takes at a time. Not measured.
 BLOCK_D, BLOCK_H, BLOCK_K = 64, 64, 16
 # Warps and stages of the kernel of small matrices, by the block of ranks.
-SMALL = {16: (4, 3), 32: (4, 3), 64: (8, 2), 128: (16, 1)}
+SMALL = {16: (4, 3), 32: (4, 3), 64: (4, 1), 128: (16, 1)}
 
 Stack = tuple[Tensor, ...]
 """Q, S, caution, rates, B, Y, c."""
@@ -211,8 +211,6 @@ def small_kernel(
     first_part = tl.load(table + stack) + layer * parts
     S = tensor(table, count, stack, 5) + layer * AREA
     B = tensor(table, count, stack, 8) + layer * AREA
-    caution = tensor(table, count, stack, 6) + layer
-    rates = tensor(table, count, stack, 7) + layer
     diagonal = room + number * 8 * AREA
     gram, overlap, one, M = diagonal + AREA, diagonal + 2 * AREA, diagonal + 3 * AREA, diagonal + 4 * AREA
     stepped, U, other = diagonal + 5 * AREA, diagonal + 6 * AREA, diagonal + 7 * AREA
@@ -238,6 +236,7 @@ def small_kernel(
         unit = tl.maximum(2 * mean, TINY)
     else:
         unit = 1.0
+    caution = tensor(table, count, stack, 6) + layer
     careful = tl.load(caution) * tl.where(sound, 1.0, 0.5)
     rate = careful * load_rate(eta, layer, ETA_TENSOR, ETA_STRIDE)
     if LIMITED:
@@ -248,8 +247,9 @@ def small_kernel(
         rate = tl.minimum(rate, limit / tl.maximum((tl.sqrt(squares) + kappa) / unit, TINY))
     rate = tl.where(sound, rate, 0.0)
     tl.store(caution, careful)
-    tl.store(rates, rate)
+    tl.store(tensor(table, count, stack, 7) + layer, rate)
 
+    gain = -rate / unit
     # S - rate / unit M T: what M becomes here is added to S, and times S. So a step too small to show in T
     # still shows in S.
     for first in range(0, RANK, BLOCK_H):
@@ -257,7 +257,7 @@ def small_kernel(
         i, j = first + tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_R)[None, :]
         eye = tl.where(i == j, 1.0, 0.0)
         off = load_rows(M, first, RANK, RANK, BLOCK_H, BLOCK_R) - rows
-        step = -rate / unit * ((1 - kappa) * off + kappa * (rows - eye))
+        step = gain * ((1 - kappa) * off + kappa * (rows - eye))
         store_rows(M, step, first, RANK, RANK, BLOCK_H, BLOCK_R)
         step += load_rows(S, first, RANK, RANK, BLOCK_H, BLOCK_R)
         store_rows(stepped, step, first, RANK, RANK, BLOCK_H, BLOCK_R)
@@ -272,11 +272,10 @@ def small_kernel(
 
     # The rotation nearest to Q_new^T Q.
     multiply(U, gram, overlap, S, RANK, 1.0, 0.0, 0, 0, RANK, "ieee", BLOCK_H, BLOCK_R, BLOCK_K)
-    for _ in range(STEPS // 2):
+    for _ in range(STEPS):
         multiply(one, U, U, S, RANK, 1.0, 0.0, 0, 1, RANK, "ieee", BLOCK_H, BLOCK_R, BLOCK_K)
         multiply(other, one, U, U, RANK, -0.5, 1.5, 0, 0, RANK, "ieee", BLOCK_H, BLOCK_R, BLOCK_K)
-        multiply(one, other, other, S, RANK, 1.0, 0.0, 0, 1, RANK, "ieee", BLOCK_H, BLOCK_R, BLOCK_K)
-        multiply(U, one, other, other, RANK, -0.5, 1.5, 0, 0, RANK, "ieee", BLOCK_H, BLOCK_R, BLOCK_K)
+        U, other = other, U
     multiply(one, U, stepped, S, RANK, 1.0, 0.0, 0, 0, RANK, "ieee", BLOCK_H, BLOCK_R, BLOCK_K)
     multiply(other, one, U, S, RANK, 1.0, 0.0, 0, 1, RANK, "ieee", BLOCK_H, BLOCK_R, BLOCK_K)
     tl.debug_barrier()
@@ -333,8 +332,8 @@ def triton_step(
     constants = {
         **eta_constants, "SCALE_FREE": scale_free, "LIMITED": limit is not None, "STEPS": ROTATION_STEPS,
         "TINY": torch.finfo(torch.float32).tiny, "SPAN": 1 << (len(stacks) - 1).bit_length(), "RANK": r,
-        "BLOCK_D": BLOCK_D, "BLOCK_H": min(BLOCK_H, block), "BLOCK_K": BLOCK_K, "BLOCK_R": block,
-        "PRECISION": "tf32x3",
+        "BLOCK_D": BLOCK_D, "BLOCK_K": BLOCK_K, "BLOCK_R": block,
+        "BLOCK_H": min(BLOCK_H, block), "PRECISION": "tf32x3",
     }  # fmt: skip
     grids, compiled = (programs, layers, programs), ((8, 2), SMALL[block], (8, 2))
     kernels = (moved_kernel, small_kernel, turn_kernel)
