@@ -52,7 +52,7 @@ class Step:
     keep: Tensor | None = None
     """0-d, 1 or 0: whether the step counts, where only the device knows. None for one that does."""
     lowrank: list[tuple[Tensor, ...]] = field(default_factory=list)
-    """Low-rank R with their statistics, as `ops.lowrank_step_` takes them: one call steps those of all stacks."""
+    """Low-rank R with statistics, as `ops.lowrank_step_` takes them: one call steps those of all stacks."""
 
     @property
     def linear(self) -> bool:
