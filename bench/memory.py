@@ -53,8 +53,8 @@ def measure_arm(
         "optimizer": _bytes(
             value
             for state in arm.optimizer.state.values()
-            for value in state.values()
-            if isinstance(value, Tensor)
+            for name, value in state.items()
+            if isinstance(value, Tensor) and not name.startswith("decor_")  # R, counted beside it
         ),
         "R": _bytes(arm.factors()),
         "samples": _bytes(arm.samples()),

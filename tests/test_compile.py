@@ -165,4 +165,4 @@ def test_eta_is_compiled_as_a_number_and_as_a_tensor():
     for c in ahead.configurations(90):
         if "ETA_TENSOR" in c.launch.constants:
             kinds.setdefault(c.op, set()).add(c.launch.constants["ETA_TENSOR"])
-    assert kinds == {op: {False, True} for op in ("choose_rates_", "fused_step")}
+    assert kinds == {op: {False, True} for op in ("choose_rates_", "fused_step", "lowrank_step_")}

@@ -773,7 +773,7 @@ def test_confusion_is_drawn_in_per_cent_of_each_class():
         ([*SCRATCH, "--optim.layer_decay=0"], r"optim.layer_decay: expected a factor in \(0, 1\], got 0"),
         ([*SCRATCH, "--optim.lr=.nan"], "optim.lr: expected a finite number"),
         ([*SCRATCH, "--optim.warmup_steps=7"], "warm-up of 7 steps is longer than the run of 6"),
-        ([*SCRATCH, "--decor.enable=true", "--decor.sites=auto"], "sites: expected a preset .*, got 'auto'"),
+        ([*SCRATCH, "--decor.enable=true", "--decor.sites=auto"], "sites: expected a preset .*, got .*auto"),
         ([*SCRATCH, "--decor.enable=true", "--decor.sample=1e-4"], "gives no rows"),
         ([*SCRATCH, "--decor.enable=true", "--batch_size=2", "--accumulation=4"], "must be a multiple of"),
         ([*SCRATCH, "--steps=0"], "steps: 0 evaluates a classifier.safetensors"),
