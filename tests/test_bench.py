@@ -248,8 +248,8 @@ def test_step(tmp_path, capsys):
     # The gradient's way in and the change's way out; z, G and M R.
     extra = sum((4 * o + 4 * SAMPLED) * d**2 + 2 * d**3 for d, o in sizes)
     assert found["full", "sublayers"]["flops"] - plain["flops"] == extra
-    # With low ranks g Q S^T Q^T, and for the change the same; or, around an optimizer, V Q before it and after,
-    # and S and Q^T. In every second step the update.
+    # With low ranks g Q S^T Q^T, and for the change the same; or, around an optimizer, V Q before it and
+    # after, then S and Q^T. In every second step the update.
     for method, ranks in DEFAULT:
         products = 8 if method == "DecorAdamW" else 10
         extra = {

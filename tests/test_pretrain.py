@@ -39,7 +39,7 @@ TINY = [
     "--device=cpu",
 ]
 SITES = ["--decor.sites=sublayers", "--decor.decoder=false"]
-# The published rule, by an optimizer that holds R; "--decor.enable=true" alone is what the options are by default.
+# The published rule, by an optimizer that holds R; "--decor.enable=true" alone is the default rule.
 DBP = [
     "--decor.enable=true",
     *SITES,
