@@ -47,14 +47,6 @@ class DecorAdamW(DecorOptimizer):
         decor: Decor | None = None,
         capturable: bool = False,
     ) -> None:
-        if not isinstance(lr, Tensor) and not lr >= 0:
-            raise ValueError(f"lr: expected a number >= 0, got {lr}")
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas: expected two numbers in [0, 1), got {betas}")
-        if not eps >= 0:
-            raise ValueError(f"eps: expected a number >= 0, got {eps}")
-        if not weight_decay >= 0:
-            raise ValueError(f"weight_decay: expected a number >= 0, got {weight_decay}")
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "capturable": capturable,
         }  # fmt: skip

@@ -184,6 +184,12 @@ class DecorOptimizer(torch.optim.Optimizer):
     """Holds R: `engine.rates()`, `engine.caution()`, `engine.loss()`, `engine.eta`."""
 
     def __init__(self, params, defaults: dict, model: nn.Module | None, decor: Decor | None) -> None:
+        for name in ("lr", "eps", "weight_decay"):
+            value = defaults[name]
+            if not (name == "lr" and isinstance(value, Tensor)) and not value >= 0:
+                raise ValueError(f"{name}: expected a number >= 0, got {value}")
+        if not all(0 <= beta < 1 for beta in defaults["betas"]):
+            raise ValueError(f"betas: expected two numbers in [0, 1), got {defaults['betas']}")
         if model is None and decor is not None:
             raise ValueError(f"{type(self).__name__}: expected the model that decor is for, got none")
         super().__init__(params, defaults)

@@ -66,15 +66,8 @@ class DecorMuon(DecorOptimizer):
         decor: Decor | None = None,
         capturable: bool = False,
     ) -> None:
-        if not isinstance(lr, Tensor) and not lr >= 0:
-            raise ValueError(f"lr: expected a number >= 0, got {lr}")
-        for name, value in {"weight_decay": weight_decay, "eps": eps}.items():
-            if not value >= 0:
-                raise ValueError(f"{name}: expected a number >= 0, got {value}")
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum: expected a number in [0, 1), got {momentum}")
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas: expected two numbers in [0, 1), got {betas}")
         if scale not in SCALES:
             raise ValueError(f"scale: expected one of {tuple(SCALES)}, got {scale!r}")
         defaults = {
