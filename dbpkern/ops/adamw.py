@@ -18,7 +18,7 @@ from dbpkern.ops._table import load_tile, locate, matrix, number, serve
 from dbpkern.ops._triton import jit, tl
 from dbpkern.ops.maps import (
     Factors,
-    add_deviation,
+    add_deviation_,
     checked,
     load_factor,
     map_flops,
@@ -193,19 +193,23 @@ def _adamw(
     as_tensor = lr.device == weights[0].device
 
     def eager(i: int, own: list[Tensor]) -> None:
-        """The order of operations of PyTorch's AdamW."""
-        V, exp_avg, exp_avg_sq, compute = weights[i], exp_avgs[i], exp_avg_sqs[i], own[0].dtype
-        g = gradients[i].flatten(1).to(compute)
-        g = add_deviation(g, g, transposed(own)).view(V.shape).to(exp_avg.dtype)
-        exp_avg.lerp_(g, 1 - beta1)
-        exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        # Numbers of 64 bits, which combine with tensors of any dtype without widening them.
-        step = steps[i].double()
-        correction1, correction2 = 1 - beta1**step, 1 - beta2**step
-        denominator = (exp_avg_sq.to(compute).sqrt() / correction2.sqrt()).add_(eps)
-        change = (exp_avg.to(compute) / denominator).mul_(lr / correction1)
-        change = (change + V.to(compute) * (lr * weight_decay)).flatten(1)
-        V.copy_(add_deviation(V.flatten(1).to(compute) - change, -change, own).view(V.shape))
+        """PyTorch's AdamW without decay, of what is the decay's change: so the change has all its digits."""
+        V, moments, compute = weights[i], (exp_avgs[i], exp_avg_sqs[i]), own[0].dtype
+        g = gradients[i].flatten(1).to(compute, copy=True)
+        g = add_deviation_(g, g, transposed(own)).view(V.shape).to(moments[0].dtype)
+        change = (V * (-weight_decay * lr)).to(g.dtype)
+        # It takes elements as they lie in memory.
+        change, g, *dense = (t.contiguous() for t in (change, g, *moments))
+        torch._fused_adamw_(
+            [change], [g], *([t] for t in dense), [], [steps[i].to(V.device)],
+            lr=lr if as_tensor else float(lr), beta1=beta1, beta2=beta2, weight_decay=0.0, eps=eps,
+            amsgrad=False, maximize=False,
+        )  # fmt: skip
+        new, change = V.flatten(1).to(compute), change.flatten(1).to(compute)
+        add_deviation_(new.add_(change), change, own)
+        for out, value in zip((V, *moments), (new, *dense), strict=True):
+            if value is not out:  # perhaps a view of it
+                out.copy_(value.view(V.shape))
 
     args = {
         "lr": lr if as_tensor else float(lr), "weight1": 1 - beta1, "weight2": 1 - beta2,

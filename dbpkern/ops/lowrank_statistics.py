@@ -158,7 +158,7 @@ def _triton_refusal(x: Tensor, Q: Tensor) -> str | None:
 
 def _eager_statistics(x: Tensor, Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     n, dtype = x.shape[1], _result_dtype(x, Q)
-    c = torch.linalg.vector_norm(x, dim=1, dtype=dtype).square_().div_(n)
+    c = x.to(dtype).square().sum(1).div_(n)
     halves = multiplies_bfloat16(x.device, x.dtype, Q.dtype)
     operand, bmm = (torch.bfloat16, product) if halves else (dtype, torch.bmm)
     x = x.to(operand)

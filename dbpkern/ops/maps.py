@@ -178,13 +178,15 @@ def lowrank_map_kernel(
         tl.store(x + start + (m * x_m + n[None, :]), rounded(acc, DTYPE, EMULATE), mask=inside)
 
 
-def add_deviation(base: Tensor, x: Tensor, factors: Sequence[Tensor], before: Tensor | float = 0.0) -> Tensor:
-    """`base + (x - before) (R - I)` by PyTorch's products; for a low-rank R, `before` is times Q already."""
+def add_deviation_(
+    base: Tensor, x: Tensor, factors: Sequence[Tensor], before: Tensor | float = 0.0
+) -> Tensor:
+    """Add `(x - before) (R - I)` to base in place; for a low-rank R, `before` is times Q already."""
     if len(factors) == 1:
         (R,) = factors
-        return torch.addmm(base, x - before, R - torch.eye(len(R), dtype=R.dtype, device=R.device))
+        return base.addmm_(x - before, R - torch.eye(len(R), dtype=R.dtype, device=R.device))
     Q, S = factors
-    return torch.addmm(base, (x @ Q - before) @ S, Q.mT)
+    return base.addmm_((x @ Q - before) @ S, Q.mT)
 
 
 def transposed(factors: Sequence[Tensor]) -> list[Tensor]:
@@ -207,7 +209,9 @@ def _map(
     def eager(i: int, own: list[Tensor]) -> None:
         x = xs[i].flatten(1).to(own[0].dtype)
         old = before[i].flatten(1) if before else 0.0
-        xs[i].copy_(add_deviation(x, x, own if before else transposed(own), old).view(xs[i].shape))
+        add_deviation_(x, x, own if before else transposed(own), old)
+        if x is not xs[i]:  # perhaps a view of it
+            xs[i].copy_(x.view(xs[i].shape))
 
     kernels = {1: ("map", map_kernel), 2: ("lowrank_map", lowrank_map_kernel)}
     matrices = list(zip(xs, before, strict=True) if before else zip(xs, strict=True))
