@@ -7,12 +7,14 @@ in FOLDER.
 """
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -37,25 +39,25 @@ def rounded(x: Tensor) -> Tensor:
     return x.bfloat16().to(x.dtype)
 
 
-def add_deviation(base: Tensor, x: Tensor, factors: Sequence[Tensor], before: Tensor | float = 0.0) -> Tensor:
-    """As `dbpkern.ops.maps.add_deviation`, with the operands that the kernels have."""
+def add_deviation_(base: Tensor, x: Tensor, factors: Sequence[Tensor], before: Tensor | float = 0.0) -> Tensor:
+    """As `dbpkern.ops.maps.add_deviation_`, with the operands that the kernels have."""
     if len(factors) == 1:
-        (R,) = factors
-        deviation = rounded(R - torch.eye(len(R), dtype=R.dtype))
-        return torch.addmm(base, rounded(x - before), deviation)
+        deviation = rounded(factors[0] - torch.eye(len(factors[0])))
+        return base.addmm_(rounded(x - before), deviation)
     Q, S = map(rounded, factors)
     t = rounded(rounded(x) @ Q - before)
-    return torch.addmm(base, rounded(t @ S), Q.mT)
+    return base.addmm_(rounded(t @ S), Q.mT)
 
 
 def train(arm: str, seed: int, out: str) -> None:
     """One run, in this process."""
     from train import pretrain
 
-    if arm == ROUNDED:
-        maps.add_deviation = adamw.add_deviation = add_deviation
     torch.set_num_threads(1)
-    pretrain.main(["--config", "train/configs/demo.yaml", "--out", out, "--seed", str(seed), *ARMS[arm]])
+    with contextlib.ExitStack() as patches:
+        for module in (maps, adamw) if arm == ROUNDED else ():
+            patches.enter_context(mock.patch.object(module, "add_deviation_", add_deviation_))
+        pretrain.main(["--config", "train/configs/demo.yaml", "--out", out, "--seed", str(seed), *ARMS[arm]])
 
 
 def losses(arm: str, seed: int) -> list[float]:
