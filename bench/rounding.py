@@ -39,7 +39,9 @@ def rounded(x: Tensor) -> Tensor:
     return x.bfloat16().to(x.dtype)
 
 
-def add_deviation_(base: Tensor, x: Tensor, factors: Sequence[Tensor], before: Tensor | float = 0.0) -> Tensor:
+def add_deviation_(
+    base: Tensor, x: Tensor, factors: Sequence[Tensor], before: Tensor | float = 0.0
+) -> Tensor:
     """As `dbpkern.ops.maps.add_deviation_`, with the operands that the kernels have."""
     if len(factors) == 1:
         deviation = rounded(factors[0] - torch.eye(len(factors[0])))

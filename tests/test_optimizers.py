@@ -762,9 +762,15 @@ def test_weights_that_the_optimizer_lacks_are_refused(make_optimizer):
 
 
 @BOTH
-def test_sparse_gradients_are_refused(make_optimizer):
-    table = nn.Embedding(5, 4, sparse=True)
-    optimizer = type(make_optimizer(network()))(table.parameters())
-    table(torch.tensor([1, 2])).sum().backward()
+def test_sparse_gradients_are_refused_before_anything_changes(make_optimizer):
+    model = nn.Sequential(nn.Embedding(5, 4, sparse=True), nn.Linear(4, 3))
+    groups = [{"params": list(model[1].parameters())}, {"params": list(model[0].parameters())}]
+    decor = Decor(sites=None, filter=lambda name, module: True, rank=None)
+    optimizer = type(make_optimizer(network()))(groups, model=model, decor=decor)
+    optimizer.engine.factors()[0].mul_(2.0)
+    model(torch.tensor([1, 2])).square().sum().backward()
+    held = [model[1].weight.detach(), model[1].weight.grad, model[1].bias.detach()]
+    before = [t.clone() for t in held]
     with pytest.raises(RuntimeError, match="expected dense gradients"):
         optimizer.step()
+    assert all(torch.equal(t, old) for t, old in zip(held, before, strict=True))

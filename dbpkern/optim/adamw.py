@@ -55,14 +55,10 @@ class DecorAdamW(DecorOptimizer):
     @torch.compiler.disable
     def _step_weights(self) -> None:
         layers = {} if self.engine is None else {id(x.weight): x for x in self.engine.layers.values()}
-        for group in self.param_groups:
-            trained = [p for p in group["params"] if p.grad is not None]
-            if any(p.grad.is_sparse for p in trained):
-                raise RuntimeError("DecorAdamW: expected dense gradients, got a sparse one")
+        for group, trained in self._trained():
             self._step_adamw(group, [p for p in trained if id(p) not in layers])
             served = [p for p in trained if id(p) in layers]
-            states = [self._adamw_state(p, group["capturable"]) for p in served]
-            steps, means, squares = ([s[name] for s in states] for name in ("step", "exp_avg", "exp_avg_sq"))
+            steps, means, squares = self._adamw_states(group, served)
             if served:
                 torch._foreach_add_(steps, 1)
             gradients = [p.grad for p in served]

@@ -195,23 +195,31 @@ class DecorOptimizer(torch.optim.Optimizer):
         super().__init__(params, defaults)
         self.engine = None if model is None else make_engine(model, self, decor or Decor())
 
-    def _adamw_state(self, parameter: Tensor, capturable: bool) -> dict:
-        """The count of steps and the moments of a parameter that AdamW steps."""
-        state = self.state[parameter]
-        if "step" not in state:
-            # On the device where kernels read it there.
-            device = parameter.device if capturable or parameter.is_cuda else None
-            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-            state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-        return state
+    def _trained(self) -> list[tuple[dict, list[Tensor]]]:
+        """Each group with its parameters that have gradients; raises before a step has changed anything."""
+        found = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
+        if any(p.grad.is_sparse for _, trained in found for p in trained):
+            raise RuntimeError(f"{type(self).__name__}: expected dense gradients, got a sparse one")
+        return found
+
+    def _adamw_states(self, group: dict, parameters: list[Tensor]) -> tuple[list[Tensor], ...]:
+        """The counts of steps, and both moments, of parameters that AdamW steps."""
+        for parameter in parameters:
+            state = self.state[parameter]
+            if "step" not in state:
+                # On the device where kernels read it there.
+                device = parameter.device if group["capturable"] or parameter.is_cuda else None
+                state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+                for name in ("exp_avg", "exp_avg_sq"):
+                    state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        names = ("step", "exp_avg", "exp_avg_sq")
+        return tuple([self.state[p][name] for p in parameters] for name in names)
 
     def _step_adamw(self, group: dict, parameters: list[Tensor]) -> None:
         """Step parameters of a group by PyTorch's AdamW."""
         if not parameters:
             return
-        states = [self._adamw_state(p, group["capturable"]) for p in parameters]
-        steps, means, squares = ([s[name] for s in states] for name in ("step", "exp_avg", "exp_avg_sq"))
+        steps, means, squares = self._adamw_states(group, parameters)
         adamw(
             parameters, [p.grad for p in parameters], means, squares, [], steps,
             fused=all(p.is_cuda and p.is_floating_point() for p in parameters) or None,

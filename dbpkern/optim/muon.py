@@ -78,13 +78,11 @@ class DecorMuon(DecorOptimizer):
 
     @torch.compiler.disable
     def _step_weights(self) -> None:
+        groups = self._trained()
         maps = None if self.engine is None else Maps(self.engine)
         if maps is not None:
             maps.enter(self)
-        for group in self.param_groups:
-            trained = [p for p in group["params"] if p.grad is not None]
-            if any(p.grad.is_sparse for p in trained):
-                raise RuntimeError("DecorMuon: expected dense gradients, got a sparse one")
+        for group, trained in groups:
             matrices: dict[tuple, list[Tensor]] = {}
             others = []
             for parameter in trained:

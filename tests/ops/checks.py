@@ -1,6 +1,7 @@
 """What the tests of the ops share: inputs, layouts, and when a result is as good as PyTorch's."""
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from dbpkern.ops import _triton
 from dbpkern.ops._dispatch import Operands
@@ -124,3 +125,15 @@ def far_apart(rows):
     stride = 2**28
     room = torch.empty(stride * (len(rows) - 1) + rows.shape[1], dtype=rows.dtype, device=DEVICE)
     return room.as_strided(rows.shape, (stride, 1)).copy_(rows)
+
+
+def peak(function) -> int:
+    """Most bytes that were allocated at a time while `function` ran, beyond those before it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        function()
+    held = most = 0
+    for event in recorded.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most

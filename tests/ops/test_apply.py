@@ -14,10 +14,10 @@ from checks import (
     as_good,
     close,
     matrix,
+    peak,
     tensor,
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dbpkern import ops, reference
@@ -144,18 +144,6 @@ def test_on_a_gpu_a_16_bit_M_is_multiplied_in_16_bits(eta):
     work = [(name, dtypes) for name, dtypes in recorder.seen if not name.startswith("empty")]
     assert [name for name, _ in work] == ["mul", "bmm", "sub_"]
     assert work[1][1] == [torch.bfloat16] * 2
-
-
-def peak(function) -> int:
-    """Most bytes that were allocated at a time while `function` ran, beyond those before it."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        function()
-    held = most = 0
-    for event in recorded.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    return most
 
 
 def test_the_measure_of_scratch_sees_what_is_allocated():

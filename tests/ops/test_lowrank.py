@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
+from checks import peak
 from torch.utils.flop_counter import FlopCounterMode
 
 from dbpkern import reference
@@ -58,18 +58,6 @@ def holds_precision(actual, expected, plain):
     assert actual.dtype == plain.dtype
     error, other = ((t.double() - expected).abs().max() for t in (actual, plain))
     assert error <= 2 * other + 4 * torch.finfo(actual.dtype).eps * expected.abs().max()  # false for NaN
-
-
-def peak(call):
-    """The most memory that is in use during a call, beyond that before it."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        call()
-    used = most = 0
-    for event in recorded.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            used += event.nbytes()
-            most = max(most, used)
-    return most
 
 
 def identical(one, other):
