@@ -13,6 +13,7 @@ from checks import (
     accumulator,
     as_good,
     close,
+    computes_on_fakes,
     matrix,
     peak,
     tensor,
@@ -133,6 +134,7 @@ class Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@computes_on_fakes
 @pytest.mark.parametrize("eta", ["number", "[L]"])
 def test_on_a_gpu_a_16_bit_M_is_multiplied_in_16_bits(eta):
     with FakeTensorMode():

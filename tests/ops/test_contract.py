@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from checks import DEVICE, HALVES, launches, matrix, tensor
+from checks import DEVICE, HALVES, computes_on_fakes, launches, matrix, tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -86,6 +86,7 @@ def test_opcheck(case, backend, grad):
     torch.library.opcheck(op, arguments(case, backend, grad))
 
 
+@computes_on_fakes
 @pytest.mark.parametrize("case", OPERATORS)
 def test_every_op_runs_on_fake_tensors_of_a_gpu(case, monkeypatch):
     """For counting launches: no value is read, no memory asked for."""

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from checks import computes_on_fakes
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -355,6 +356,7 @@ def test_eager_serves_any_strides():
     exact((*views[:3], rates), reference.lowrank_step(*given, 0.1))
 
 
+@computes_on_fakes
 def test_three_launches_of_a_rank_on_a_gpu(monkeypatch):
     """The runs of a ViT-B with a decoder: an empty one, and two ranks."""
     monkeypatch.setattr(_triton, "INTERPRETED", False)
