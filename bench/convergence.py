@@ -227,7 +227,7 @@ class Matrix:
 
     def best_rate(self, arm: str, seed: int) -> float | None:
         """The best of an arm's rates with this seed; None before all are there, or if all diverged."""
-        runs = [Run(self.preset, arm, rate, seed) for rate in ARMS[arm].rates]
+        runs = [Run(self.preset, arm, rate, seed) for rate in PRESETS[self.preset].rates_of(arm)]
         if not all(run in self.results for run in runs):
             return None
         found = best(self.results[run] for run in runs)
@@ -267,7 +267,7 @@ class Matrix:
         found: list[Run] = []
         for arm in arms:
             if rate is None and arm in ARMS:
-                found += [Run(self.preset, arm, r, seeds[0]) for r in ARMS[arm].rates]
+                found += [Run(self.preset, arm, r, seeds[0]) for r in PRESETS[self.preset].rates_of(arm)]
             chosen = rate if rate is not None else self.best_rate(arm if arm in ARMS else REFERENCE, seeds[0])
             if chosen is not None:
                 found += [Run(self.preset, arm, chosen, seed) for seed in seeds]

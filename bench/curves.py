@@ -10,6 +10,7 @@ then 1, and 2 if there is nothing to report.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from train.plots import WINDOW
 from train.run_folder import to_json, write_atomically
 
 BASE = "adamw"  # sets the target
+RIVALS = (BASE, "muon")  # whose final held-out losses are targets, too
 ENOUGH = 3  # seeds
 CROWD = 8  # arms whose names still fit among their curves
 # tab20 has ten hues, dark and light: first the dark ones.
@@ -51,6 +53,22 @@ def reach(curve: Sequence[float], target: float, stride: int = 1) -> int | None:
     above = [i for i, value in enumerate(curve) if not value <= target]
     first = above[-1] + 1 if above else 0
     return (first + 1) * stride if first < len(curve) else None
+
+
+def crossing(evals: Mapping[int, float | None], target: float) -> int | None:
+    """The step from which an evaluated loss stays at or below a target; None if it ends above it.
+
+    Between two evaluations by a straight line.
+    """
+    steps = sorted(evals)
+    values = [math.inf if evals[step] is None else evals[step] for step in steps]
+    above = [i for i, value in enumerate(values) if not value <= target]
+    if not above:
+        return steps[0]
+    if above[-1] + 1 == len(steps):
+        return None
+    (x, y), (x2, y2) = ((steps[i], values[i]) for i in (above[-1], above[-1] + 1))
+    return x2 if y == math.inf else math.ceil(x + (x2 - x) * (y - target) / (y - y2))
 
 
 def edge_of(rate: float, rates: Sequence[float]) -> str | None:
@@ -128,6 +146,19 @@ class Arm:
                 if name in item:
                     found.setdefault(item["step"], []).append(item[name])
         return {step: _summary(values) for step, values in sorted(found.items())}
+
+    def steps_to_heldout_of(self, rival: "Arm") -> dict[int, int | None]:
+        """By seed that both have: from where its held-out loss stays at or below the rival's final one."""
+        found = {}
+        for seed, result in self.seeds.items():
+            other = rival.seeds.get(seed)
+            if other is None or other.diverged or not other.evals:
+                continue
+            target = other.evals[-1]["heldout_loss"]
+            if target is not None:
+                evals = {item["step"]: item["heldout_loss"] for item in result.evals}
+                found[seed] = None if result.diverged else crossing(evals, target)
+        return found
 
 
 @dataclass
@@ -223,16 +254,20 @@ class Report:
             "edge": arm.edge,
             "first_seed": arm.first_seed,
             "rates": {f"{rate:g}": None if r.diverged else r.final for rate, r in arm.sweep.items()},
-            "rates_planned": list(ARMS[arm.name].rates) if arm.name in ARMS else [],
+            "rates_planned": list(self.preset.rates_of(arm.name)),
             "seeds": list(arm.seeds),
             "few_seeds": len(arm.seeds) < ENOUGH,
             "diverged": arm.diverged,
             "skipped_steps": sum(r.skipped_steps for r in arm.seeds.values()),
             "final_loss": _summary(r.final for r in arm.finished),
             "heldout_loss": heldout[max(heldout)] if heldout else _summary([]),
+            "heldout_by_step": heldout,
             "probe": probes,
             "steps_to_target": steps,
             "steps_by_seed": arm.steps_by_seed(self.base),
+            "steps_to_heldout_of": {
+                rival: arm.steps_to_heldout_of(self.arms[rival]) for rival in RIVALS if rival in self.arms
+            },
             "step_seconds": None if timing is None else timing["seconds"],
             "step_ratio": None if timing is None else timing["ratio"],
             "seconds_to_target": None
@@ -338,6 +373,23 @@ def losses_table(report: Report, names: Iterable[str]) -> str:
     return record.table(columns, rows)
 
 
+def heldout_table(report: Report, names: Iterable[str]) -> str:
+    """Held-out losses, and the steps to those that the rivals end at, as Markdown."""
+    rivals = [name for name in RIVALS if name in report.arms]
+    rows = []
+    for name in names:
+        row = report.rows[name]
+        cells = [row["title"], _mean_cell(row["heldout_loss"])]
+        for rival in rivals:
+            steps = list(row["steps_to_heldout_of"][rival].values())
+            part = f"{mean(steps) / report.preset.steps:.0%}" if steps and None not in steps else "-"
+            cells += [part, ", ".join("not reached" if n is None else str(n) for n in steps) or "-"]
+        rows.append(cells)
+    titles = [ARMS[rival].title for rival in rivals]
+    columns = [text for title in titles for text in (f"of the steps to {title}'s", "by seed")]
+    return record.table(["arm", "held out", *columns], rows)
+
+
 def costs_table(report: Report, names: Iterable[str]) -> str:
     """Time of a step and time and energy to the target of some arms as Markdown."""
     rows = []
@@ -369,7 +421,7 @@ def rates_table(report: Report) -> str:
         cells = []
         for rate in rates:
             result = arm.sweep.get(rate)
-            missing = "missing" if rate in ARMS[name].rates else "-"
+            missing = "missing" if rate in report.preset.rates_of(name) else "-"
             fate = missing if result is None else "diverged" if result.diverged else f"{result.final:.4f}"
             cells.append(fate)
         rows.append([arm.title, str(arm.first_seed), *cells])
@@ -435,6 +487,13 @@ def markdown(report: Report, pictures: Mapping[str, str]) -> str:
         "beyond."
     )
     section("Arms", "loss", losses_table(report, main))
+    section(
+        "Held out",
+        "heldout",
+        "From where a seed's held-out loss stays at or below the one that the rival ends at with the same seed, "
+        "between evaluations by a straight line; in parts of a run, the mean of the seeds.",
+        heldout_table(report, main),
+    )
     cost = [report.no_timing] if report.no_timing else []
     if report.timing["arms"]:
         cost.append(
@@ -540,15 +599,15 @@ def _plot_rates(figure: Figure, report: Report) -> None:
     figure.legend(fontsize=8, loc="outside right upper")  # curves go everywhere
 
 
-def _plot_probe(figure: Figure, report: Report) -> None:
+def _plot_evals(figure: Figure, report: Report, key: str, label: str) -> None:
     axis = figure.subplots()
     for name, row in report.rows.items():
-        found = {step: item for step, item in row["probe"].items() if item["mean"] is not None}
+        found = {step: item for step, item in row[key].items() if item["mean"] is not None}
         if name in ARMS and found:
             means = [item["mean"] for item in found.values()]
-            axis.plot(list(found), means, "o-", color=COLOURS[name], label=row["title"])
+            axis.plot(list(found), means, "o-", markersize=3, color=COLOURS[name], label=row["title"])
     axis.set_xlabel("step")
-    axis.set_ylabel("accuracy of the linear probe on digits")
+    axis.set_ylabel(label)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
 
@@ -561,8 +620,11 @@ def plots(report: Report, folder: Path) -> dict[str, str]:
         drawn["loss"] = _plot_loss(report, main)
     if any(len(report.arms[name].sweep) > 1 for name in report.arms if name in ARMS):
         drawn["rates"] = lambda figure: _plot_rates(figure, report)
+    if any(row["heldout_by_step"] for row in report.rows.values()):
+        drawn["heldout"] = lambda figure: _plot_evals(figure, report, "heldout_by_step", "held-out loss")
     if probe_table(report):
-        drawn["probe"] = lambda figure: _plot_probe(figure, report)
+        label = "accuracy of the linear probe on digits"
+        drawn["probe"] = lambda figure: _plot_evals(figure, report, "probe", label)
     for family, names in _families(report).items():
         chosen = [n for n in (*SHOWN, *names) if n in report.arms and report.arms[n].curve is not None]
         if chosen:

@@ -29,12 +29,14 @@ class Preset:
         evaluations: how often a run is evaluated, at equal intervals.
         probe: images of the linear probe, half of them to fit it; 0 for no probe.
         needs_source: whether the images must be named; otherwise they are the photographs.
+        rates: peak learning rates to try, by arm, where they are not the arm's own.
     """
 
     settings: Mapping[str, object]
     evaluations: int = 4
     probe: int = 800
     needs_source: bool = False
+    rates: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     @property
     def steps(self) -> int:
@@ -45,6 +47,10 @@ class Preset:
     def on_gpu(self) -> bool:
         """Whether the runs need a GPU."""
         return self.settings["device"] == "cuda"
+
+    def rates_of(self, arm: str) -> tuple[float, ...]:
+        """Peak learning rates that an arm is tried at; none for an ablation."""
+        return self.rates.get(arm, ARMS[arm].rates if arm in ARMS else ())
 
     @property
     def stride(self) -> int:
@@ -100,6 +106,13 @@ _DARL = _PHOTOS | {  # an image has four times the tokens of one that is masked,
     "model": "darl_vit_tiny",
     "model_args": {"patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4},
 }
+_CIFAR = _PHOTOS | {
+    "model_args": {**_PHOTOS["model_args"], "patch_size": 4},
+    "img_size": 32,
+    "steps": 3000,
+    "batch_size": 128,
+    "optim.warmup_steps": 150,
+}
 _LARGE = {"batch_size": 256, "steps": 300, "optim.warmup_steps": 24}
 _IMAGENET = {
     "img_size": 224,
@@ -118,6 +131,17 @@ PRESETS = {
     "photos-long": Preset(_PHOTOS | _LONG, evaluations=10, probe=0),
     "darl": Preset(_DARL),
     "darl-diffusion": Preset(_DARL | {"darl.objective": "diffusion"}),
+    "cifar10": Preset(
+        _CIFAR,
+        evaluations=12,
+        probe=0,
+        needs_source=True,
+        rates={
+            "muon": (5e-3, 8e-3, 1.2e-2, 2e-2),
+            "decor-adamw": (5e-3, 8e-3, 1.2e-2),
+            "decor-muon": (5e-3, 8e-3, 1.2e-2, 2e-2),
+        },
+    ),
     "vit-s": Preset(_IMAGENET | {"model": "mae_vit_small"}, evaluations=10, needs_source=True),
     "vit-b": Preset(_IMAGENET | {"model": "mae_vit_base"}, evaluations=10, needs_source=True),
 }
@@ -163,6 +187,7 @@ ARMS = {
     "dbp-layers": Arm("DBP in the layers", _LAYERS, _HIGHER),
     "dbp-muon": Arm("DBP with Muon", _DEFAULT | _MUON, (*_HIGHER, 2e-2)),
     "decor-adamw": Arm("DecorAdamW", {"decor.enable": True}, (5e-3,)),
+    "decor-muon": Arm("DecorMuon", {"decor.enable": True} | _MUON, (8e-3,)),
 }
 
 ABLATIONS = {

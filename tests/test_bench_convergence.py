@@ -123,6 +123,45 @@ def report_of(folder, preset="made", code=0):
     return text, json.loads((folder / preset / "report.json").read_text())
 
 
+def test_crossing_is_a_straight_line_between_evaluations():
+    assert curves.crossing({0: 4.0, 10: 2.0, 20: 1.0}, 1.5) == 15
+    assert curves.crossing({0: 4.0, 10: 2.0, 20: 1.0}, 2.0) == 10
+    assert curves.crossing({0: 4.0, 10: 1.0, 20: 3.0, 30: 1.0}, 2.0) == 25  # the last time
+    assert curves.crossing({0: 1.0, 10: 0.5}, 2.0) == 0
+    assert curves.crossing({0: 4.0, 10: 2.0}, 1.0) is None
+    assert curves.crossing({0: 4.0, 10: None, 20: 1.0}, 1.5) == 20
+    assert curves.crossing({0: 4.0, 10: math.nan}, 1.5) is None
+
+
+def test_steps_to_the_held_out_losses_of_the_rivals(tmp_path):
+    def evals(*losses):
+        return [{"step": 100 * i, "heldout_loss": loss} for i, loss in enumerate(losses)]
+
+    for seed in (0, 1):
+        for arm, found in {"adamw": (3, 2, 1), "muon": (3, 1, 0.5), "dbp": (3, 1.5, 0.75 + seed)}.items():
+            write_result(tmp_path, arm, drop(100), seed=seed, evals=evals(*found))
+    text, found = report_of(tmp_path)
+    assert found["arms"]["dbp"]["steps_to_heldout_of"] == {
+        "adamw": {"0": 167, "1": None},
+        "muon": {"0": None, "1": None},
+    }
+    assert found["arms"]["muon"]["steps_to_heldout_of"]["adamw"] == {"0": 100, "1": 100}
+    assert line_of(text, "Muon", "## Held out") == [
+        "Muon",
+        "0.5000 (0.0000)",
+        "50%",
+        "100, 100",
+        "100%",
+        "200, 200",
+    ]
+    assert line_of(text, "DBP", "## Held out")[2:] == [
+        "-",
+        "167, not reached",
+        "-",
+        "not reached, not reached",
+    ]
+
+
 def line_of(text, title, heading="## Arms"):
     """The cells of an arm's row in the table below a heading."""
     below = text[text.index(heading) :].splitlines()
