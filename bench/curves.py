@@ -490,8 +490,8 @@ def markdown(report: Report, pictures: Mapping[str, str]) -> str:
     section(
         "Held out",
         "heldout",
-        "From where a seed's held-out loss stays at or below the one that the rival ends at with the same seed, "
-        "between evaluations by a straight line; in parts of a run, the mean of the seeds.",
+        "From where a seed's held-out loss stays at or below the one that the rival ends at with the same "
+        "seed, between evaluations by a straight line; in parts of a run, the mean of the seeds.",
         heldout_table(report, main),
     )
     cost = [report.no_timing] if report.no_timing else []

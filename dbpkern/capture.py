@@ -211,8 +211,11 @@ class Slot:
         return torch.cat([part.rows for part in self._parts if part.delivered])
 
     def house(self, room: Tensor) -> None:
-        """Take `room`, which holds all rows already, as the place for them and for later ones."""
-        self.room, self._parts = room, [_Part(room, True, True)]
+        """Take `room`, which holds all rows that count already, as the place for them and for later ones."""
+        waiting = [part for part in self._parts if part.waits]
+        for part in waiting:
+            part.housed = False  # it lies in the room before this one
+        self.room, self._parts = room, [_Part(room, True, True), *waiting]
 
     @torch.no_grad()
     def add(self, x: Tensor) -> None:
@@ -344,7 +347,7 @@ def _(grad: Tensor, x: Tensor, key: Tensor) -> None:
 
 
 class Tap(torch.autograd.Function):
-    """Passes a weight through; its backward samples the input the weight was used with.
+    """Passes a weight, or in compiled graphs an output, through; its backward samples the input x.
 
     Backward rather than forward: it runs once per backward also where activation checkpointing repeats
     the forward, and never under `no_grad`. On the weight rather than the input: the first layer's input
@@ -356,7 +359,7 @@ class Tap(torch.autograd.Function):
         # Not with setup_context: apply() would then inspect this signature at every call, per layer.
         ctx.save_for_backward(x)
         ctx.key = key
-        return weight.view_as(weight)
+        return weight.detach()  # a view could not be changed in place by what comes next
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # noqa: D102

@@ -18,6 +18,7 @@ from dbpkern import distributed, ops
 from dbpkern.capture import RowKind, RowSource, Sampler, Slot
 from dbpkern.config import Decor
 from dbpkern.ops._common import check_eta
+from dbpkern.sites import SharedInput
 from dbpkern.structure import Full, LowRank
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -29,15 +30,15 @@ class Holder(RowSource, Protocol):
     structure: Full | LowRank
     factors: tuple[Tensor, ...]
     """The tensors that hold R: one, or Q and S."""
-    shared: object | None
+    shared: SharedInput | None
     """Layers that hold the same object read one input and have one R."""
     weight: Tensor
     trains: bool
     """Whether the weight is trained; R rests where it is not."""
     slot_key: Tensor | None
 
-    def attach(self, slot: Slot | None) -> None:
-        """Send samples to `slot` from now on; None stops sampling."""
+    def attach(self, slot: Slot | None, samples: bool = True) -> None:
+        """Belong to `slot` from now on, and send samples there if this layer is to; None ends both."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,12 @@ class Site:
         self.slot = Slot(layer, sampler)
         self.caution = torch.ones_like(layer.factors[0][0, 0])
         """By what the rate of this R is multiplied: halved when its samples were not finite."""
+
+    def choose_source(self) -> None:
+        """Sample from a layer whose weight trains, if any does: one sample of a common input is enough."""
+        self.slot.layer = next((layer for layer in self.layers if layer.trains), self.layers[0])
+        for layer in self.layers:
+            layer.attach(self.slot, layer is self.slot.layer)
 
     @property
     def factors(self) -> tuple[Tensor, ...]:
@@ -230,7 +237,7 @@ class FullStack(Stack):
                 continue
             z = self.decorrelated(where, rows)
             n, d = z.shape[1:]
-            if n < d and not step.scale_free and z.itemsize > 2:
+            if n < d and step.linear and z.itemsize > 2:
                 self._associate(where, z, step)
                 continue
             dtype = torch.bfloat16 if z.itemsize == 2 else None
@@ -248,7 +255,7 @@ class FullStack(Stack):
         R = self.factors[0][where]
         # Finite where M R is, too: without a limiter, R may have grown very large.
         size = z.square().sum((1, 2)) * R.abs().amax((1, 2))
-        rates = self._choose_rates(where, size[:, None], _bound_of_rows(z, step.kappa), step)
+        rates = self._choose_rates(where, size[:, None], size, step)
         ops.update_(R, z.masked_fill(~size.isfinite()[:, None, None], 0.0), rates, step.kappa)
 
     def _move(self, where: slice, moves: Tensor, step: Step) -> None:
@@ -333,15 +340,6 @@ def eigenvalue_bound(M: Tensor) -> Tensor:
     return torch.minimum(torch.linalg.matrix_norm(M), torch.linalg.matrix_norm(M, ord=torch.inf))
 
 
-def _bound_of_rows(z: Tensor, kappa: float) -> Tensor:
-    """The same `[L']` for M of fewer rows `z [L', n, d]` than features, by their Gram matrix.
-
-    `||offdiag G|| <= ||G|| <= ||z z^T||_F / n`, and the term of the variances adds at most kappa.
-    """
-    gram = torch.bmm(z, z.mT).div_(z.shape[1])
-    return torch.linalg.matrix_norm(gram) + kappa
-
-
 def _loss(off: Tensor, a: Tensor, kappa: float) -> Tensor:
     """The losses `[L]` from `||offdiag G||_F^2 [L]` and `diag G [L, d]`."""
     return ((1 - kappa) * off + kappa * (a - 1).square().sum(1)) / a.shape[1] ** 2
@@ -387,13 +385,9 @@ class Engine:
             else:
                 sites[key] = Site(name, layer, self.sampler)
         for site in sites.values():
-            # Layers with a common input need one sample of it: from one that trains, if any does.
-            source = next((layer for layer in site.layers if layer.trains), site.layers[0])
-            site.slot.layer = source
+            site.choose_source()
             site.slot.kappa = self.decor.kappa
             site.slot.linear = self.decor.limit is None and not self.decor.scale_free
-            for layer in site.layers:
-                layer.attach(site.slot if layer is source else None)
         return list(sites.values())
 
     @property
@@ -440,6 +434,9 @@ class Engine:
             ValueError: in the first step, processes with other R, types of device or rules; or an eta out of
                 range.
         """
+        for site in self.sites:
+            if not site.slot.layer.trains and any(layer.trains for layer in site.layers):
+                site.choose_source()  # it was frozen since, or another no longer is
         together = distributed.world_size() > 1
         idle = not self.sampler.seen
         if idle and together and not self._checked:
@@ -546,12 +543,15 @@ class Engine:
         # A filter has had its say, and may be a function that cannot be pickled.
         decor = replace(self.decor, sites="all", filter=None)
         where = (self.sampler.seed, self.sampler.step)
-        kept = {"layers": self.layers, "eta": self.eta, "_checked": self._checked}
+        factors = {name: layer.factors for name, layer in self.layers.items()}
+        kept = {"layers": self.layers, "factors": factors, "eta": self.eta, "_checked": self._checked}
         return {**kept, "decor": decor, "sampling": where, "caution": self.caution()}
 
     def __setstate__(self, state: dict) -> None:
-        sampling, caution = state.pop("sampling"), state.pop("caution")
+        sampling, caution, factors = (state.pop(name) for name in ("sampling", "caution", "factors"))
         self.__dict__.update(state)
+        for name, layer in self.layers.items():
+            layer.factors = factors[name]
         self.sampler = Sampler(self.decor.sample, sampling[0], self.decor.every)
         self.sampler.seek(*sampling)
         self.sites = self._make_sites()
@@ -568,6 +568,7 @@ class Engine:
             warnings.warn(
                 f"{len(silent)} of {len(self.sites)} layers sampled no input before the first step, so their "
                 f"R rests: {', '.join(silent[:5])}{', ...' if len(silent) > 5 else ''}. Frozen weights and "
-                "eval mode do this, and models that read a weight without calling its layer",
+                "eval mode do this, models that read a weight without calling its layer, and ones that were "
+                "compiled and run before their optimizer was made",
                 stacklevel=3,
             )

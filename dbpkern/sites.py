@@ -2,9 +2,10 @@
 
 import math
 import re
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
 # The parts of a transformer block by the names that timm, torchvision and Hugging Face give them; a
 # pattern is matched against the end of a module's qualified name.
@@ -187,11 +188,34 @@ def inputs_of(chosen: Chosen) -> list[list[str]]:
     return list(groups.values())
 
 
+class SharedInput:
+    """What layers that read one input, and have one R, have in common."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, weakref.ref[Tensor]] = {}
+
+    def check(self, layer: object, x: Tensor) -> None:
+        """Raise ValueError where the layers turn out to read different inputs, as in class attention."""
+        if id(layer) in self._seen:  # the next forward
+            self._seen.clear()
+        self._seen[id(layer)] = weakref.ref(x)
+        inputs = [found() for found in self._seen.values()]
+        if any(found is not x for found in inputs if found is not None):
+            raise ValueError(
+                "decorrelation gives one R to q, k and v of a block (and to the two halves of a gated MLP): "
+                "expected them to read the same tensor, got different ones, as in cross-attention; keep "
+                "these layers out with filter"
+            )
+
+    def __getstate__(self) -> dict:
+        return {"_seen": {}}
+
+
 def share_inputs(chosen: Chosen, holders: Mapping[str, object]) -> None:
     """Give one R to the holders of layers that read one input, decorrelated or preconditioned ones."""
     for first, *others in inputs_of(chosen):
         if others:
-            tie = object()
+            tie = SharedInput()
             for name in (first, *others):
                 holders[name].shared = tie
                 holders[name].factors = holders[first].factors

@@ -1,5 +1,7 @@
 """Stock layers with an R beside them: the model, its forward and its state_dict stay as they are."""
 
+import sys
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -8,7 +10,7 @@ from torch import Tensor, nn
 
 from dbpkern.capture import Slot, Tap, slot_of
 from dbpkern.rows import count_patches, count_tokens, take_patches, take_tokens
-from dbpkern.sites import Chosen, share_inputs
+from dbpkern.sites import Chosen, SharedInput, share_inputs
 from dbpkern.structure import structure_of
 
 
@@ -26,9 +28,7 @@ class StockLayer:
             by columns.
     """
 
-    shared: object | None = None
-    live: bool
-    """Whether an optimizer has this layer; a copy of the model brings ones that none has."""
+    shared: SharedInput | None = None
 
     def __init__(self, layer: nn.Module, rank: int | None) -> None:
         self.layer = layer
@@ -42,7 +42,7 @@ class StockLayer:
             raise ValueError(f"expected a weight sharded by rows, Shard(0), got {placements}")
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         self._factors = self.structure.start(self.weight.shape[1:].numel(), dtype, self.weight.device)
-        self.live = True
+        self._owner: weakref.ref[Slot] | None = None
         self._key: Tensor | None = None
         self._hook = layer.register_forward_hook(self._sample, with_kwargs=True)
 
@@ -76,10 +76,15 @@ class StockLayer:
         """The key of the slot that samples go to, or None."""
         return self._key
 
-    def attach(self, slot: Slot | None) -> None:
-        """Send samples to `slot` from now on; None stops sampling."""
-        self._key = None if slot is None else slot.key
-        self.live = True
+    @property
+    def live(self) -> bool:
+        """Whether an optimizer has this layer: a copy of the model brings ones that none has."""
+        return self._owner is not None and self._owner() is not None
+
+    def attach(self, slot: Slot | None, samples: bool = True) -> None:
+        """Belong to `slot` from now on, and send samples there if this layer is to; None ends both."""
+        self._owner = None if slot is None else weakref.ref(slot)
+        self._key = None if slot is None or not samples else slot.key
 
     def count_rows(self, x: Tensor) -> int:
         """Number of rows in the input x."""
@@ -94,7 +99,7 @@ class StockLayer:
 
     def _sample(self, layer: nn.Module, args: tuple, kwargs: dict, output: Tensor | tuple) -> object:
         """Forward hook: sample the input, for when the output's backward comes."""
-        if self._key is None or not layer.training or not torch.is_grad_enabled() or not self.trains:
+        if not layer.training or not torch.is_grad_enabled() or not self.trains:
             return None
         x = args[0] if args else kwargs["query" if isinstance(layer, nn.MultiheadAttention) else "input"]
         if isinstance(layer, nn.MultiheadAttention):
@@ -104,6 +109,10 @@ class StockLayer:
                     "decorrelation serves self-attention alone: expected the same tensor as query, key and "
                     "value; keep cross-attention out with filter"
                 )
+        if self.shared is not None and not torch.compiler.is_compiling():
+            self.shared.check(self, x)
+        if self._key is None:
+            return None
         y = output[0] if isinstance(output, tuple) else output
         if not torch.compiler.is_compiling():
             slot = slot_of(self._key)
@@ -128,14 +137,18 @@ class StockLayer:
         self.attach(None)
 
     def __getstate__(self) -> dict:
-        # A copy of the model does not send its samples to the original's optimizer.
-        return {**self.__dict__, "live": False, "_key": None}
+        # A copy of the model alone has no R, and does not send its samples to the original's optimizer.
+        return {**self.__dict__, "_factors": (), "_owner": None, "_key": None}
+
+
+def _stock_layers(module: nn.Module) -> list[StockLayer]:
+    owners = [getattr(hook, "__self__", None) for hook in module._forward_hooks.values()]
+    return [owner for owner in owners if isinstance(owner, StockLayer)]
 
 
 def stock_layer(module: nn.Module) -> StockLayer | None:
     """What holds the R beside a module, if an optimizer has one."""
-    owners = (getattr(hook, "__self__", None) for hook in module._forward_hooks.values())
-    return next((o for o in owners if isinstance(o, StockLayer) and o.live), None)
+    return next((layer for layer in _stock_layers(module) if layer.live), None)
 
 
 @contextmanager
@@ -157,6 +170,9 @@ def hold(chosen: Chosen, ranks: Mapping[str, int | None]) -> dict[str, StockLaye
     layers: dict[str, StockLayer] = {}
     try:
         for name, (module, _) in chosen.items():
+            for old in _stock_layers(module):
+                if not old.live:
+                    old.remove()  # of an optimizer that is gone
             try:
                 layers[name] = StockLayer(module, ranks[name])
             except ValueError as error:
@@ -166,4 +182,6 @@ def hold(chosen: Chosen, ranks: Mapping[str, int | None]) -> dict[str, StockLaye
             layer.remove()
         raise
     share_inputs(chosen, layers)
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()  # compiled code does not see hooks that came later
     return layers

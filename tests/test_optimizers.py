@@ -774,3 +774,130 @@ def test_sparse_gradients_are_refused_before_anything_changes(make_optimizer):
     with pytest.raises(RuntimeError, match="expected dense gradients"):
         optimizer.step()
     assert all(torch.equal(t, old) for t, old in zip(held, before, strict=True))
+
+
+class Projections(nn.Module):
+    """q, k and v by layers of their own, of which q may read something else."""
+
+    def __init__(self, narrow=False):
+        super().__init__()
+        self.attn = nn.ModuleDict({name: nn.Linear(D, 8) for name in "qkv"})
+        self.narrow = narrow
+
+    def forward(self, x):
+        q = self.attn["q"](x[:1] if self.narrow else x)
+        return q + self.attn["k"](x) * self.attn["v"](x)
+
+
+@BOTH
+def test_layers_that_read_different_inputs_are_refused(make_optimizer):
+    decor = replace(RULE, sites=("qkv",), filter=None)
+    for narrow in (False, True):
+        model = Projections(narrow).double()
+        optimizer = make_optimizer(model, decor)
+        assert len(optimizer.engine.sites) == 1
+        if not narrow:
+            train(model, optimizer, 3)
+            continue
+        with pytest.raises(ValueError, match=r"one R to q, k and v .* the same tensor, got different ones"):
+            model(batch(0))
+
+
+@BOTH
+def test_R_goes_on_where_the_layer_that_is_sampled_is_frozen(make_optimizer):
+    model = Projections().double()
+    optimizer = make_optimizer(model, replace(RULE, sites=("qkv",), filter=None, every=1))
+    train(model, optimizer, 1)
+    for name in ("q", "k"):
+        model.attn[name].weight.requires_grad_(False)
+        train(model, optimizer, 1)  # whose sample is lost
+        before = factors(optimizer)
+        train(model, optimizer, 1, start=1)
+        assert not torch.equal(optimizer.engine.factors()[0], before[0])
+
+
+@BOTH
+def test_a_model_is_free_again_without_its_optimizer(make_optimizer):
+    model = network()
+    optimizer = make_optimizer(model)
+    with pytest.raises(ValueError, match="0: another optimizer holds this layer's R; call its remove"):
+        make_optimizer(model)
+    train(model, optimizer, 2)
+    del optimizer
+    second = make_optimizer(model)
+    assert all(len(layer._forward_hooks) == 1 for layer in (model[0], model[3]))
+    train(model, second, 2)
+    second.remove()
+    assert not any(module._forward_hooks for module in model.modules())
+    assert not any(str(name).startswith("decor") for entry in second.state.values() for name in entry)
+    plain = [p.clone() for p in model.parameters()]
+    train(model, second, 1)  # as a plain optimizer
+    assert not any(torch.equal(*pair) for pair in zip(plain, model.parameters(), strict=True))
+    make_optimizer(model)
+
+
+def test_the_copy_of_a_model_alone_has_no_R():
+    model = network()
+    plain, decorrelated = io.BytesIO(), io.BytesIO()
+    torch.save(model, plain)
+    optimizer = adamw(model)
+    train(model, optimizer, 2)
+    torch.save(copy.deepcopy(model), decorrelated)
+    assert decorrelated.tell() < plain.tell() + 4 * D * D  # R and that of 24 features would be 8 (D^2 + 24^2)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_R_moves_where_a_like_model_was_compiled_before(backend):
+    for kind in ("plain", "decorrelated"):
+        model = network()
+        optimizer = adamw(model) if kind == "decorrelated" else torch.optim.AdamW(model.parameters())
+        train(torch.compile(model, backend=backend), optimizer, 2)
+    assert all(rate > 0 for rate in optimizer.engine.rates().values())
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_models_may_change_outputs_in_place(backend):
+    def changing():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(D, 24), nn.ReLU(inplace=True), nn.Linear(24, 8)).double()
+
+    models = changing(), changing()
+    optimizers = [adamw(model) for model in models]
+    compiled = torch.compile(models[1], backend=backend, fullgraph=True)
+    assert train(models[0], optimizers[0], 3) == pytest.approx(train(compiled, optimizers[1], 3), rel=1e-12)
+    for one, other in zip(*map(factors, optimizers), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("lr", [torch.tensor([0.1]), torch.tensor(1)])
+@BOTH
+def test_learning_rates_that_are_no_number_are_refused(make_optimizer, lr):
+    with pytest.raises(ValueError, match="lr: expected a number or a 0-d tensor of one, got torch"):
+        type(make_optimizer(network()))(network().parameters(), lr)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.int64])
+def test_states_that_count_steps_otherwise_are_loaded(kind):
+    model = network()
+    optimizer = adamw(model)
+    train(model, optimizer, 2)
+    state = optimizer.state_dict()
+    for entry in state["state"].values():
+        entry["step"] = entry["step"].to(kind) if kind.is_floating_point else int(entry["step"])
+    optimizer.load_state_dict(state)
+    train(model, optimizer, 1, start=2)
+    assert all(float(entry["step"]) == 3 for entry in optimizer.state.values())
+
+
+def test_the_loss_of_R_between_two_backwards_loses_no_rows():
+    model = network()
+    optimizer = adamw(model, replace(RULE, sample=1.0))
+    train(model, optimizer, 2)
+    losses = [loss_of(model, batch(seed)) for seed in (2, 3)]
+    losses[0].backward()
+    assert optimizer.engine.loss()
+    losses[1].backward()
+    assert [site.slot.count() for site in optimizer.engine.sites] == [80, 80]
+    rows = [rows for stack in optimizer.engine.stacks() for _, rows in stack.runs()]
+    expected = torch.cat([batch(2), batch(3)])
+    assert any(r.shape[-1] == D and torch.equal(r[0], expected) for r in rows)

@@ -4,6 +4,7 @@ import copy
 import gc
 import io
 import weakref
+from collections import OrderedDict
 from dataclasses import replace
 
 import pytest
@@ -606,10 +607,23 @@ def test_a_second_one_is_refused_until_the_first_is_removed():
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
     first = precondition(model, optimizer)
-    with pytest.raises(ValueError, match=r"0: another optimizer holds this layer's R; remove\(\)"):
+    with pytest.raises(ValueError, match=r"0: another optimizer holds this layer's R; call its remove"):
         precondition(model, optimizer)
     train(model, optimizer, 1)
     first.remove()
+    precondition(model, optimizer)
+
+
+def test_an_optimizer_without_hooks_is_refused_and_the_model_stays_free():
+    class Bare(torch.optim.Optimizer):
+        def __init__(self, inner):
+            self.param_groups, self.state, self.defaults = inner.param_groups, inner.state, inner.defaults
+            self._optimizer_step_pre_hooks = OrderedDict()
+
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    with pytest.raises(TypeError, match="Bare lacks some; take the optimizer inside it"):
+        precondition(model, Bare(optimizer))
     precondition(model, optimizer)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dbpkern import distributed, ops
 from dbpkern.capture import MovedTap, Slot, Tap, slot_of
 from dbpkern.rows import count_patches, count_tokens, pad, patch_grid, take_patches, take_tokens
+from dbpkern.sites import SharedInput
 from dbpkern.structure import Full, LowRank, structure_of
 
 FORMS = ("auto", "fold", "apply")
@@ -59,7 +60,7 @@ class Decorrelated(nn.Module):
     """How the layer holds R."""
     site: str | None
     """Where in its block the layer stands, if `decorrelate` knew."""
-    shared: object | None
+    shared: SharedInput | None
     """Layers that hold the same object read one input and have one R."""
 
     @classmethod
@@ -124,7 +125,11 @@ class Decorrelated(nn.Module):
 
     def _tapped(self, x: Tensor) -> Tensor:
         """The weight, tied to x so that its backward samples x, where anyone asked for samples."""
-        if self._key is None or not self.training or not torch.is_grad_enabled():
+        if not self.training or not torch.is_grad_enabled():
+            return self.weight
+        if self.shared is not None and not torch.compiler.is_compiling():
+            self.shared.check(self, x)
+        if self._key is None:
             return self.weight
         return Tap.apply(self.weight, x.detach(), self._key)
 
@@ -197,9 +202,9 @@ class Decorrelated(nn.Module):
         """The key of the slot that samples go to, or None."""
         return self._key
 
-    def attach(self, slot: Slot | None) -> None:
-        """Send samples to `slot` from now on; None stops sampling."""
-        self._key = None if slot is None else slot.key
+    def attach(self, slot: Slot | None, samples: bool = True) -> None:
+        """Send samples to `slot` from now on, if this layer is to; None stops sampling."""
+        self._key = None if slot is None or not samples else slot.key
 
     def reset_R(self) -> None:
         """Set R to the identity, in place."""

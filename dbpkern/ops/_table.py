@@ -126,8 +126,13 @@ def deviations(Rs: Sequence[Tensor], padded: int) -> tuple[Tensor, list[int]]:
     return out, [list(found).index(key) for key in keys]
 
 
-def served(matrices: Sequence[Tensor], factors: Sequence[Tensor]) -> bool:
-    """Whether kernels know the layouts: rows in one piece each, within reach, and ranks up to MAX_RANK."""
+def served(matrices: Sequence[Tensor], factors: Sequence[Tensor], squares: bool) -> bool:
+    """Whether kernels know the layouts: rows in one piece each, within reach, and ranks up to MAX_RANK.
+
+    With `squares`, which they would keep as they are stored, not in fp16: it has no range for these.
+    """
+    if squares and matrices[0].dtype == torch.float16:
+        return False
     try:
         rows = [*(t.view(len(t), -1) for t in matrices), *factors]
     except RuntimeError:
@@ -163,7 +168,7 @@ def serve(
     chosen = _dispatch.choose(op, backend, {"triton": refusal}, _dispatch.preferred(op, device))
     groups: dict[tuple, list[int]] = {}
     for i, (own, factor) in enumerate(zip(matrices, factors, strict=True)):
-        if chosen == "eager" or not served(own, factor):
+        if chosen == "eager" or not served(own, factor, bool(steps)):
             with autocast_off(device), ieee_products(device):
                 eager(i, [f.to(wide(own[0], factor)) for f in factor])
         elif own[0].numel():

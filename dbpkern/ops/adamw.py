@@ -193,7 +193,7 @@ def _adamw(
     as_tensor = lr.device == weights[0].device
 
     def eager(i: int, own: list[Tensor]) -> None:
-        """PyTorch's AdamW without decay, of what is the decay's change: so the change has all its digits."""
+        """PyTorch's AdamW without decay, of the change that the decay makes: V's digits do not hide it."""
         V, moments, compute = weights[i], (exp_avgs[i], exp_avg_sqs[i]), own[0].dtype
         g = gradients[i].flatten(1).to(compute, copy=True)
         g = add_deviation_(g, g, transposed(own)).view(V.shape).to(moments[0].dtype)
@@ -255,7 +255,7 @@ def adamw_(
         factors: as for `map_gradients_`.
         lr: a number, or a tensor `[]`, which is read on its device: a CUDA graph freezes a number.
         beta1, beta2, eps, weight_decay: of AdamW.
-        backend: as for `map_gradients_`.
+        backend: as for `map_gradients_`; eager serves weights in fp16, which has no range for squares.
     """
     if not isinstance(lr, Tensor):
         lr = torch.tensor(lr, dtype=torch.float64)

@@ -1,5 +1,6 @@
 """What optimizers of the weights that have an engine share."""
 
+import gc
 from collections.abc import Callable
 
 import torch
@@ -44,11 +45,14 @@ def choose_layers(
     chosen = select(model, decor.sites, decor.filter)
     check_weights(model, chosen)
     ranks = ranks_of(decor.rank, chosen)
-    taken = [name for name, (module, _) in chosen.items() if stock_layer(module) not in (None, *but)]
+
+    def held() -> list[str]:
+        return [name for name, (module, _) in chosen.items() if stock_layer(module) not in (None, *but)]
+
+    taken = held() and (gc.collect(), held())[1]  # by optimizers that are more than garbage
     if taken:
         raise ValueError(
-            f"{taken[0]}: another optimizer holds this layer's R; remove() its preconditioner first, or copy "
-            "the model"
+            f"{taken[0]}: another optimizer holds this layer's R; call its remove() first, or copy the model"
         )
     layers = hold(chosen, ranks)
     known = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -95,7 +99,6 @@ def rechosen(engine: Engine, model: nn.Module, optimizer: torch.optim.Optimizer,
     new = Engine(layers, decor)
     new.sampler.seek(engine.sampler.seed, engine.sampler.step)
     new.restore_caution(engine.caution())
-    torch.compiler.reset()  # compiled code does not see hooks that came later
     return new
 
 
@@ -170,7 +173,56 @@ class Maps:
         )
 
 
-class DecorOptimizer(torch.optim.Optimizer):
+class Decorrelates:
+    """What optimizers, and objects around one, do with their engine between steps."""
+
+    engine: Engine | None
+    """Holds R: `engine.rates()`, `engine.caution()`, `engine.loss()`, `engine.eta`."""
+    _optimizer: torch.optim.Optimizer
+    _kept_maps: Maps | None = None
+
+    @property
+    def _maps(self) -> Maps:
+        """Of the engine; the same at every step, as a step that raises may have mapped gradients."""
+        if self._kept_maps is None or self._kept_maps.engine is not self.engine:
+            self._kept_maps = Maps(self.engine)
+        return self._kept_maps
+
+    def drop_samples(self) -> None:
+        """Forget the rows sampled since the last step, for steps that are to be skipped."""
+        if self.engine is not None:
+            self.engine.drop_samples()
+
+    def replan(self, model: nn.Module, decor: Decor) -> None:
+        """Choose other layers, between two steps; the function of the network stays as it is.
+
+        Layers that stay chosen with the same rank keep their R, new ones start from the identity. Moments
+        stay, too: those of a layer that comes or goes are of the other coordinates at first.
+
+        Args:
+            model: of the optimizer.
+            decor: which layers, and how their R move from now on.
+
+        Raises:
+            TypeError: `decor` is no `Decor`.
+            ValueError: as at construction, or there is no engine; nothing is changed then.
+        """
+        if self.engine is None:
+            raise ValueError(
+                f"{type(self).__name__}.replan: expected an optimizer that was made with a model"
+            )
+        self.engine = rechosen(self.engine, model, self._optimizer, decor)
+
+    def remove(self) -> None:
+        """Leave the model without R, free for another optimizer; the optimizer goes on as a plain one."""
+        if self.engine is not None:
+            for layer in self.engine.layers.values():
+                layer.remove()
+            state.detach(self._optimizer)
+        self.engine = None
+
+
+class DecorOptimizer(Decorrelates, torch.optim.Optimizer):
     """An optimizer of the weights with an engine of its own: R is in its state.
 
     Args:
@@ -180,13 +232,15 @@ class DecorOptimizer(torch.optim.Optimizer):
         decor: the rule; `Decor()` for None.
     """
 
-    engine: Engine | None
-    """Holds R: `engine.rates()`, `engine.caution()`, `engine.loss()`, `engine.eta`."""
-
     def __init__(self, params, defaults: dict, model: nn.Module | None, decor: Decor | None) -> None:
         for name in ("lr", "eps", "weight_decay"):
             value = defaults[name]
-            if not (name == "lr" and isinstance(value, Tensor)) and not value >= 0:
+            if name == "lr" and isinstance(value, Tensor):  # not read: that would wait for its device
+                if value.dim() or not value.is_floating_point():
+                    raise ValueError(
+                        f"lr: expected a number or a 0-d tensor of one, got {value.dtype} {list(value.shape)}"
+                    )
+            elif not value >= 0:
                 raise ValueError(f"{name}: expected a number >= 0, got {value}")
         if not all(0 <= beta < 1 for beta in defaults["betas"]):
             raise ValueError(f"betas: expected two numbers in [0, 1), got {defaults['betas']}")
@@ -251,28 +305,9 @@ class DecorOptimizer(torch.optim.Optimizer):
             step_engine(self.engine, self)
         return loss
 
-    def replan(self, model: nn.Module, decor: Decor) -> None:
-        """Choose other layers, between two steps; the function of the network stays as it is.
-
-        Layers that stay chosen with the same rank keep their R, new ones start from the identity. Moments
-        stay, too: those of a layer that comes or goes are of the other coordinates at first.
-
-        Args:
-            model: of this optimizer.
-            decor: which layers, and how their R move from now on.
-
-        Raises:
-            TypeError: `decor` is no `Decor`.
-            ValueError: as at construction, or an optimizer made without a model; nothing is changed then.
-        """
-        if self.engine is None:
-            raise ValueError(f"{type(self).__name__}.replan: expected an optimizer made with a model")
-        self.engine = rechosen(self.engine, model, self, decor)
-
-    def drop_samples(self) -> None:
-        """Forget the rows sampled since the last step, for steps that are to be skipped."""
-        if self.engine is not None:
-            self.engine.drop_samples()
+    @property
+    def _optimizer(self) -> torch.optim.Optimizer:
+        return self
 
     def state_dict(self) -> dict:
         """As every optimizer's, with R beside the state of its weights, see `dbpkern.optim.state`."""
@@ -287,12 +322,13 @@ class DecorOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: R of other layers, widths or ranks; nothing is changed then.
         """
-        if self.engine is None:
-            super().load_state_dict(state_dict)
-            return
-        own, found = state.split(self.engine, self, state_dict)
+        own, found = (state_dict, []) if self.engine is None else state.split(self.engine, self, state_dict)
         super().load_state_dict(own)
-        state.restore(self.engine, found)
+        for entry in self.state.values():
+            if "step" in entry:  # others count in fp64 or in integers
+                entry["step"] = torch.as_tensor(entry["step"], dtype=torch.float32)
+        if self.engine is not None:
+            state.restore(self.engine, found)
 
     def __getstate__(self) -> dict:
         return super().__getstate__() | {"engine": self.engine}

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dbpkern import ops
 from dbpkern.config import Decor
-from dbpkern.optim.base import DecorOptimizer, Maps, local
+from dbpkern.optim.base import DecorOptimizer, local
 
 SCALES = {
     "original": lambda o, d: math.sqrt(max(1.0, o / d)),
@@ -79,7 +79,7 @@ class DecorMuon(DecorOptimizer):
     @torch.compiler.disable
     def _step_weights(self) -> None:
         groups = self._trained()
-        maps = None if self.engine is None else Maps(self.engine)
+        maps = None if self.engine is None else self._maps
         if maps is not None:
             maps.enter(self)
         for group, trained in groups:

@@ -8,13 +8,12 @@ import torch
 from torch import nn
 
 from dbpkern.config import Decor
-from dbpkern.engine import Engine
 from dbpkern.optim import state
-from dbpkern.optim.base import Maps, make_engine, rechosen, step_engine
+from dbpkern.optim.base import Decorrelates, make_engine, step_engine
 from dbpkern.stock import StockLayer
 
 
-class DecorPreconditioner:
+class DecorPreconditioner(Decorrelates):
     """Decorrelated backpropagation with any optimizer, in one line and without a change of the model.
 
         decor = dbpkern.DecorPreconditioner(model, optimizer)
@@ -40,26 +39,31 @@ class DecorPreconditioner:
             the optimizer lacks a chosen layer's weight that trains.
     """
 
-    engine: Engine
-    """Holds R: `engine.rates()`, `engine.caution()`, `engine.loss()`, `engine.eta`."""
-
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, decor: Decor | None = None
     ) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        self.engine = make_engine(model, optimizer, Decor() if decor is None else decor)
-        self._maps = Maps(self.engine)
+        self._optimizer = optimizer
         self._entered = False
         self._loading: list = []
-        self._hooks = (
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-            optimizer.register_state_dict_post_hook(self._write_state),
-            optimizer.register_load_state_dict_pre_hook(self._split_state),
-            optimizer.register_load_state_dict_post_hook(self._restore_state),
-        )
-        self._optimizer = optimizer
+        self.engine = make_engine(model, optimizer, Decor() if decor is None else decor)
+        self._hooks = []
+        try:
+            for register, hook in (
+                (optimizer.register_step_pre_hook, self._before_step),
+                (optimizer.register_step_post_hook, self._after_step),
+                (optimizer.register_state_dict_post_hook, self._write_state),
+                (optimizer.register_load_state_dict_pre_hook, self._split_state),
+                (optimizer.register_load_state_dict_post_hook, self._restore_state),
+            ):
+                self._hooks.append(register(hook))
+        except AttributeError as error:  # it does not call its base class's __init__
+            self.remove()
+            raise TypeError(
+                "optimizer: expected one with the hooks of torch.optim.Optimizer, "
+                f"{type(optimizer).__name__} lacks some; take the optimizer inside it"
+            ) from error
 
     @property
     def layers(self) -> dict[str, StockLayer]:
@@ -118,34 +122,11 @@ class DecorPreconditioner:
         state.restore(self.engine, self._loading)
         self._loading = []
 
-    def drop_samples(self) -> None:
-        """Forget the rows sampled since the last step, for steps that are to be skipped."""
-        self.engine.drop_samples()
-
-    def replan(self, model: nn.Module, decor: Decor) -> None:
-        """Choose other layers, between two steps; the function of the network stays as it is.
-
-        Layers that stay chosen with the same rank keep their R, new ones start from the identity. Moments of
-        the optimizer stay, too: those of a layer that comes or goes are of the other coordinates at first.
-
-        Args:
-            model: of this object.
-            decor: which layers, and how their R move from now on.
-
-        Raises:
-            TypeError: `decor` is no `Decor`.
-            ValueError: as at construction; nothing is changed then.
-        """
-        self.engine = rechosen(self.engine, model, self._optimizer, decor)
-        self._maps = Maps(self.engine)
-
     def remove(self) -> None:
         """Take all hooks off: the optimizer goes on without this object, from the same weights."""
         for hook in self._hooks:
             hook.remove()
-        for layer in self.layers.values():
-            layer.remove()
-        state.detach(self._optimizer)
+        super().remove()
 
     def __getstate__(self) -> dict:
         raise TypeError(

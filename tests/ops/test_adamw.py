@@ -153,6 +153,20 @@ def test_extreme_betas(r, betas):
     assert ((V - exact).abs() < 2e-3).double().mean() > 0.95
 
 
+@pytest.mark.parametrize("r", [0, 4])
+def test_squares_that_fp16_cannot_hold(r):
+    """The second moment is 0 as it is stored; the step is that of the one that is not."""
+    own = [factors(20, r)]
+    V, g, _, _ = state(9, 20, dtype=torch.float16)
+    g *= 1e-3
+    moments = [torch.zeros_like(V), torch.zeros_like(V)]
+    old = V.double()
+    ops.adamw_([V], [g], *([m] for m in moments), [number(1)], own, **RULE, backend="triton")
+    zero = torch.zeros_like(old)
+    exact, *_ = reference.adamw(old, g.double(), matrix(own[0]), zero, zero, 1, *RULE.values())
+    assert ((V - exact).abs() < 5e-3).double().mean() > 0.9
+
+
 def test_empty_lists_and_weights():
     ops.adamw_([], [], [], [], [], [], **RULE)
     for backend in BACKENDS:
