@@ -24,6 +24,7 @@ pytestmark = pytest.mark.filterwarnings(
     "error",
     "ignore:Using padding='same' with even kernel lengths",
     "ignore:<class 'torch.autograd.function.Function'> should not be instantiated",  # torch 2.9's own
+    "ignore:`torch.jit.script_method` is deprecated",  # torch 2.11's own
 )
 
 FORMS = ["fold", "apply"]

@@ -17,7 +17,8 @@ import dbpkern
 from dbpkern import distributed, reference
 from dbpkern.capture import Sampler
 
-pytestmark = pytest.mark.filterwarnings("error")
+# The exception is torch 2.11's profiler.
+pytestmark = pytest.mark.filterwarnings("error", "default:Warning. Profiler clears events")
 
 CPU = torch.device("cpu")
 
