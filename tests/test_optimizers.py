@@ -901,3 +901,18 @@ def test_the_loss_of_R_between_two_backwards_loses_no_rows():
     rows = [rows for stack in optimizer.engine.stacks() for _, rows in stack.runs()]
     expected = torch.cat([batch(2), batch(3)])
     assert any(r.shape[-1] == D and torch.equal(r[0], expected) for r in rows)
+
+
+def test_the_limit_is_the_same_with_fewer_rows_than_features():
+    """As many processes have it, which average M: no bound of the rows instead."""
+    model = nn.Linear(24, 3).double()
+    decor = replace(Decor.layers(), sites=None, filter=everything, eta=10.0, sample=1.0)
+    optimizer = DecorAdamW(model.parameters(), model=model, decor=decor)
+    x = torch.randn(8, 24, dtype=torch.float64)
+    model(x).square().mean().backward()
+    optimizer.step()
+    M = x.T @ x / 8
+    M -= M.diag().diag()
+    bound = min(M.norm(), M.abs().sum(1).max())
+    (R,) = optimizer.engine.factors()
+    torch.testing.assert_close(R, torch.eye(24).double() - 0.5 / bound * M, rtol=0, atol=1e-12)
