@@ -319,6 +319,30 @@ def test_ade20k_from_its_official_layout(tmp_path):
     assert sum(int(row["pixels"]) for row in table) == (mask != 0).sum()
 
 
+def test_a_run_is_evaluated_on_the_split_asked_for(tmp_path):
+    root = tmp_path / "data"
+    for part, value in (("train", 0), ("val", 1), ("test", 2)):
+        values = np.full((40, 40), value)
+        values[:10], values[-1] = np.arange(10)[:, None] % 3, 11  # 11 is no class
+        save(root / f"images/{part}/a.png", np.stack([values * 60] * 3, 2))
+        save(root / f"annotations/{part}/a.png", values)
+    out, again = tmp_path / "run", tmp_path / "test"
+    options = ["--steps=2", "--optim.warmup_steps=0", "--data.ignored=11"]
+    options += ["--data.classes={sky: 0, sea: 1, land: [2, 3]}", f"--data.source=folder:{root}"]
+    segment.main([*TINY, *SCRATCH, *LINEAR, *options, f"--out={out}"])
+    segment.main(
+        [f"--config={out / 'config.yaml'}", f"--encoder={out / 'segmenter.safetensors'}", "--steps=0",
+         "--data.split=test", f"--out={again}"]
+    )  # fmt: skip
+    for folder, part, label in ((out, "val", 1), (again, "test", 2)):
+        assert f"held out: images/{part}/a.png" in (folder / "files.txt").read_text().splitlines()
+        rows = list(csv.DictReader((folder / "classes.csv").read_text().splitlines()))
+        assert [row["class"] for row in rows] == ["sky", "sea", "land"]
+        counts = [int(row["pixels"]) for row in rows]
+        assert sum(counts) == 39 * 40
+        assert counts[label] == 29 * 40 + 3 * 40
+
+
 def test_a_resumed_run_gives_the_figures_of_one_never_stopped(finished, folder, tmp_path, capsys):
     out = tmp_path / "run"
     shutil.copytree(finished, out)
@@ -564,6 +588,15 @@ def test_unreadable_images_are_left_out_and_listed(folder, tmp_path, capsys):
         ([*SCRATCH, "--data.source=folder:{tmp}/empty"], "no such folder: .*/empty/images"),
         ([*SCRATCH, "--data.source=folder:{tmp}/one"], "labels from 0 to 1 at least, .*0.png, are all 0"),
         ([*SCRATCH, "--data.source=folder:{tmp}/rgb"], "0.png: expected one channel .*, got 3 channels"),
+        ([*SCRATCH, "--data.source=folder:{tmp}/one", "--data.split=test"], "no such folder: .*/test/images"),
+        (
+            [*SCRATCH, "--data.source=folder:{tmp}/one", "--data.classes={a: 1, b: 2}"],
+            "0.png: expected labels 1 to 2, or 255 for none, got 0",
+        ),
+        (
+            [*SCRATCH, "--data.source=folder:{tmp}/one", "--data.classes={a: red, b: 2}"],
+            "data.classes: expected colours such as '#804080', got 'red'",
+        ),
         ([*SCRATCH, "--data.source=folder:{tmp}/broken"], "none of 1 images can be read.*0.png"),
     ],
 )

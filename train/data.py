@@ -349,6 +349,18 @@ def by_hash(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: hashlib.blake2b(os.fsencode(name), digest_size=8).digest())
 
 
+def choose_split(asked: str | None, root: Path, folders: str = "{}") -> str:
+    """Name the part of a folder that evaluation takes: the one asked for, val, or test where that is alone.
+
+    Args:
+        asked: "val" or "test"; None for whatever is there.
+        root: The folder.
+        folders: Where a part lies in it, with {} for the part.
+    """
+    val, test = ((root / folders.format(part)).is_dir() for part in ("val", "test"))
+    return asked or ("test" if test and not val else "val")
+
+
 def choose_subset(names: list[str], fraction: float, subset_seed: int) -> list[str]:
     """Choose a random part of the names, at least one, and keep their order."""
     generator = torch.Generator().manual_seed(subset_seed)
