@@ -485,6 +485,56 @@ def test_held_out_files_are_a_fiftieth(monkeypatch):
     assert data.split_files(names, blank)[1] == held_out[:5]
 
 
+def test_the_held_out_part_can_be_chosen(tmp_path):
+    names = [f"{i:04}.png" for i in range(1000)]
+    _, fiftieth = data.split_files(names, blank)
+    train, held_out = data.split_files(names, blank, 0.1)
+    assert len(held_out) == 100
+    assert held_out[:20] == fiftieth  # a smaller part lies in a larger one
+    assert sorted(train + held_out) == names
+    assert len(data.split_files(names, blank, 1e-9)[1]) == 1
+    for i in range(40):
+        save(tmp_path / f"{i:02}.png")
+    train, held_out = build(f"folder:{tmp_path}", val=0.25)
+    assert (len(train), len(held_out)) == (30, 10)
+    part, same = build(f"folder:{tmp_path}", val=0.25, fraction=0.5, subset_seed=7, seed=1)
+    assert len(part) == 15
+    assert set(part.files) < set(train.files)
+    assert same.images.names == held_out.images.names
+    assert_same(same[3], held_out[3])
+    with pytest.raises(ValueError, match=r"40 found, 0 of them unreadable, and val 0.99 would hold out all"):
+        build(f"folder:{tmp_path}", val=0.99)
+
+
+def test_a_folder_can_be_held_out(tmp_path):
+    for i in range(4):
+        save(tmp_path / "train/a" / f"{i}.png")
+        save(tmp_path / "test/a" / f"{i}.png", BLUE)
+    train, held_out = build(f"folder:{tmp_path / 'train'}", val=str(tmp_path / "test"))
+    names = [f"a/{i}.png" for i in range(4)]
+    assert train.files == held_out.images.names == names
+    assert color(train[0, 0].image) == RED
+    assert color(held_out[0].image) == BLUE
+    listed = tmp_path / "files.txt"
+    listed.write_text("\n".join(names))  # names of the held-out ones, too, which are others
+    train, held_out = build(f"folder:{tmp_path / 'train'}", val=str(tmp_path / "test"), files=str(listed))
+    assert len(train) == len(held_out) == 4
+
+
+def test_held_out_folders_that_cannot_be(tmp_path):
+    for place in ("train/a", "train/b", "other"):
+        save(tmp_path / place / "0.png")
+    source = f"folder:{tmp_path}/train"
+    for val in ("train", "train/b", "other/../train/a", "."):
+        with pytest.raises(ValueError, match=f"val must have no image in common with source {source}, not"):
+            build(source, val=f"{tmp_path}/{val}")
+    with pytest.raises(FileNotFoundError, match=f"no such folder: {tmp_path}/nowhere"):
+        build(source, val=f"{tmp_path}/nowhere")
+    (tmp_path / "other/0.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"none of 1 images can be read, among them: 0.png"):
+        build(source, val=f"{tmp_path}/other")
+
+
 def test_one_held_out_file_that_is_broken_does_not_stop_the_run(tmp_path):
     for i in range(5):
         save(tmp_path / f"{i}.png")
@@ -854,6 +904,18 @@ def test_a_shard_that_vanishes_or_shrinks_later_is_skipped(sharded):
     assert "ends within" in skipped[lost[-1]]
 
 
+def test_shards_can_be_held_out(sharded):
+    train, held_out = build(f"wds:{sharded}/set-00{{0,1}}.tar", val=f"{sharded}/set-003.tar")
+    assert (len(train), train.shards, len(held_out)) == (12, [6, 6], 6)
+    assert color(held_out[1].image) == (30, 50, 0)
+    part, rest = build(f"wds:{sharded}", val=0.5)
+    assert (len(part), len(rest)) == (12, 12)
+    with pytest.raises(ValueError, match="val must have no image in common with source wds:"):
+        build(f"wds:{sharded}/set-00*.tar", val=f"{sharded}/set-003.tar")
+    with pytest.raises(FileNotFoundError, match=r"no such shard: .*set-009\.tar"):
+        build(f"wds:{sharded}/set-00{{0,1}}.tar", val=f"{sharded}/set-009.tar")
+
+
 # Lists of files
 
 
@@ -1114,6 +1176,14 @@ def test_presets_are_understood(preset):
         ({"shard_window": -1}, "shard_window must be at least 0, not -1"),
         ({"augment_on": "gpu"}, "augment_on must be 'host' or 'device', not 'gpu'"),
         ({"draft": True}, "draft has no meaning for source 'photos'"),
+        ({"val": 0.1}, "val must be null for source 'photos', which has held-out images, not 0.1"),
+        (
+            {"source": "folder:a", "val": 0.0},
+            "val must be a part above 0 and below 1, a path, or null, not 0.0",
+        ),
+        ({"source": "folder:a", "val": 1.0}, "val must be a part .* not 1.0"),
+        ({"source": "folder:a", "val": float("nan")}, "val must be a part .* not nan"),
+        ({"source": "folder:a", "val": ""}, "val must be a part .* not ''"),
     ],
 )
 def test_config_errors(kwargs, message):

@@ -76,9 +76,11 @@ class DataConfig:
     Args:
         source: "photos": the 18 photographs that ship with scikit-image and scikit-learn, nothing
             is downloaded. "folder:PATH": all image files below PATH, whether they lie in one
-            folder or in a sub-folder per class; about 2 % of them (at least 1, at most 2,000) are
-            held out for evaluation. "wds:PATTERN": the image files in WebDataset shards, that is, tar
-            files: a folder of them, wildcards, or braces such as shard-{000000..000099}.tar.
+            folder or in a sub-folder per class. "wds:PATTERN": the image files in WebDataset shards, that
+            is, tar files: a folder of them, wildcards, or braces such as shard-{000000..000099}.tar.
+        val: What is held out for evaluation: a part in (0, 1) of the images, the same in every run and for
+            every fraction; or all images of another folder, or of other shards, as source names them. null:
+            about 2 % of the images, at least 1 and at most 2,000, or four of the photographs.
         fraction: Part of the training images to use, above 0 and at most 1. Held-out images are
             the same for every fraction.
         subset_seed: Chooses which images make up the fraction, independently of the seed of the run.
@@ -101,6 +103,7 @@ class DataConfig:
     """
 
     source: str = "photos"
+    val: float | str | None = None
     fraction: float = 1.0
     subset_seed: int = 0
     files: str | None = None
@@ -115,7 +118,13 @@ class DataConfig:
         kind, _, path = self.source.partition(":")
         if self.source != "photos" and not (kind in ("folder", "wds") and path):
             raise ValueError(f"source must be 'photos', 'folder:PATH' or 'wds:PATTERN', not {self.source!r}")
+        if self.val is not None and self.source == "photos":
+            raise ValueError(
+                f"val must be null for source 'photos', which has held-out images, not {self.val!r}"
+            )
         # A comparison with nan is false: these refuse it as well.
+        if self.val == "" or not (self.val is None or isinstance(self.val, str) or 0 < self.val < 1):
+            raise ValueError(f"val must be a part above 0 and below 1, a path, or null, not {self.val!r}")
         if not 0 < self.fraction <= 1:
             raise ValueError(f"fraction must be above 0 and at most 1, not {self.fraction}")
         if not 0 <= self.subset_seed < 2**63:
@@ -320,18 +329,26 @@ def load_member(shards: Shards, name: str, choose: Chooser = whole) -> Crop:
     return decode(io.BytesIO(shards.read(name)), choose)
 
 
-def split_files(names: list[str], load: Callable[[str, Chooser], Crop]) -> tuple[list[str], list[str]]:
+def split_files(
+    names: list[str], load: Callable[[str, Chooser], Crop], part: float | None = None
+) -> tuple[list[str], list[str]]:
     """Split file names in training and held-out ones, by a hash of the name.
 
+    Args:
+        names: Of all files.
+        load: As of `Images`.
+        part: Of the names, that is held out; None for 2 %, at most MAX_HELD_OUT_FILES.
+
     Returns:
-        Training names, sorted, and held-out names, in the order of the hash: 2 % of
-        all, at least 1 and at most MAX_HELD_OUT_FILES. At least one of them can be read.
+        Training names, sorted, and held-out names, in the order of the hash, at least 1. At least one of
+        them can be read.
 
     Raises:
         ValueError: If no file can be read, or if none would be left to train on.
     """
     ranked = by_hash(names)
-    count = min(max(1, len(names) // 50), MAX_HELD_OUT_FILES)
+    count = min(len(names) // 50, MAX_HELD_OUT_FILES) if part is None else round(part * len(names))
+    count = max(1, count)
     # In a small folder, one broken file may be all that is held out: go on to the first good one.
     _, unreadable = Images(ranked, load).read(0)
     count = max(count, len(unreadable) + 1)
@@ -339,6 +356,7 @@ def split_files(names: list[str], load: Callable[[str, Chooser], Crop]) -> tuple
         raise ValueError(
             f"at least 2 readable images are needed, one of them held out: "
             f"{len(names)} found, {len(unreadable)} of them unreadable"
+            + ("" if part is None else f", and val {part} would hold out all")
         )
     held_out = ranked[:count]
     return sorted(set(names) - set(held_out)), held_out
@@ -369,21 +387,19 @@ def choose_subset(names: list[str], fraction: float, subset_seed: int) -> list[s
     return [names[i] for i in chosen.sort().values.tolist()]
 
 
-def read_files(path: Path, names: list[str], held_out: list[str]) -> tuple[list[str], list[str]]:
+def read_files(path: Path, names: list[str]) -> list[str]:
     """Read a list of training images, one name a line.
 
     Args:
         path: The list.
         names: Of all images of the source.
-        held_out: Those that would be held out without a list.
 
     Returns:
-        The listed names, in the order of `names`, and the held-out names that are not among them.
+        The listed names, in the order of `names`.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it lists no image, one twice, one that the source does not have, or all that
-            were to be held out.
+        ValueError: If it lists no image, one twice, or one that the source does not have.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no such list of files: {path}")
@@ -401,10 +417,7 @@ def read_files(path: Path, names: list[str], held_out: list[str]) -> tuple[list[
             f"{len(unknown)} of the {len(listed)} images of {path} are not in the source, "
             f"among them {unknown[0]!r}; expected names such as {names[0]!r}"
         )
-    rest = [name for name in held_out if name not in chosen]
-    if not rest:
-        raise ValueError(f"{path} leaves no image to hold out: it lists all of {', '.join(held_out[:3])} ...")
-    return [name for name in names if name in chosen], rest
+    return [name for name in names if name in chosen]
 
 
 class TrainingSet(Dataset):
@@ -597,6 +610,35 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         return torch.cat(parts)
 
 
+def open_source(kind: str, path: str) -> tuple[list[str], Callable[[str, Chooser], Crop], Shards | None]:
+    """Find the images of a folder or of shards.
+
+    Returns:
+        Their names, what loads them, as of `Images`, and the shards.
+
+    Raises:
+        FileNotFoundError: If the folder or a shard is missing, or no image is found.
+        ValueError: If a shard is damaged.
+    """
+    if kind == "folder":
+        root = Path(path).expanduser()
+        return list_images(root), functools.partial(load_file, root), None
+    shards = Shards(find_shards(path), IMAGE_EXTENSIONS)
+    return shards.names(), functools.partial(load_member, shards), shards
+
+
+def check_apart(kind: str, source: str, val: str) -> None:
+    """Raise ValueError if images of `val` would be trained on as well: both are folders, or both shards."""
+    if kind == "folder":
+        inside, outside = (Path(path).expanduser().resolve() for path in (val, source))
+        both = inside.is_relative_to(outside) or outside.is_relative_to(inside)
+    else:
+        found = ({shard.resolve() for shard in find_shards(path)} for path in (val, source))
+        both = not set.isdisjoint(*found)
+    if both:
+        raise ValueError(f"val must have no image in common with source {kind}:{source}, not {val!r}")
+
+
 def build_data(
     config: DataConfig, img_size: tuple[int, int], num_patches: int, seed: int
 ) -> tuple[TrainingSet, HeldOutSet]:
@@ -622,25 +664,34 @@ def build_data(
     crops_per_image, held_out_crops = 1, None
     if kind == "photos":
         photos = load_photos()
-        load = functools.partial(cut, photos)
+        load = held_out_load = functools.partial(cut, photos)
         found = list(photos)
         names = [name for name in found if name not in HELD_OUT_PHOTOS]
         held_out = list(HELD_OUT_PHOTOS)
         crops_per_image, held_out_crops = config.crops_per_photo, HELD_OUT_CROPS
-    elif kind == "folder":
-        root = Path(path).expanduser()
-        load = functools.partial(load_file, root)
-        found = list_images(root)
-        names, held_out = split_files(found, load)
     else:
-        shards = Shards(find_shards(path), IMAGE_EXTENSIONS)
-        load = functools.partial(load_member, shards)
-        found = shards.names()
-        names, held_out = split_files(found, load)
+        found, load, shards = open_source(kind, path)
+        if isinstance(config.val, str):
+            check_apart(kind, path, config.val)
+            names = found
+            held_out, held_out_load, _ = open_source(kind, config.val)
+            Images(held_out, held_out_load).read(0)  # fails now rather than in the first evaluation
+        else:
+            names, held_out = split_files(found, load, config.val)
+            held_out_load = load
     if config.files is None:
         names = choose_subset(names, config.fraction, config.subset_seed)
     else:
-        names, held_out = read_files(Path(config.files).expanduser(), found, held_out)
+        names = read_files(Path(config.files).expanduser(), found)
+        if not isinstance(config.val, str):  # names of another folder may be the same
+            chosen = set(names)
+            rest = [name for name in held_out if name not in chosen]
+            if not rest:
+                raise ValueError(
+                    f"{config.files} leaves no image to hold out: it lists all of "
+                    f"{', '.join(held_out[:3])} ..."
+                )
+            held_out = rest
     training_set = TrainingSet(
         Images(names, load),
         img_size,
@@ -652,7 +703,7 @@ def build_data(
         config.augment_on == "device",
         config.draft,
     )
-    return training_set, HeldOutSet(Images(held_out, load), img_size, num_patches, held_out_crops)
+    return training_set, HeldOutSet(Images(held_out, held_out_load), img_size, num_patches, held_out_crops)
 
 
 def collate(samples: list[Sample]) -> dict[str, Tensor | list]:
