@@ -546,6 +546,54 @@ def test_samples_of_a_fraction_have_their_labels():
         assert training[0, index].label == whole.labels[whole.files.index(training.files[index])]
 
 
+@pytest.mark.parametrize("model", ["mae_vit_tiny", "darl_vit_tiny"])
+def test_small_images_train_in_their_own_size(tmp_path, model):
+    """Images of 32 pixels with patches of 4, from pre-training to fine-tuning, in the layout of CIFAR-10."""
+    for part in ("train", "test"):
+        for i, name in enumerate("ab"):
+            (tmp_path / part / name).mkdir(parents=True)
+            for j in range(12):
+                pixels = torch.randint(100 * i, 100 * i + 100, (32, 32, 3), dtype=torch.uint8)
+                Image.fromarray(pixels.numpy()).save(tmp_path / part / name / f"{j}.png")
+    sizes = "patch_size: 4, embed_dim: 32, depth: 2, num_heads: 2"
+    if model.startswith("mae"):
+        sizes += ", decoder_embed_dim: 16, decoder_depth: 1, decoder_num_heads: 2"
+    run, out = tmp_path / "run", tmp_path / "out"
+    pretrain.main(
+        [*PRETRAIN, f"--model={model}", f"--model_args={{{sizes}}}", f"--data.source=folder:{tmp_path}/train",
+         f"--data.val={tmp_path}/test", "--data.cache=auto", f"--out={run}"]
+    )  # fmt: skip
+    assert len((run / "files.txt").read_text().splitlines()) == 24
+    finetune.main(
+        [*TINY, f"--encoder={run}/encoder.safetensors", f"--data.source=folder:{tmp_path}", "--batch_size=8",
+         "--data.fraction=0.5", "--data.crop_padding=4", "--data.crop_pct=1", "--data.cache=1",
+         f"--out={out}"]
+    )  # fmt: skip
+    files = (out / "files.txt").read_text().splitlines()
+    assert [sum(name.startswith(f"train/{c}/") for name in files) for c in "ab"] == [6, 6]
+    weights = load_file(out / "classifier.safetensors")
+    assert weights["patch_embed.proj.weight"].shape[2:] == (4, 4)
+    assert evals(out)[-1][0] == 6
+
+
+def test_images_in_memory_are_those_of_files(tmp_path):
+    args = (AugmentConfig(), (16, 16), MEAN, STD, 0)
+    make_folder(tmp_path / "train", "ab", 4)
+    make_folder(tmp_path / "val", "ab", 2)
+    (tmp_path / "train/a/1.png").write_bytes(b"no image")
+    configs = (LabelledConfig(f"folder:{tmp_path}", cache=cache) for cache in (0, "auto"))
+    plain, kept = (build_labelled(config, *args) for config in configs)
+    before = [[part[1, i] for i in range(len(part))] for part in plain[:2]]
+    for path in tmp_path.rglob("*.png"):
+        path.unlink()
+    for part, samples in zip(kept, before, strict=False):
+        for i, sample in enumerate(samples):
+            assert torch.equal(part[1, i].image, sample.image)
+            assert part[1, i].label == sample.label
+            assert [name for name, _ in part[1, i].skipped] == [name for name, _ in sample.skipped]
+    assert [name for sample in before[0] for name, _ in sample.skipped] == ["train/a/1.png"]
+
+
 def test_small_images_are_padded_and_cropped_as_they_are(tmp_path):
     for part in ("train", "val"):
         (tmp_path / part / "a").mkdir(parents=True)
@@ -851,6 +899,8 @@ def test_confusion_is_drawn_in_per_cent_of_each_class():
         ([*SCRATCH, "--data.fraction=0"], r"data.fraction: expected a part in \(0, 1\], got 0"),
         ([*SCRATCH, "--data.fraction=0.999"], "data.fraction: 0.999 of 1437 images takes 144 of each"),
         ([*SCRATCH, "--data.subset_seed=-1"], "data.subset_seed: expected at least 0"),
+        ([*SCRATCH, "--data.cache=auto"], "data.cache has no meaning for source digits, which are in memory"),
+        ([*SCRATCH, "--data.source=folder:a", "--data.cache=-1"], "data.cache must be .* 'auto', not -1"),
         ([*SCRATCH, "--data.crop_padding=-1"], "data.crop_padding: expected null or at least 0, got -1"),
         ([*SCRATCH, "--augment.policy=nonsense"], "augment.policy: timm does not know 'nonsense'"),
         ([*SCRATCH, "--augment.smoothing=2"], r"augment.smoothing: expected a part in \[0, 1\], got 2"),

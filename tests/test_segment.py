@@ -21,7 +21,7 @@ from torchmetrics.classification import MulticlassJaccardIndex
 
 from models.classifier import Architecture, create_vit
 from models.segmentation import Segmentation, SegmentationModel, load_segmenter, multiscale_logits
-from train import plots, predict, segment
+from train import plots, predict, processes, segment
 from train.data import choose_subset
 from train.processes import Processes
 from train.run_folder import RunFolder
@@ -317,6 +317,20 @@ def test_ade20k_from_its_official_layout(tmp_path):
     # Value 1 is the first class; 0 counts nowhere.
     assert [int(row["pixels"]) for row in table[:4]] == [int((mask == value).sum()) for value in (1, 2, 3, 4)]
     assert sum(int(row["pixels"]) for row in table) == (mask != 0).sum()
+
+
+def test_long_silent_phases_have_a_bar(finished, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(processes, "SILENT", 0.0)
+    segmenter = finished / "segmenter.safetensors"
+    arguments = [*TINY, f"--encoder={segmenter}", f"--data.source=folder:{folder}", "--steps=0"]
+    segment.main([*arguments, f"--out={tmp_path / 'a'}"])
+    captured = capsys.readouterr()
+    assert re.search(r"counting classes: .*0/4 \[.*mask", captured.err)
+    assert re.search(r"evaluating: .*0/\d \[.*batch", captured.err)
+    assert "counting" not in captured.out
+    monkeypatch.setenv("RANK", "1")  # other processes keep silent
+    assert list(processes.progress([1, 2], "work", "item")) == [1, 2]
+    assert capsys.readouterr().err == ""
 
 
 def test_a_run_is_evaluated_on_the_split_asked_for(tmp_path):

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
 
+import psutil
 import torch
 from PIL import Image
 from torch import Tensor
@@ -29,6 +30,7 @@ from torchvision.transforms import v2
 from dbpkern.capture import derive_seed
 from train import augment
 from train.augment import Chooser, Crop, View, whole
+from train.processes import progress, tell
 from train.shards import Shards, find_shards
 
 # Photographs inside the wheels of scikit-image and scikit-learn, by the folder that holds them.
@@ -63,6 +65,7 @@ MAX_HELD_OUT_FILES = 2_000
 # Larger images are skipped. Pillow refuses some 179 million pixels by itself, but that limit is
 # often lifted by other code.
 MAX_PIXELS = 200_000_000
+AUTO_CACHE = 2**32  # bytes of decoded images that cache "auto" takes at most
 
 
 class DataError(ValueError):
@@ -97,6 +100,9 @@ class DataConfig:
             "device", in batches where the model is. Boxes and flips are the same.
         draft: Whether JPEG files may be decoded at 1/2, 1/4 or 1/8 of their size where the crop keeps
             at least img_size. Faster for large images; pixels differ slightly.
+        cache: Memory in MiB for decoded images, of each training process: if all images fit, they are
+            decoded once, at the start; otherwise each time. "auto" is a quarter of the memory that is free,
+            at most 4,096 MiB, shared by the processes of a machine. 0 for none. Samples stay the same.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -113,6 +119,7 @@ class DataConfig:
     shard_window: int = 32
     augment_on: Literal["host", "device"] = "host"
     draft: bool = False
+    cache: int | Literal["auto"] = 0
 
     def __post_init__(self):
         kind, _, path = self.source.partition(":")
@@ -143,6 +150,11 @@ class DataConfig:
             raise ValueError(f"augment_on must be 'host' or 'device', not {self.augment_on!r}")
         if self.draft and self.source == "photos":
             raise ValueError("draft has no meaning for source 'photos', which are decoded once")
+        check_cache(
+            self.cache, "cache", None if self.source != "photos" else "'photos', which are decoded once"
+        )
+        if self.draft and self.cache != 0:
+            raise ValueError(f"cache must be 0 beside draft, which decodes images anew, not {self.cache!r}")
 
 
 class Sample(NamedTuple):
@@ -232,6 +244,32 @@ def decode(file: str | Path | BinaryIO, choose: Chooser = whole) -> Crop:
         return Crop(v2.functional.pil_to_tensor(image), view)
 
 
+class Decoded(NamedTuple):
+    """Decoded images in one block of memory.
+
+    Processes of a loader share the block, whether they are forked or not, as nothing is written to it: there
+    is no Python object, with a count of references, for each image.
+
+    Attributes:
+        block: The pixels of one image after the other, uint8 [n], each [H, W, 3].
+        places: Of each image, its offset in the block, height and width, int64 [N, 3]; height 0 for one that
+            is not here.
+    """
+
+    block: Tensor
+    places: Tensor
+
+    def cut(self, index: int, choose: Chooser) -> Crop | None:
+        """Copy the chosen view of an image, with the strides that `decode` gives; None if it is not here."""
+        start, height, width = self.places[index].tolist()
+        if height == 0:
+            return None
+        view = choose(height, width)
+        image = self.block[start : start + 3 * height * width].view(height, width, 3)
+        box = image[view.top : view.top + view.height, view.left : view.left + view.width]
+        return Crop(box.clone(memory_format=torch.contiguous_format).permute(2, 0, 1), view)
+
+
 class Images:
     """Images by name, in a fixed order, some of which may turn out to be unreadable.
 
@@ -240,12 +278,16 @@ class Images:
     Args:
         names: The names, in order; not empty.
         load: Gives the view that a chooser chooses of the image of a name, or raises any exception.
+
+    Attributes:
+        decoded: The images in memory, see `keep_decoded`; None where they are read each time.
     """
 
     def __init__(self, names: list[str], load: Callable[[str, Chooser], Crop]):
         self.names = names
         self.load = load
         self.unreadable: dict[str, str] = {}  # name: reason, as found so far by this process
+        self.decoded: Decoded | None = None
 
     def read(self, index: int, choose: Chooser = whole) -> tuple[Crop, list[tuple[str, str]]]:
         """Read a view of an image or, in place of an unreadable one, of the next (circularly).
@@ -258,7 +300,11 @@ class Images:
         """
         skipped = []
         for i in range(len(self.names)):
-            name = self.names[(index + i) % len(self.names)]
+            place = (index + i) % len(self.names)
+            crop = None if self.decoded is None else self.decoded.cut(place, choose)
+            if crop is not None:
+                return crop, skipped
+            name = self.names[place]
             if name not in self.unreadable:
                 try:
                     return self.load(name, choose), skipped
@@ -267,6 +313,60 @@ class Images:
             skipped.append((name, self.unreadable[name]))
         examples = "; ".join(f"{name} ({reason})" for name, reason in skipped[:3])
         raise ValueError(f"none of {len(self.names)} images can be read, among them: {examples}")
+
+
+def cache_bytes(setting: int | str) -> int:
+    """Bytes that a process may take for decoded images, by `DataConfig.cache`."""
+    if setting == "auto":
+        free = min(AUTO_CACHE, psutil.virtual_memory().available // 4)
+        return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return setting * 2**20
+
+
+def check_cache(setting: int | str, name: str, kept: str | None) -> None:
+    """Raise ValueError unless a setting of this name can be one of `DataConfig.cache`.
+
+    Args:
+        setting: The value.
+        name: For the message.
+        kept: The source, if it is in memory anyway.
+    """
+    if setting != "auto" and not (isinstance(setting, int) and setting >= 0):
+        raise ValueError(f"{name} must be a number of MiB of at least 0, or 'auto', not {setting!r}")
+    if kept is not None and setting != 0:
+        raise ValueError(f"{name} has no meaning for source {kept}")
+
+
+def keep_decoded(sets: Sequence[Images], setting: int | str) -> None:
+    """Decode all images of some sets into memory, if they fit; those that cannot be read stay as they are.
+
+    Args:
+        sets: The images. All of their `decoded` are set, or none.
+        setting: The memory for all of them, as `DataConfig.cache`.
+    """
+    limit = cache_bytes(setting)
+    if not limit:
+        return
+    block, tables = bytearray(), [torch.zeros(len(images.names), 3, dtype=torch.int64) for images in sets]
+    everything = [(number, index) for number, images in enumerate(sets) for index in range(len(images.names))]
+    for number, index in progress(everything, "decoding", "image"):
+        images = sets[number]
+        try:
+            pixels = images.load(images.names[index], whole).pixels
+        except Exception:  # it will be listed as skipped when its turn comes
+            continue
+        if len(block) + pixels.numel() > limit:
+            tell(
+                f"data.cache: {len(everything)} images take more than {limit / 2**20:.0f} MiB, so that each "
+                "is decoded when its turn comes"
+            )
+            return
+        tables[number][index] = torch.tensor([len(block), *pixels.shape[1:]])
+        block += pixels.permute(1, 2, 0).contiguous().numpy().data
+    if block:
+        shared = torch.frombuffer(block, dtype=torch.uint8)
+        for images, places in zip(sets, tables, strict=True):
+            images.decoded = Decoded(shared, places)
 
 
 def load_photos() -> dict[str, Tensor]:
@@ -692,8 +792,10 @@ def build_data(
                     f"{', '.join(held_out[:3])} ..."
                 )
             held_out = rest
+    training, held_out = Images(names, load), Images(held_out, held_out_load)
+    keep_decoded((training, held_out), config.cache)
     training_set = TrainingSet(
-        Images(names, load),
+        training,
         img_size,
         num_patches,
         seed,
@@ -703,7 +805,7 @@ def build_data(
         config.augment_on == "device",
         config.draft,
     )
-    return training_set, HeldOutSet(Images(held_out, held_out_load), img_size, num_patches, held_out_crops)
+    return training_set, HeldOutSet(held_out, img_size, num_patches, held_out_crops)
 
 
 def collate(samples: list[Sample]) -> dict[str, Tensor | list]:

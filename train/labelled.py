@@ -25,7 +25,7 @@ from torchvision.transforms import v2
 
 from dbpkern.capture import derive_seed
 from train.augment import Chooser, Crop, View
-from train.data import Images, choose_split, load_file, seeded
+from train.data import Images, check_cache, choose_split, keep_decoded, load_file, seeded
 
 HELD_OUT = 0.2  # part of each class that is held out where the source has no split of its own
 
@@ -50,6 +50,9 @@ class LabelledConfig:
             of crop_scale: 4 is usual for images of 32 pixels. Images that are not of img_size are resized
             before, so that they cover it. null for crop_scale.
         crop_pct: Side of the centre crop of evaluation, as a part of the image's shorter side.
+        cache: Memory in MiB for decoded images, of each training process: if all images fit, they are
+            decoded once, at the start; otherwise each time. "auto" is a quarter of the memory that is free,
+            at most 4,096 MiB, shared by the processes of a machine. 0 for none. Samples stay the same.
     """
 
     source: str = "digits"
@@ -60,6 +63,7 @@ class LabelledConfig:
     crop_scale: tuple[float, float] = (0.08, 1.0)
     crop_padding: int | None = None
     crop_pct: float = 0.875
+    cache: int | Literal["auto"] = 0
 
     def __post_init__(self):
         kind, _, path = self.source.partition(":")
@@ -73,6 +77,9 @@ class LabelledConfig:
             raise ValueError(f"data.subset_seed: expected at least 0 and below 2**63, got {self.subset_seed}")
         if self.workers < 0:
             raise ValueError(f"data.workers: expected at least 0, got {self.workers}")
+        check_cache(
+            self.cache, "data.cache", "digits, which are in memory" if self.source == "digits" else None
+        )
         if self.crop_padding is not None and self.crop_padding < 0:
             raise ValueError(f"data.crop_padding: expected null or at least 0, got {self.crop_padding}")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
@@ -371,5 +378,6 @@ def build_labelled(
         (images, labels), held_out = _split(images, labels)
     chosen = choose_balanced(labels, classes, config.fraction, config.subset_seed)
     images = Images([images.names[i] for i in chosen], images.load)
+    keep_decoded((images, held_out[0]), config.cache)
     training = LabelledSet(images, [labels[i] for i in chosen], random_crop, seed)
     return training, LabelledSet(*held_out, centre_crop, seed), classes

@@ -32,6 +32,7 @@ from train.data import (
     list_images,
     seeded,
 )
+from train.processes import progress
 
 IGNORE = 255  # label of the pixels that count neither in the loss nor in metrics
 UNKNOWN = 256  # beside labels: a value that is no class, where that is an error
@@ -573,7 +574,7 @@ def scan_classes(paths: list[Path], ignored: frozenset[int]) -> tuple[str, ...]:
     """
     largest = -1
     none = torch.tensor(sorted(ignored), dtype=torch.int32)
-    for path in paths:
+    for path in progress(paths, "counting classes", "mask"):
         try:
             values = _read_values(path)
         except OSError:  # it will be listed as skipped, if its turn comes
