@@ -16,6 +16,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from timm.data.auto_augment import AugmentOp
 from timm.layers import resample_abs_pos_embed
 from torch import nn
 
@@ -544,6 +545,16 @@ def test_samples_of_a_fraction_have_their_labels():
     assert held_out.files == same.files
     for index in (0, 70, 139):
         assert training[0, index].label == whole.labels[whole.files.index(training.files[index])]
+
+
+@pytest.mark.parametrize("policy", ["rand-m10-inc1", "rand-m9-mstd0.5-inc1", "original"])
+def test_policies_of_timm_may_keep_no_bit_of_a_colour(policy):
+    operation = AugmentOp("PosterizeIncreasing", prob=1, magnitude=10)
+    white = Image.new("RGB", (4, 4), "white")
+    assert operation(white).getextrema() == ((0, 0),) * 3
+    training, _, _ = build_labelled(LabelledConfig(), AugmentConfig(policy=policy), (8, 8), MEAN, STD, 0)
+    for index in range(1000):  # some of them are posterised as strongly
+        training[0, index]
 
 
 @pytest.mark.parametrize("model", ["mae_vit_tiny", "darl_vit_tiny"])

@@ -15,7 +15,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from timm.data import Mixup, create_transform
+from PIL import Image
+from timm.data import Mixup, auto_augment, create_transform
 from timm.data.mixup import mixup_target
 from timm.data.transforms import ResizeKeepRatio
 from torch import Tensor
@@ -122,6 +123,18 @@ class AugmentConfig:
     def mixes(self) -> bool:
         """Whether images are mixed, which needs pairs of them."""
         return self.mixup > 0 or self.cutmix > 0
+
+
+def posterize(image: Image.Image, bits_to_keep: int, **_) -> Image.Image:
+    """As timm's, but black where no bit is kept: timm's policies ask for that, which Pillow 13 refuses."""
+    return auto_augment.posterize(image, bits_to_keep) if bits_to_keep else Image.new(image.mode, image.size)
+
+
+auto_augment.NAME_TO_OP |= {
+    name: posterize
+    for name, operation in auto_augment.NAME_TO_OP.items()
+    if operation is auto_augment.posterize
+}
 
 
 @contextmanager
