@@ -283,6 +283,12 @@ def test_test_takes_the_place_of_a_missing_val(tmp_path, layout):
         build(f"folder:{tmp_path}", split="val")
 
 
+def test_annotations_without_parts_are_something_else(tmp_path):
+    save_folder(tmp_path)
+    (tmp_path / "annotations").mkdir()
+    assert len(build(f"folder:{tmp_path}")[0]) == 4
+
+
 def test_a_split_needs_parts(tmp_path):
     save_folder(tmp_path)
     with pytest.raises(ValueError, match=f"data.split: .*expected {tmp_path}/test or .*annotations/test"):
@@ -742,6 +748,7 @@ def test_textures_tell_more_than_their_mean_colour(textures):
         {"source": "folder:a", "classes": {"a": 0}},
         {"source": "folder:a", "classes": {"a": 0, "b": []}},
         {"source": "folder:a", "classes": {"a": 0, "b": -1}},
+        {"source": "folder:a", "classes": {"a": 0, "b": 65536}},
         {"source": "folder:a", "classes": {"a": 0, "b": [1, 0]}},
         {"source": "folder:a", "classes": {"a": 0, "b": "#000001"}},
         {"source": "folder:a", "classes": {"a": "#00000g", "b": "#000001"}},

@@ -162,14 +162,14 @@ class SegmentedConfig:
             kinds["data.ignored"] = as_list(self.ignored)
         seen = set()
         for name, values in kinds.items():
-            expected = "colours such as '#804080'" if self.colours else "numbers of at least 0"
+            expected = "colours such as '#804080'" if self.colours else "numbers from 0 to 65535"
             if name == "data.ignored":
                 expected += ", or 'rest'"
             for value in values:
                 if self.colours:
                     fits = isinstance(value, str) and re.fullmatch("#[0-9a-fA-F]{6}", value)
                 else:
-                    fits = isinstance(value, int) and value >= 0
+                    fits = isinstance(value, int) and 0 <= value < 2**16
                 if not fits:
                     raise ValueError(f"{name}: expected {expected}, got {value!r}")
                 if to_number(value) in seen:
@@ -211,7 +211,10 @@ class Pair(NamedTuple):
 def check_channels(values: Tensor, file: str) -> None:
     """Raise DataError unless what was read from a file can be a mask, that is, [H, W]."""
     if values.ndim != 2:
-        raise DataError(f"{file}: expected one channel of class numbers, got {values.shape[2]} channels")
+        raise DataError(
+            f"{file}: expected one channel of class numbers, got {values.shape[2]} channels; where they are "
+            "colours, data.classes tells the classes"
+        )
 
 
 def in_words(values: Collection[int], colours: bool) -> str:
@@ -667,7 +670,7 @@ def _coding_of(config: SegmentedConfig, root: Path, masks: Iterable[str]) -> Cod
             for label, values in enumerate(config.classes.values())
             for value in as_list(values)
         }
-        return Coding(tuple(config.classes), labels, ignored, config.colours)
+        return Coding(tuple(config.classes), labels, ignored and ignored.difference(labels), config.colours)
     names = root / "classes.txt"
     if names.is_file():
         return Coding.numbered(read_classes(names), ignored)
@@ -680,9 +683,11 @@ def _coding_of(config: SegmentedConfig, root: Path, masks: Iterable[str]) -> Cod
 
 
 def _open_folder(config: SegmentedConfig, root: Path) -> Source:
-    layouts = {"annotations": ("images/{}", "annotations/{}")}
-    layouts |= dict.fromkeys(("train", "val", "test"), ("{}/images", "{}/masks"))
-    layout = next((folders for part, folders in layouts.items() if (root / part).is_dir()), None)
+    def has_parts(place: str) -> bool:
+        return any((root / place.format(part)).is_dir() for part in ("train", "val", "test"))
+
+    layouts = {"annotations/{}": ("images/{}", "annotations/{}"), "{}": ("{}/images", "{}/masks")}
+    layout = next((folders for place, folders in layouts.items() if has_parts(place)), None)
     if layout is None:
         masks = find_pairs(root, "images", "masks")
         if config.split is not None:
