@@ -1,8 +1,9 @@
 """Images per second of the loader, and of the parts of its work.
 
-Needs the extra `train`. The folder and the shards hold the same JPEG files of 500 x 400 pixels, made of the
-shipped photographs in a temporary folder; they were just written, so that they come from memory: what a disk
-or a network delivers is not measured. Photographs are decoded once, at the start.
+Needs the extra `train`. The folder and the shards hold the same JPEG files of 500 x 400 pixels, or of --side,
+made of the shipped photographs in a temporary folder; they were just written, so that they come from memory:
+what a disk or a network delivers is not measured. Photographs are decoded once, at the start; with a --cache
+that holds them, files are, too.
 
 Stages run in this process, on one thread unless --threads says otherwise, as a loader process does. The
 loader is timed with nothing that takes its batches, from the state in which no batch is ready. A worker's
@@ -45,11 +46,11 @@ SEED = 0
 TOLERANCE = 1.0
 
 
-def workers(text: str) -> int:
-    """A number of loader processes, for argparse."""
+def number(text: str) -> int:
+    """A number of something, or none, for argparse."""
     value = int(text)
     if value < 0:
-        raise argparse.ArgumentTypeError(f"expected a number of processes, got {text}")
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text}")
     return value
 
 
@@ -60,9 +61,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sources", nargs="+", choices=sources, default=sources, help="default: all")
     parser.add_argument("--augment", nargs="+", choices=places, default=places, help="default: both")
     parser.add_argument(
-        "--workers", nargs="+", type=workers, default=(0, 1, 2), help="loader processes (default: 0 1 2)"
+        "--workers", nargs="+", type=number, default=(0, 1, 2), help="loader processes (default: 0 1 2)"
     )
     parser.add_argument("--draft", action="store_true", help="let the loaders decode at a part of the size")
+    parser.add_argument(
+        "--cache", type=number, default=0, metavar="MIB", help="memory for decoded images (default: 0)"
+    )
+    parser.add_argument(
+        "--side", type=options.count, metavar="PIXELS", help="make square files of this side, not 500 x 400"
+    )
     parser.add_argument("--img-size", type=options.count, default=224, help="of crops (default: 224)")
     parser.add_argument("--batch", type=options.count, default=64, help="images in a batch (default: 64)")
     parser.add_argument("--images", type=options.count, default=512, help="files to make (default: 512)")
@@ -78,8 +85,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=options.file, metavar="FILE", help="also write the figures here")
 
 
-def make_files(root: Path, count: int) -> tuple[Path, Path]:
-    """Write JPEG files of 500 x 400 pixels, every fourth upright: a folder, and shards of the same."""
+def make_files(root: Path, count: int, side: int | None = None) -> tuple[Path, Path]:
+    """Write JPEG files: a folder, and shards of the same.
+
+    Args:
+        root: Where they go.
+        count: How many.
+        side: In pixels; None for 500 x 400, every fourth upright.
+    """
     photos = list(data.load_photos().values())
     generator = torch.Generator().manual_seed(SEED)
     folder, shards = root / "folder", root / "shards"
@@ -89,6 +102,7 @@ def make_files(root: Path, count: int) -> tuple[Path, Path]:
             for i in range(start, min(start + PER_SHARD, count)):
                 photo = photos[i % len(photos)]
                 size = (500, 400) if i % 4 == 3 else (400, 500)
+                size = size if side is None else (side, side)
                 part = 0.5 + 0.5 * torch.rand((), generator=generator).item()
                 scale = part * min(photo.shape[1] / size[0], photo.shape[2] / size[1])
                 h, w = (int(scale * side) for side in size)
@@ -112,7 +126,8 @@ def build(source: str, place: str, args: argparse.Namespace) -> data.TrainingSet
     """The training set of a source."""
     # The photographs are decoded already.
     draft = args.draft and source != "photos"
-    config = data.DataConfig(source=source, augment_on=place, draft=draft)
+    cache = args.cache if source != "photos" else 0
+    config = data.DataConfig(source=source, augment_on=place, draft=draft, cache=cache)
     size = (args.img_size, args.img_size)
     return data.build_data(config, size, num_patches=196, seed=SEED)[0]
 
@@ -267,7 +282,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     """Check, measure, print; returns the exit code."""
     with tempfile.TemporaryDirectory() as name, mock.patch.dict(os.environ, XDG_CACHE_HOME=name):
         progress(f"making {args.images} files")
-        folder, shards = make_files(Path(name), args.images)
+        folder, shards = make_files(Path(name), args.images, args.side)
         sizes = [path.stat().st_size for path in folder.rglob("*.jpg")]
         specs = {"photos": "photos", "folder": f"folder:{folder}", "wds": f"wds:{shards}"}
         loaders = [
@@ -293,6 +308,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
         "bytes_per_file": sum(sizes) / len(sizes),
         "batches": args.batches,
         "draft": args.draft,
+        "cache": args.cache,
         "rate": args.rate,
         "differences": differences,
         "stages": [
@@ -311,7 +327,8 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     print(record.machine_line(head))
     print(
         f"\n## Crops of {args.img_size} pixels, batches of {args.batch}, files of "
-        f"{result['bytes_per_file'] / 1e3:.0f} kB{', draft' if args.draft else ''}\n\n{tables(result)}\n"
+        f"{result['bytes_per_file'] / 1e3:.3g} kB{', draft' if args.draft else ''}"
+        f"{f', cache of {args.cache} MiB' if args.cache else ''}\n\n{tables(result)}\n"
     )
     print("Checked: first batches as by direct reading.")
     for source, value in differences.items():

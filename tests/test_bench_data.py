@@ -75,6 +75,24 @@ def test_every_source_place_and_number_of_workers_is_measured(tmp_path, cache, c
     assert not cache.exists()  # the index of files that are gone is not kept
 
 
+def test_small_files_are_loaded_from_memory(tmp_path, cache, capsys, monkeypatch):
+    decoded = []
+    real = bench.build
+
+    def build(*arguments):
+        decoded.append(real(*arguments).images.decoded)
+        return real(*arguments)
+
+    monkeypatch.setattr(bench, "build", build)
+    arguments = ["--side", "32", "--cache", "1", "--augment", "host", "--workers", "0"]
+    assert main(["data", *TINY, *arguments]) == 0
+    photos, folder, wds = decoded
+    assert photos is None
+    for found in (folder, wds):
+        assert found.places[:, 1:].unique().tolist() == [32]
+    assert ", cache of 1 MiB" in capsys.readouterr().out
+
+
 def test_a_loader_that_gives_something_else_is_found(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench.Loader, "start", lambda loader: [data.collate([loader.dataset[0, 0]] * 4)] * 2)
     path = tmp_path / "data.json"
@@ -104,7 +122,9 @@ def test_batches_that_are_ready_are_not_timed(monkeypatch):
         return float(len(given))
 
     monkeypatch.setattr(bench.measure, "seconds", seconds)
-    args = bench.argparse.Namespace(batch=4, batches=3, img_size=32, draft=False, device=torch.device("cpu"))
+    args = bench.argparse.Namespace(
+        batch=4, batches=3, img_size=32, draft=False, cache=0, device=torch.device("cpu")
+    )
     loader = bench.Loader("photos", "host", 2, bench.build("photos", "host", args), args)
     monkeypatch.setattr(loader, "start", lambda: (given.append(i) or i for i in range(100)))
     assert loader.seconds() == 1 + 2 * 2 + 3
@@ -114,7 +134,8 @@ def test_batches_that_are_ready_are_not_timed(monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--workers", "-1"], "expected a number of processes, got -1"),
+        (["--workers", "-1"], "expected a number of at least 0, got -1"),
+        (["--cache", "-1"], "expected a number of at least 0, got -1"),
         (["--sources", "imagenet"], "invalid choice: 'imagenet'"),
         (["--batch", "0"], "expected a positive number, got 0"),
     ],

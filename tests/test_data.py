@@ -1,3 +1,4 @@
+import argparse
 import io
 import json
 import os
@@ -12,6 +13,8 @@ import time
 import zlib
 from functools import partial
 from itertools import chain
+from multiprocessing import resource_sharer
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
@@ -485,6 +488,56 @@ def test_held_out_files_are_a_fiftieth(monkeypatch):
     assert data.split_files(names, blank)[1] == held_out[:5]
 
 
+def test_the_held_out_part_can_be_chosen(tmp_path):
+    names = [f"{i:04}.png" for i in range(1000)]
+    _, fiftieth = data.split_files(names, blank)
+    train, held_out = data.split_files(names, blank, 0.1)
+    assert len(held_out) == 100
+    assert held_out[:20] == fiftieth  # a smaller part lies in a larger one
+    assert sorted(train + held_out) == names
+    assert len(data.split_files(names, blank, 1e-9)[1]) == 1
+    for i in range(40):
+        save(tmp_path / f"{i:02}.png")
+    train, held_out = build(f"folder:{tmp_path}", val=0.25)
+    assert (len(train), len(held_out)) == (30, 10)
+    part, same = build(f"folder:{tmp_path}", val=0.25, fraction=0.5, subset_seed=7, seed=1)
+    assert len(part) == 15
+    assert set(part.files) < set(train.files)
+    assert same.images.names == held_out.images.names
+    assert_same(same[3], held_out[3])
+    with pytest.raises(ValueError, match=r"40 found, 0 of them unreadable, and val 0.99 would hold out all"):
+        build(f"folder:{tmp_path}", val=0.99)
+
+
+def test_a_folder_can_be_held_out(tmp_path):
+    for i in range(4):
+        save(tmp_path / "train/a" / f"{i}.png")
+        save(tmp_path / "test/a" / f"{i}.png", BLUE)
+    train, held_out = build(f"folder:{tmp_path / 'train'}", val=str(tmp_path / "test"))
+    names = [f"a/{i}.png" for i in range(4)]
+    assert train.files == held_out.images.names == names
+    assert color(train[0, 0].image) == RED
+    assert color(held_out[0].image) == BLUE
+    listed = tmp_path / "files.txt"
+    listed.write_text("\n".join(names))  # names of the held-out ones, too, which are others
+    train, held_out = build(f"folder:{tmp_path / 'train'}", val=str(tmp_path / "test"), files=str(listed))
+    assert len(train) == len(held_out) == 4
+
+
+def test_held_out_folders_that_cannot_be(tmp_path):
+    for place in ("train/a", "train/b", "other"):
+        save(tmp_path / place / "0.png")
+    source = f"folder:{tmp_path}/train"
+    for val in ("train", "train/b", "other/../train/a", "."):
+        with pytest.raises(ValueError, match=f"val must have no image in common with source {source}, not"):
+            build(source, val=f"{tmp_path}/{val}")
+    with pytest.raises(FileNotFoundError, match=f"no such folder: {tmp_path}/nowhere"):
+        build(source, val=f"{tmp_path}/nowhere")
+    (tmp_path / "other/0.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"none of 1 images can be read, among them: 0.png"):
+        build(source, val=f"{tmp_path}/other")
+
+
 def test_one_held_out_file_that_is_broken_does_not_stop_the_run(tmp_path):
     for i in range(5):
         save(tmp_path / f"{i}.png")
@@ -854,6 +907,105 @@ def test_a_shard_that_vanishes_or_shrinks_later_is_skipped(sharded):
     assert "ends within" in skipped[lost[-1]]
 
 
+def test_shards_can_be_held_out(sharded):
+    train, held_out = build(f"wds:{sharded}/set-00{{0,1}}.tar", val=f"{sharded}/set-003.tar")
+    assert (len(train), train.shards, len(held_out)) == (12, [6, 6], 6)
+    assert color(held_out[1].image) == (30, 50, 0)
+    part, rest = build(f"wds:{sharded}", val=0.5)
+    assert (len(part), len(rest)) == (12, 12)
+    with pytest.raises(ValueError, match="val must have no image in common with source wds:"):
+        build(f"wds:{sharded}/set-00*.tar", val=f"{sharded}/set-003.tar")
+    with pytest.raises(FileNotFoundError, match=r"no such shard: .*set-009\.tar"):
+        build(f"wds:{sharded}/set-00{{0,1}}.tar", val=f"{sharded}/set-009.tar")
+
+
+# Decoded images in memory
+
+
+@pytest.mark.parametrize("place", ["host", "device"])
+@pytest.mark.parametrize("kind", ["folder", "wds"])
+def test_samples_from_memory_are_the_same(sharded, tmp_path, monkeypatch, kind, place):
+    generator = torch.Generator().manual_seed(0)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for i, mode in enumerate(["RGB", "L", "P", "RGBA", "CMYK", "1"] * 2):
+        pixels = torch.randint(256, (40 + i, 30, 3), generator=generator, dtype=torch.uint8)
+        ending = "jpg" if mode == "CMYK" else "png"
+        Image.fromarray(pixels.numpy()).convert(mode).save(folder / f"{i:02}.{ending}")
+    source = f"{kind}:{folder if kind == 'folder' else sharded}"
+    plain, kept = (build(source, cache=cache, augment_on=place) for cache in (0, 1))
+    keys = [(epoch, index) for epoch in range(2) for index in range(len(plain[0]))]
+    before = [[plain[0][key] for key in keys], [plain[1][i] for i in range(len(plain[1]))]]
+
+    def load(*arguments):
+        raise OSError("gone")
+
+    for dataset in kept:
+        dataset.images.load = load  # nothing is read again
+    for key, sample in zip(keys, before[0], strict=True):
+        assert torch.equal(kept[0][key].image, sample.image)
+        assert torch.equal(kept[0][key].noise, sample.noise)
+        assert (kept[0][key].flip, kept[0][key].seed) == (sample.flip, sample.seed)
+        assert [name for name, _ in kept[0][key].skipped] == [name for name, _ in sample.skipped]
+    for index, sample in enumerate(before[1]):
+        assert torch.equal(kept[1][index].image, sample.image)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_broken_files_beside_images_in_memory_are_skipped(broken_folder, workers):
+    train, _ = build(f"folder:{broken_folder}", cache=1)
+    plain, _ = build(f"folder:{broken_folder}")
+    assert (train.images.decoded.places[:, 1] > 0).any()
+    sampler = StepSampler(len(train), 4, 0, total_steps=4)
+    batches, others = (build_loader(dataset, sampler, workers, False) for dataset in (train, plain))
+    skipped = {}
+    for batch, other in zip(batches, others, strict=True):
+        assert torch.equal(batch["image"], other["image"])
+        assert batch["skipped"] == other["skipped"]
+        skipped.update(batch["skipped"])
+    assert set(skipped) == set(BROKEN) & set(train.files)
+
+
+def test_images_that_do_not_fit_are_decoded_when_their_turn_comes(tmp_path, capsys, monkeypatch):
+    for i in range(30):
+        save(tmp_path / f"{i:02}.png", (i, 0, 0), size=(128, 100))  # 38,400 bytes each
+    train, held_out = build(f"folder:{tmp_path}", cache=1)
+    assert (len(train), len(held_out)) == (29, 1)
+    assert train.images.decoded is held_out.images.decoded is None
+    assert "data.cache: 30 images take more than 1 MiB, so that each is decoded" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "1")
+    build(f"folder:{tmp_path}", cache=1)
+    assert capsys.readouterr().err == ""
+    train, held_out = build(f"folder:{tmp_path}", cache=1, fraction=0.8)  # 23 of 29, and one held out
+    for images in (train.images, held_out.images):
+        assert images.decoded.block.numel() == 24 * 38_400
+    assert train.images.decoded.block.data_ptr() == held_out.images.decoded.block.data_ptr()
+
+
+def test_memory_for_images_can_be_chosen_by_what_is_free(monkeypatch):
+    assert data.cache_bytes(3) == 3 * 2**20
+    memory = argparse.Namespace(available=2**30)
+    monkeypatch.setattr(data.psutil, "virtual_memory", lambda: memory)
+    assert data.cache_bytes("auto") == 2**28
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert data.cache_bytes("auto") == 2**26
+    memory.available = 2**40
+    assert data.cache_bytes("auto") == 2**30
+
+
+def test_images_in_memory_are_shared_with_processes_that_are_not_forked(tmp_path):
+    for i in range(4):
+        save(tmp_path / f"{i}.png", (50 * i, 0, 0), size=(100, 100))
+    train, _ = build(f"folder:{tmp_path}", cache="auto")
+    try:
+        sent = ForkingPickler.dumps(train)  # as a loader's process that is not forked is given it
+    finally:
+        resource_sharer.stop()
+    assert len(sent) < 20_000 < 4 * 30_000 == train.images.decoded.block.numel()
+    assert train.images.decoded.block.is_shared()
+    assert color(train[0, 2].image)[0] == 50 * int(train.files[2][0])
+
+
 # Lists of files
 
 
@@ -1044,7 +1196,8 @@ def test_a_run_on_shards_resumes_exactly(sharded, tmp_path, capsys):
     pretrain.main([*TINY, *source, f"--out={tmp_path / 'whole'}"])
     whole = records(tmp_path / "whole")
     half = tmp_path / "whole" / "checkpoints" / "step-00000002"
-    pretrain.main([*TINY, *source, f"--resume={half}", f"--out={tmp_path / 'rest'}"])
+    memory = "--data.cache=1"  # changes no sample
+    pretrain.main([*TINY, *source, memory, f"--resume={half}", f"--out={tmp_path / 'rest'}"])
     assert [r["loss"] for r in records(tmp_path / "rest")] == [r["loss"] for r in whole[2:]]
     # Other images than before would be another run.
     write_shard(sharded / "set-004.tar", [("0.png", encoded(RED))])
@@ -1114,6 +1267,24 @@ def test_presets_are_understood(preset):
         ({"shard_window": -1}, "shard_window must be at least 0, not -1"),
         ({"augment_on": "gpu"}, "augment_on must be 'host' or 'device', not 'gpu'"),
         ({"draft": True}, "draft has no meaning for source 'photos'"),
+        ({"cache": 1}, "cache has no meaning for source 'photos', which are decoded once"),
+        (
+            {"source": "folder:a", "cache": -1},
+            "cache must be a number of MiB of at least 0, or 'auto', not -1",
+        ),
+        ({"source": "folder:a", "cache": "all"}, "cache must be .* not 'all'"),
+        (
+            {"source": "folder:a", "cache": "auto", "draft": True},
+            "cache must be 0 beside draft, .* not 'auto'",
+        ),
+        ({"val": 0.1}, "val must be null for source 'photos', which has held-out images, not 0.1"),
+        (
+            {"source": "folder:a", "val": 0.0},
+            "val must be a part above 0 and below 1, a path, or null, not 0.0",
+        ),
+        ({"source": "folder:a", "val": 1.0}, "val must be a part .* not 1.0"),
+        ({"source": "folder:a", "val": float("nan")}, "val must be a part .* not nan"),
+        ({"source": "folder:a", "val": ""}, "val must be a part .* not ''"),
     ],
 )
 def test_config_errors(kwargs, message):

@@ -16,6 +16,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from timm.data.auto_augment import AugmentOp
 from timm.layers import resample_abs_pos_embed
 from torch import nn
 
@@ -493,6 +494,150 @@ def test_folders_of_classes(tmp_path):
         assert float(s.image[0].mean()) == pytest.approx(20 * s.label / 255, abs=0.01)
 
 
+def test_folders_with_test_in_place_of_val_or_beside_it(tmp_path):
+    args = (AugmentConfig(), (16, 16), MEAN, STD, 0)
+    make_folder(tmp_path / "train", "ab", 3)
+    make_folder(tmp_path / "test", "ab", 2)
+    training, held_out, _ = build_labelled(LabelledConfig(f"folder:{tmp_path}"), *args)
+    assert (len(training), len(held_out)) == (6, 4)
+    assert held_out.files[0] == "test/a/0.png"
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/val"):
+        build_labelled(LabelledConfig(f"folder:{tmp_path}", split="val"), *args)
+    make_folder(tmp_path / "val", "ab", 1)
+    _, held_out, _ = build_labelled(LabelledConfig(f"folder:{tmp_path}"), *args)
+    assert held_out.files == ["val/a/0.png", "val/b/0.png"]
+    same, held_out, _ = build_labelled(LabelledConfig(f"folder:{tmp_path}", split="test"), *args)
+    assert same.files == training.files
+    assert held_out.files[0] == "test/a/0.png"
+
+
+def test_a_fraction_has_as_many_of_each_class(tmp_path):
+    args = (AugmentConfig(), (16, 16), MEAN, STD, 0)
+    for name, count in (("a", 20), ("b", 30), ("c", 50)):
+        make_folder(tmp_path / "train", name, count)
+        make_folder(tmp_path / "val", name, 2)
+    source = f"folder:{tmp_path}"
+
+    def subset(fraction, subset_seed=0):
+        training, held_out, _ = build_labelled(LabelledConfig(source, None, fraction, subset_seed), *args)
+        assert len(held_out) == 6
+        assert [name.split("/")[1] for name in training.files] == ["abc"[label] for label in training.labels]
+        return training
+
+    tenth = subset(0.1)
+    assert torch.tensor(tenth.labels).bincount().tolist() == [3, 3, 3]
+    assert tenth.files == sorted(tenth.files, key=subset(1.0).files.index)
+    assert subset(0.1).files == tenth.files
+    assert subset(0.1, 1).files != tenth.files
+    assert set(tenth.files) < set(subset(0.3).files)
+    assert torch.tensor(subset(1e-9).labels).bincount().tolist() == [1, 1, 1]
+    assert len(subset(1.0)) == 100
+    assert len(subset(0.6)) == 60  # all of a
+    with pytest.raises(ValueError, match=r"data.fraction: 0.7 of 100 images takes 23 .* but 'a' has 20"):
+        subset(0.7)
+
+
+def test_samples_of_a_fraction_have_their_labels():
+    args = (AugmentConfig(), (16, 16), MEAN, STD, 0)
+    training, held_out, _ = build_labelled(LabelledConfig(fraction=0.1), *args)
+    whole, same, _ = build_labelled(LabelledConfig(), *args)
+    assert torch.tensor(training.labels).bincount().tolist() == [14] * 10
+    assert held_out.files == same.files
+    for index in (0, 70, 139):
+        assert training[0, index].label == whole.labels[whole.files.index(training.files[index])]
+
+
+@pytest.mark.parametrize("policy", ["rand-m10-inc1", "rand-m9-mstd0.5-inc1", "original"])
+def test_policies_of_timm_may_keep_no_bit_of_a_colour(policy):
+    operation = AugmentOp("PosterizeIncreasing", prob=1, magnitude=10)
+    white = Image.new("RGB", (4, 4), "white")
+    assert operation(white).getextrema() == ((0, 0),) * 3
+    training, _, _ = build_labelled(LabelledConfig(), AugmentConfig(policy=policy), (8, 8), MEAN, STD, 0)
+    for index in range(1000):  # some of them are posterised as strongly
+        training[0, index]
+
+
+@pytest.mark.parametrize("model", ["mae_vit_tiny", "darl_vit_tiny"])
+def test_small_images_train_in_their_own_size(tmp_path, model):
+    """Images of 32 pixels with patches of 4, from pre-training to fine-tuning, in the layout of CIFAR-10."""
+    for part in ("train", "test"):
+        for i, name in enumerate("ab"):
+            (tmp_path / part / name).mkdir(parents=True)
+            for j in range(12):
+                pixels = torch.randint(100 * i, 100 * i + 100, (32, 32, 3), dtype=torch.uint8)
+                Image.fromarray(pixels.numpy()).save(tmp_path / part / name / f"{j}.png")
+    sizes = "patch_size: 4, embed_dim: 32, depth: 2, num_heads: 2"
+    if model.startswith("mae"):
+        sizes += ", decoder_embed_dim: 16, decoder_depth: 1, decoder_num_heads: 2"
+    run, out = tmp_path / "run", tmp_path / "out"
+    pretrain.main(
+        [*PRETRAIN, f"--model={model}", f"--model_args={{{sizes}}}", f"--data.source=folder:{tmp_path}/train",
+         f"--data.val={tmp_path}/test", "--data.cache=auto", f"--out={run}"]
+    )  # fmt: skip
+    assert len((run / "files.txt").read_text().splitlines()) == 24
+    finetune.main(
+        [*TINY, f"--encoder={run}/encoder.safetensors", f"--data.source=folder:{tmp_path}", "--batch_size=8",
+         "--data.fraction=0.5", "--data.crop_padding=4", "--data.crop_pct=1", "--data.cache=1",
+         f"--out={out}"]
+    )  # fmt: skip
+    files = (out / "files.txt").read_text().splitlines()
+    assert [sum(name.startswith(f"train/{c}/") for name in files) for c in "ab"] == [6, 6]
+    weights = load_file(out / "classifier.safetensors")
+    assert weights["patch_embed.proj.weight"].shape[2:] == (4, 4)
+    assert evals(out)[-1][0] == 6
+
+
+def test_images_in_memory_are_those_of_files(tmp_path):
+    args = (AugmentConfig(), (16, 16), MEAN, STD, 0)
+    make_folder(tmp_path / "train", "ab", 4)
+    make_folder(tmp_path / "val", "ab", 2)
+    (tmp_path / "train/a/1.png").write_bytes(b"no image")
+    configs = (LabelledConfig(f"folder:{tmp_path}", cache=cache) for cache in (0, "auto"))
+    plain, kept = (build_labelled(config, *args) for config in configs)
+    before = [[part[1, i] for i in range(len(part))] for part in plain[:2]]
+    for path in tmp_path.rglob("*.png"):
+        path.unlink()
+    for part, samples in zip(kept, before, strict=False):
+        for i, sample in enumerate(samples):
+            assert torch.equal(part[1, i].image, sample.image)
+            assert part[1, i].label == sample.label
+            assert [name for name, _ in part[1, i].skipped] == [name for name, _ in sample.skipped]
+    assert [name for sample in before[0] for name, _ in sample.skipped] == ["train/a/1.png"]
+
+
+def test_small_images_are_padded_and_cropped_as_they_are(tmp_path):
+    for part in ("train", "val"):
+        (tmp_path / part / "a").mkdir(parents=True)
+        values = torch.arange(32 * 32 * 3).reshape(32, 32, 3) % 255 + 1
+        Image.fromarray(values.to(torch.uint8).numpy()).save(tmp_path / part / "a/0.png")
+    config = LabelledConfig(f"folder:{tmp_path}", crop_padding=4, crop_pct=1.0)
+    augment = AugmentConfig(policy=None, erase=0)
+    training, held_out, _ = build_labelled(config, augment, (32, 32), (0.0,) * 3, (1.0,) * 3, 0)
+    image = held_out[0, 0].image
+    assert torch.equal((255 * image).round().permute(1, 2, 0), values.float())  # no upscaling, no crop
+    padded = nn.functional.pad(image, (4, 4, 4, 4))
+    found = set()
+    for epoch in range(40):
+        crop = training[epoch, 0].image
+        assert crop.shape == (3, 32, 32)
+        places = [
+            (top, left, flip)
+            for top in range(9)
+            for left in range(9)
+            for flip in (False, True)
+            if torch.equal(crop.flip(-1) if flip else crop, padded[:, top : top + 32, left : left + 32])
+        ]
+        assert len(places) == 1
+        found.update(places)
+    assert {flip for *_, flip in found} == {False, True}
+    assert {top for top, *_ in found} > {0, 8}
+    assert {left for _, left, _ in found} > {0, 8}
+    config = LabelledConfig(f"folder:{tmp_path}", crop_padding=0)  # other sizes cover img_size
+    training, _, _ = build_labelled(config, augment, (16, 24), (0.0,) * 3, (1.0,) * 3, 0)
+    assert training[0, 0].image.shape == (3, 16, 24)
+    assert training[0, 0].image.min() > 0
+
+
 def test_a_run_leaves_everything_it_promises(finished):
     run = RunFolder(finished)
     assert list(losses(finished)) == list(range(1, 7))
@@ -761,6 +906,13 @@ def test_confusion_is_drawn_in_per_cent_of_each_class():
         ([*SCRATCH, "--data.source=folder:{tmp}/odd"], "only one has c"),
         ([*SCRATCH, "--data.source=folder:{tmp}/single"], "a fifth of each class cannot be held out"),
         ([*SCRATCH, "--data.source=photos"], "data.source: expected 'digits' or 'folder:PATH'"),
+        ([*SCRATCH, "--data.split=test"], "data.split: is for folders with parts, .* null for digits, got"),
+        ([*SCRATCH, "--data.fraction=0"], r"data.fraction: expected a part in \(0, 1\], got 0"),
+        ([*SCRATCH, "--data.fraction=0.999"], "data.fraction: 0.999 of 1437 images takes 144 of each"),
+        ([*SCRATCH, "--data.subset_seed=-1"], "data.subset_seed: expected at least 0"),
+        ([*SCRATCH, "--data.cache=auto"], "data.cache has no meaning for source digits, which are in memory"),
+        ([*SCRATCH, "--data.source=folder:a", "--data.cache=-1"], "data.cache must be .* 'auto', not -1"),
+        ([*SCRATCH, "--data.crop_padding=-1"], "data.crop_padding: expected null or at least 0, got -1"),
         ([*SCRATCH, "--augment.policy=nonsense"], "augment.policy: timm does not know 'nonsense'"),
         ([*SCRATCH, "--augment.smoothing=2"], r"augment.smoothing: expected a part in \[0, 1\], got 2"),
         (

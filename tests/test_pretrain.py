@@ -335,8 +335,8 @@ def split_with(name: str):
     """The usual split, with one more file held out."""
     real = train.data.split_files
 
-    def split(names, load):
-        training, held_out = real([n for n in names if n != name], load)
+    def split(names, load, part):
+        training, held_out = real([n for n in names if n != name], load, part)
         return training, [*held_out, name]
 
     return split

@@ -21,7 +21,7 @@ from torchmetrics.classification import MulticlassJaccardIndex
 
 from models.classifier import Architecture, create_vit
 from models.segmentation import Segmentation, SegmentationModel, load_segmenter, multiscale_logits
-from train import plots, predict, segment
+from train import plots, predict, processes, segment
 from train.data import choose_subset
 from train.processes import Processes
 from train.run_folder import RunFolder
@@ -319,6 +319,44 @@ def test_ade20k_from_its_official_layout(tmp_path):
     assert sum(int(row["pixels"]) for row in table) == (mask != 0).sum()
 
 
+def test_long_silent_phases_have_a_bar(finished, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(processes, "SILENT", 0.0)
+    segmenter = finished / "segmenter.safetensors"
+    arguments = [*TINY, f"--encoder={segmenter}", f"--data.source=folder:{folder}", "--steps=0"]
+    segment.main([*arguments, f"--out={tmp_path / 'a'}"])
+    captured = capsys.readouterr()
+    assert re.search(r"counting classes: .*0/4 \[.*mask", captured.err)
+    assert re.search(r"evaluating: .*0/\d \[.*batch", captured.err)
+    assert "counting" not in captured.out
+    monkeypatch.setenv("RANK", "1")  # other processes keep silent
+    assert list(processes.progress([1, 2], "work", "item")) == [1, 2]
+    assert capsys.readouterr().err == ""
+
+
+def test_a_run_is_evaluated_on_the_split_asked_for(tmp_path):
+    root = tmp_path / "data"
+    for part, value in (("train", 0), ("val", 1), ("test", 2)):
+        values = np.full((40, 40), value)
+        values[:10], values[-1] = np.arange(10)[:, None] % 3, 11  # 11 is no class
+        save(root / f"images/{part}/a.png", np.stack([values * 60] * 3, 2))
+        save(root / f"annotations/{part}/a.png", values)
+    out, again = tmp_path / "run", tmp_path / "test"
+    options = ["--steps=2", "--optim.warmup_steps=0", "--data.ignored=11"]
+    options += ["--data.classes={sky: 0, sea: 1, land: [2, 3]}", f"--data.source=folder:{root}"]
+    segment.main([*TINY, *SCRATCH, *LINEAR, *options, f"--out={out}"])
+    segment.main(
+        [f"--config={out / 'config.yaml'}", f"--encoder={out / 'segmenter.safetensors'}", "--steps=0",
+         "--data.split=test", f"--out={again}"]
+    )  # fmt: skip
+    for folder, part, label in ((out, "val", 1), (again, "test", 2)):
+        assert f"held out: images/{part}/a.png" in (folder / "files.txt").read_text().splitlines()
+        rows = list(csv.DictReader((folder / "classes.csv").read_text().splitlines()))
+        assert [row["class"] for row in rows] == ["sky", "sea", "land"]
+        counts = [int(row["pixels"]) for row in rows]
+        assert sum(counts) == 39 * 40
+        assert counts[label] == 29 * 40 + 3 * 40
+
+
 def test_a_resumed_run_gives_the_figures_of_one_never_stopped(finished, folder, tmp_path, capsys):
     out = tmp_path / "run"
     shutil.copytree(finished, out)
@@ -511,7 +549,10 @@ def broken(folder: Path, root: Path, how: str) -> Path:
     [
         ("size", r"masks/2.png: expected a mask of its image's size \(40, 48\), got \(39, 48\)"),
         ("range", "masks/2.png: expected labels 0 to 2, or 255 for none, got 7"),
-        ("rgb", "masks/2.png: expected one channel of class numbers, got 3 channels"),
+        (
+            "rgb",
+            "masks/2.png: expected one channel of class numbers, got 3 channels; .* data.classes tells .*",
+        ),
     ],
 )
 def test_bad_masks_end_a_run_with_their_names(folder, tmp_path, capfd, how, message, workers):
@@ -564,6 +605,15 @@ def test_unreadable_images_are_left_out_and_listed(folder, tmp_path, capsys):
         ([*SCRATCH, "--data.source=folder:{tmp}/empty"], "no such folder: .*/empty/images"),
         ([*SCRATCH, "--data.source=folder:{tmp}/one"], "labels from 0 to 1 at least, .*0.png, are all 0"),
         ([*SCRATCH, "--data.source=folder:{tmp}/rgb"], "0.png: expected one channel .*, got 3 channels"),
+        ([*SCRATCH, "--data.source=folder:{tmp}/one", "--data.split=test"], "no such folder: .*/test/images"),
+        (
+            [*SCRATCH, "--data.source=folder:{tmp}/one", "--data.classes={a: 1, b: 2}"],
+            "0.png: expected labels 1 to 2, or 255 for none, got 0",
+        ),
+        (
+            [*SCRATCH, "--data.source=folder:{tmp}/one", "--data.classes={a: red, b: 2}"],
+            "data.classes: expected colours such as '#804080', got 'red'",
+        ),
         ([*SCRATCH, "--data.source=folder:{tmp}/broken"], "none of 1 images can be read.*0.png"),
     ],
 )

@@ -176,6 +176,151 @@ def test_masks_of_every_depth_are_numbers(tmp_path, mode):
     assert len(classes) == (2 if mode == "1" else 255)
 
 
+# What values mean
+
+
+def one_pair(root: Path, values) -> Path:
+    """A folder of one training image and one to validate by, both with a mask of these values."""
+    for part in ("train", "val"):
+        shape = np.shape(values)[:2]
+        save(root / f"images/{part}/a.png", np.zeros((*shape, 3), np.uint8))
+        save(root / f"annotations/{part}/a.png", np.asarray(values, np.uint8))
+    return root
+
+
+def test_the_label_that_is_no_class_can_be_named(tmp_path):
+    one_pair(tmp_path, [[0, 1, 2, 11]])
+    _, held_out, classes = build(f"folder:{tmp_path}", ignored=11)
+    assert classes == ("class 0", "class 1", "class 2")
+    assert held_out[0, 0].mask.tolist() == [[0, 1, 2, 255]]
+    assert len(build(f"folder:{tmp_path}")[2]) == 12
+    _, held_out, classes = build(f"folder:{tmp_path}", ignored=[0, 11])  # classes need not begin at 0
+    assert classes == ("class 1", "class 2")
+    assert held_out[0, 0].mask.tolist() == [[255, 0, 1, 255]]
+    with pytest.raises(ValueError, match=r"labels from 0 to 3 at least, and 1 to 2, 11 for .* are all 0"):
+        build(f"folder:{tmp_path}", ignored=[1, 2, 11])
+    (tmp_path / "classes.txt").write_text("sky\nsea\n")
+    with pytest.raises(ValueError, match=r"a.png: expected labels 0 to 1, or 11 for none, got 2"):
+        build(f"folder:{tmp_path}", ignored=11)
+    _, held_out, classes = build(f"folder:{tmp_path}", ignored="rest")
+    assert classes == ("sky", "sea")
+    assert held_out[0, 0].mask.tolist() == [[0, 1, 255, 255]]
+
+
+def test_values_are_mapped_to_classes(tmp_path):
+    one_pair(tmp_path, [[7, 26, 27, 3], [255, 0, 7, 28]])
+    (tmp_path / "classes.txt").write_text("others\nthan\nthese\n")
+    options = {"classes": {"road": 7, "vehicle": [26, 27, 28]}}
+    _, held_out, classes = build(f"folder:{tmp_path}", **options, ignored=[0, 3, 255])
+    assert classes == ("road", "vehicle")
+    assert held_out[0, 0].mask.tolist() == [[0, 1, 1, 255], [255, 255, 0, 1]]
+    _, rest, _ = build(f"folder:{tmp_path}", **options, ignored="rest")
+    assert torch.equal(rest[0, 0].mask, held_out[0, 0].mask)
+    with pytest.raises(ValueError, match=r"a.png: expected labels 7, 26 to 28, or 255 for none, got 3"):
+        build(f"folder:{tmp_path}", **options)
+
+
+def test_a_class_may_have_the_value_255(tmp_path):
+    one_pair(tmp_path, [[0, 255]])  # as masks of one object and its ground often are
+    _, held_out, _ = build(f"folder:{tmp_path}", classes={"ground": 0, "object": 255})
+    assert held_out[0, 0].mask.tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_colours_are_mapped_to_classes(tmp_path, mode):
+    colours = np.array([[[128, 128, 128], [64, 0, 128]], [[0, 0, 0], [64, 0, 128]]], np.uint8)
+    one_pair(tmp_path, np.zeros((2, 2)))
+    for part in ("train", "val"):
+        image = Image.fromarray(colours).convert(mode, palette=Image.Palette.ADAPTIVE)
+        image.save(tmp_path / f"annotations/{part}/a.png")
+        with Image.open(tmp_path / f"annotations/{part}/a.png") as stored:
+            assert stored.mode == mode
+    options = {"classes": {"sky": "#808080", "car": ["#400080", "#FFFFff"]}}
+    _, held_out, classes = build(f"folder:{tmp_path}", **options, ignored="#000000")
+    assert classes == ("sky", "car")
+    assert held_out[0, 0].mask.tolist() == [[0, 1], [255, 1]]
+    _, rest, _ = build(f"folder:{tmp_path}", **options, ignored="rest")
+    assert torch.equal(rest[0, 0].mask, held_out[0, 0].mask)
+    with pytest.raises(ValueError, match=r"a.png: expected colours #808080, #400080, #ffffff, got #000000"):
+        build(f"folder:{tmp_path}", **options)
+
+
+def test_the_rest_needs_classes(tmp_path):
+    one_pair(tmp_path, [[0, 1]])
+    with pytest.raises(
+        ValueError, match=f"data.ignored: 'rest' .* expected {tmp_path}/classes.txt or data.c"
+    ):
+        build(f"folder:{tmp_path}", ignored="rest")
+
+
+# Parts
+
+
+def test_images_and_annotations_with_parts(tmp_path):
+    for part, label in (("train", 2), ("val", 1), ("test", 0)):
+        for i in range(2):
+            save_pair(
+                tmp_path / f"images/{part}/{i}.jpg", tmp_path / f"annotations/{part}/{i}.png", [[label]]
+            )
+    training, held_out, classes = build(f"folder:{tmp_path}")
+    assert training.files == ["images/train/0.jpg", "images/train/1.jpg"]
+    assert held_out.files == ["images/val/0.jpg", "images/val/1.jpg"]
+    assert len(classes) == 3
+    same, held_out, _ = build(f"folder:{tmp_path}", split="test")
+    assert same.files == training.files
+    assert held_out[0, 0].mask.tolist() == [[0]]
+    assert len(held_out) == 2
+
+
+@pytest.mark.parametrize("layout", ["{part}/images {part}/masks", "images/{part} annotations/{part}"])
+def test_test_takes_the_place_of_a_missing_val(tmp_path, layout):
+    for part in ("train", "test"):
+        images, masks = layout.format(part=part).split()
+        save_pair(tmp_path / images / "a.png", tmp_path / masks / "a.png", [[0, 1]])
+    _, held_out, _ = build(f"folder:{tmp_path}")
+    assert held_out.files == [f"{layout.split()[0].format(part='test')}/a.png"]
+    with pytest.raises(FileNotFoundError, match=f"no such folder: {tmp_path}/.*val"):
+        build(f"folder:{tmp_path}", split="val")
+
+
+def test_annotations_without_parts_are_something_else(tmp_path):
+    save_folder(tmp_path)
+    (tmp_path / "annotations").mkdir()
+    assert len(build(f"folder:{tmp_path}")[0]) == 4
+
+
+def test_a_split_needs_parts(tmp_path):
+    save_folder(tmp_path)
+    with pytest.raises(ValueError, match=f"data.split: .*expected {tmp_path}/test or .*annotations/test"):
+        build(f"folder:{tmp_path}", split="test")
+
+
+# Cityscapes
+
+
+def test_cityscapes_from_its_official_layout(tmp_path):
+    for part, city in (("train", "ulm"), ("val", "bonn")):
+        name = f"{part}/{city}/{city}_000000_000019"
+        mask = tmp_path / f"gtFine/{name}_gtFine_labelIds.png"
+        save_pair(tmp_path / f"leftImg8bit/{name}_leftImg8bit.png", mask, [[*range(34), 255]])
+        for other in ("color", "instanceIds", "labelTrainIds"):
+            save(tmp_path / f"gtFine/{name}_gtFine_{other}.png", np.zeros((3, 3), np.uint8))
+        (tmp_path / f"gtFine/{name}_gtFine_polygons.json").write_text("{}")
+    training, held_out, classes = build(f"cityscapes:{tmp_path}")
+    assert training.files == ["leftImg8bit/train/ulm/ulm_000000_000019_leftImg8bit.png"]
+    assert held_out.files == ["leftImg8bit/val/bonn/bonn_000000_000019_leftImg8bit.png"]
+    assert len(classes) == 19
+    assert (classes[0], classes[13], classes[18]) == ("road", "car", "bicycle")
+    none = 255
+    # The train ids of cityscapesScripts, by id.
+    expected = [none] * 7 + [0, 1, none, none, 2, 3, 4, none, none, none, 5, none, 6, 7, 8, 9, 10, 11, 12, 13]
+    expected += [14, 15, none, none, 16, 17, 18, none]
+    assert held_out[0, 0].mask.tolist() == [expected]
+    (tmp_path / "gtFine/val/bonn/bonn_000000_000019_gtFine_labelIds.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no image file .*_gtFine_labelIds"):
+        build(f"cityscapes:{tmp_path}")
+
+
 # What is found at the start
 
 
@@ -596,6 +741,22 @@ def test_textures_tell_more_than_their_mean_colour(textures):
         {"max_category": 0.0},
         {"flip": 1.5},
         {"distort": float("nan")},
+        {"split": "test"},
+        {"source": "ade20k:a", "classes": {"a": 0, "b": 1}},
+        {"source": "cityscapes:a", "ignored": 255},
+        {"source": "folder:a", "split": "train"},
+        {"source": "folder:a", "classes": {"a": 0}},
+        {"source": "folder:a", "classes": {"a": 0, "b": []}},
+        {"source": "folder:a", "classes": {"a": 0, "b": -1}},
+        {"source": "folder:a", "classes": {"a": 0, "b": 65536}},
+        {"source": "folder:a", "classes": {"a": 0, "b": [1, 0]}},
+        {"source": "folder:a", "classes": {"a": 0, "b": "#000001"}},
+        {"source": "folder:a", "classes": {"a": "#00000g", "b": "#000001"}},
+        {"source": "folder:a", "classes": {"a": "#0000ff", "b": "#0000FF"}},
+        {"source": "folder:a", "ignored": "all"},
+        {"source": "folder:a", "ignored": [255, 255]},
+        {"source": "folder:a", "classes": {"a": 0, "b": 1}, "ignored": 1},
+        {"source": "folder:a", "classes": {"a": "#000000", "b": "#000001"}, "ignored": 255},
     ],
 )
 def test_options_out_of_their_range_are_named(options):

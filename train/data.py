@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
 
+import psutil
 import torch
 from PIL import Image
 from torch import Tensor
@@ -29,6 +30,7 @@ from torchvision.transforms import v2
 from dbpkern.capture import derive_seed
 from train import augment
 from train.augment import Chooser, Crop, View, whole
+from train.processes import progress, tell
 from train.shards import Shards, find_shards
 
 # Photographs inside the wheels of scikit-image and scikit-learn, by the folder that holds them.
@@ -63,6 +65,7 @@ MAX_HELD_OUT_FILES = 2_000
 # Larger images are skipped. Pillow refuses some 179 million pixels by itself, but that limit is
 # often lifted by other code.
 MAX_PIXELS = 200_000_000
+AUTO_CACHE = 2**32  # bytes of decoded images that cache "auto" takes at most
 
 
 class DataError(ValueError):
@@ -76,9 +79,11 @@ class DataConfig:
     Args:
         source: "photos": the 18 photographs that ship with scikit-image and scikit-learn, nothing
             is downloaded. "folder:PATH": all image files below PATH, whether they lie in one
-            folder or in a sub-folder per class; about 2 % of them (at least 1, at most 2,000) are
-            held out for evaluation. "wds:PATTERN": the image files in WebDataset shards, that is, tar
-            files: a folder of them, wildcards, or braces such as shard-{000000..000099}.tar.
+            folder or in a sub-folder per class. "wds:PATTERN": the image files in WebDataset shards, that
+            is, tar files: a folder of them, wildcards, or braces such as shard-{000000..000099}.tar.
+        val: What is held out for evaluation: a part in (0, 1) of the images, the same in every run and for
+            every fraction; or all images of another folder, or of other shards, as source names them. null:
+            about 2 % of the images, at least 1 and at most 2,000, or four of the photographs.
         fraction: Part of the training images to use, above 0 and at most 1. Held-out images are
             the same for every fraction.
         subset_seed: Chooses which images make up the fraction, independently of the seed of the run.
@@ -95,12 +100,16 @@ class DataConfig:
             "device", in batches where the model is. Boxes and flips are the same.
         draft: Whether JPEG files may be decoded at 1/2, 1/4 or 1/8 of their size where the crop keeps
             at least img_size. Faster for large images; pixels differ slightly.
+        cache: Memory in MiB for decoded images, of each training process: if all images fit, they are
+            decoded once, at the start; otherwise each time. "auto" is a quarter of the memory that is free,
+            at most 4,096 MiB, shared by the processes of a machine. 0 for none. Samples stay the same.
 
     Raises:
         ValueError: If a value is out of its range.
     """
 
     source: str = "photos"
+    val: float | str | None = None
     fraction: float = 1.0
     subset_seed: int = 0
     files: str | None = None
@@ -110,12 +119,19 @@ class DataConfig:
     shard_window: int = 32
     augment_on: Literal["host", "device"] = "host"
     draft: bool = False
+    cache: int | Literal["auto"] = 0
 
     def __post_init__(self):
         kind, _, path = self.source.partition(":")
         if self.source != "photos" and not (kind in ("folder", "wds") and path):
             raise ValueError(f"source must be 'photos', 'folder:PATH' or 'wds:PATTERN', not {self.source!r}")
+        if self.val is not None and self.source == "photos":
+            raise ValueError(
+                f"val must be null for source 'photos', which has held-out images, not {self.val!r}"
+            )
         # A comparison with nan is false: these refuse it as well.
+        if self.val == "" or not (self.val is None or isinstance(self.val, str) or 0 < self.val < 1):
+            raise ValueError(f"val must be a part above 0 and below 1, a path, or null, not {self.val!r}")
         if not 0 < self.fraction <= 1:
             raise ValueError(f"fraction must be above 0 and at most 1, not {self.fraction}")
         if not 0 <= self.subset_seed < 2**63:
@@ -134,6 +150,11 @@ class DataConfig:
             raise ValueError(f"augment_on must be 'host' or 'device', not {self.augment_on!r}")
         if self.draft and self.source == "photos":
             raise ValueError("draft has no meaning for source 'photos', which are decoded once")
+        check_cache(
+            self.cache, "cache", None if self.source != "photos" else "'photos', which are decoded once"
+        )
+        if self.draft and self.cache != 0:
+            raise ValueError(f"cache must be 0 beside draft, which decodes images anew, not {self.cache!r}")
 
 
 class Sample(NamedTuple):
@@ -223,6 +244,32 @@ def decode(file: str | Path | BinaryIO, choose: Chooser = whole) -> Crop:
         return Crop(v2.functional.pil_to_tensor(image), view)
 
 
+class Decoded(NamedTuple):
+    """Decoded images in one block of memory.
+
+    Processes of a loader share the block, whether they are forked or not, as nothing is written to it: there
+    is no Python object, with a count of references, for each image.
+
+    Attributes:
+        block: The pixels of one image after the other, uint8 [n], each [H, W, 3].
+        places: Of each image, its offset in the block, height and width, int64 [N, 3]; height 0 for one that
+            is not here.
+    """
+
+    block: Tensor
+    places: Tensor
+
+    def cut(self, index: int, choose: Chooser) -> Crop | None:
+        """Copy the chosen view of an image, with the strides that `decode` gives; None if it is not here."""
+        start, height, width = self.places[index].tolist()
+        if height == 0:
+            return None
+        view = choose(height, width)
+        image = self.block[start : start + 3 * height * width].view(height, width, 3)
+        box = image[view.top : view.top + view.height, view.left : view.left + view.width]
+        return Crop(box.clone(memory_format=torch.contiguous_format).permute(2, 0, 1), view)
+
+
 class Images:
     """Images by name, in a fixed order, some of which may turn out to be unreadable.
 
@@ -231,12 +278,16 @@ class Images:
     Args:
         names: The names, in order; not empty.
         load: Gives the view that a chooser chooses of the image of a name, or raises any exception.
+
+    Attributes:
+        decoded: The images in memory, see `keep_decoded`; None where they are read each time.
     """
 
     def __init__(self, names: list[str], load: Callable[[str, Chooser], Crop]):
         self.names = names
         self.load = load
         self.unreadable: dict[str, str] = {}  # name: reason, as found so far by this process
+        self.decoded: Decoded | None = None
 
     def read(self, index: int, choose: Chooser = whole) -> tuple[Crop, list[tuple[str, str]]]:
         """Read a view of an image or, in place of an unreadable one, of the next (circularly).
@@ -249,7 +300,11 @@ class Images:
         """
         skipped = []
         for i in range(len(self.names)):
-            name = self.names[(index + i) % len(self.names)]
+            place = (index + i) % len(self.names)
+            crop = None if self.decoded is None else self.decoded.cut(place, choose)
+            if crop is not None:
+                return crop, skipped
+            name = self.names[place]
             if name not in self.unreadable:
                 try:
                     return self.load(name, choose), skipped
@@ -258,6 +313,60 @@ class Images:
             skipped.append((name, self.unreadable[name]))
         examples = "; ".join(f"{name} ({reason})" for name, reason in skipped[:3])
         raise ValueError(f"none of {len(self.names)} images can be read, among them: {examples}")
+
+
+def cache_bytes(setting: int | str) -> int:
+    """Bytes that a process may take for decoded images, by `DataConfig.cache`."""
+    if setting == "auto":
+        free = min(AUTO_CACHE, psutil.virtual_memory().available // 4)
+        return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return setting * 2**20
+
+
+def check_cache(setting: int | str, name: str, kept: str | None) -> None:
+    """Raise ValueError unless a setting of this name can be one of `DataConfig.cache`.
+
+    Args:
+        setting: The value.
+        name: For the message.
+        kept: The source, if it is in memory anyway.
+    """
+    if setting != "auto" and not (isinstance(setting, int) and setting >= 0):
+        raise ValueError(f"{name} must be a number of MiB of at least 0, or 'auto', not {setting!r}")
+    if kept is not None and setting != 0:
+        raise ValueError(f"{name} has no meaning for source {kept}")
+
+
+def keep_decoded(sets: Sequence[Images], setting: int | str) -> None:
+    """Decode all images of some sets into memory, if they fit; those that cannot be read stay as they are.
+
+    Args:
+        sets: The images. All of their `decoded` are set, or none.
+        setting: The memory for all of them, as `DataConfig.cache`.
+    """
+    limit = cache_bytes(setting)
+    if not limit:
+        return
+    block, tables = bytearray(), [torch.zeros(len(images.names), 3, dtype=torch.int64) for images in sets]
+    everything = [(number, index) for number, images in enumerate(sets) for index in range(len(images.names))]
+    for number, index in progress(everything, "decoding", "image"):
+        images = sets[number]
+        try:
+            pixels = images.load(images.names[index], whole).pixels
+        except Exception:  # it will be listed as skipped when its turn comes
+            continue
+        if len(block) + pixels.numel() > limit:
+            tell(
+                f"data.cache: {len(everything)} images take more than {limit / 2**20:.0f} MiB, so that each "
+                "is decoded when its turn comes"
+            )
+            return
+        tables[number][index] = torch.tensor([len(block), *pixels.shape[1:]])
+        block += pixels.permute(1, 2, 0).contiguous().numpy().data
+    if block:
+        shared = torch.frombuffer(block, dtype=torch.uint8)
+        for images, places in zip(sets, tables, strict=True):
+            images.decoded = Decoded(shared, places)
 
 
 def load_photos() -> dict[str, Tensor]:
@@ -320,18 +429,26 @@ def load_member(shards: Shards, name: str, choose: Chooser = whole) -> Crop:
     return decode(io.BytesIO(shards.read(name)), choose)
 
 
-def split_files(names: list[str], load: Callable[[str, Chooser], Crop]) -> tuple[list[str], list[str]]:
+def split_files(
+    names: list[str], load: Callable[[str, Chooser], Crop], part: float | None = None
+) -> tuple[list[str], list[str]]:
     """Split file names in training and held-out ones, by a hash of the name.
 
+    Args:
+        names: Of all files.
+        load: As of `Images`.
+        part: Of the names, that is held out; None for 2 %, at most MAX_HELD_OUT_FILES.
+
     Returns:
-        Training names, sorted, and held-out names, in the order of the hash: 2 % of
-        all, at least 1 and at most MAX_HELD_OUT_FILES. At least one of them can be read.
+        Training names, sorted, and held-out names, in the order of the hash, at least 1. At least one of
+        them can be read.
 
     Raises:
         ValueError: If no file can be read, or if none would be left to train on.
     """
     ranked = by_hash(names)
-    count = min(max(1, len(names) // 50), MAX_HELD_OUT_FILES)
+    count = min(len(names) // 50, MAX_HELD_OUT_FILES) if part is None else round(part * len(names))
+    count = max(1, count)
     # In a small folder, one broken file may be all that is held out: go on to the first good one.
     _, unreadable = Images(ranked, load).read(0)
     count = max(count, len(unreadable) + 1)
@@ -339,6 +456,7 @@ def split_files(names: list[str], load: Callable[[str, Chooser], Crop]) -> tuple
         raise ValueError(
             f"at least 2 readable images are needed, one of them held out: "
             f"{len(names)} found, {len(unreadable)} of them unreadable"
+            + ("" if part is None else f", and val {part} would hold out all")
         )
     held_out = ranked[:count]
     return sorted(set(names) - set(held_out)), held_out
@@ -349,6 +467,18 @@ def by_hash(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: hashlib.blake2b(os.fsencode(name), digest_size=8).digest())
 
 
+def choose_split(asked: str | None, root: Path, folders: str = "{}") -> str:
+    """Name the part of a folder that evaluation takes: the one asked for, val, or test where that is alone.
+
+    Args:
+        asked: "val" or "test"; None for whatever is there.
+        root: The folder.
+        folders: Where a part lies in it, with {} for the part.
+    """
+    val, test = ((root / folders.format(part)).is_dir() for part in ("val", "test"))
+    return asked or ("test" if test and not val else "val")
+
+
 def choose_subset(names: list[str], fraction: float, subset_seed: int) -> list[str]:
     """Choose a random part of the names, at least one, and keep their order."""
     generator = torch.Generator().manual_seed(subset_seed)
@@ -357,21 +487,19 @@ def choose_subset(names: list[str], fraction: float, subset_seed: int) -> list[s
     return [names[i] for i in chosen.sort().values.tolist()]
 
 
-def read_files(path: Path, names: list[str], held_out: list[str]) -> tuple[list[str], list[str]]:
+def read_files(path: Path, names: list[str]) -> list[str]:
     """Read a list of training images, one name a line.
 
     Args:
         path: The list.
         names: Of all images of the source.
-        held_out: Those that would be held out without a list.
 
     Returns:
-        The listed names, in the order of `names`, and the held-out names that are not among them.
+        The listed names, in the order of `names`.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it lists no image, one twice, one that the source does not have, or all that
-            were to be held out.
+        ValueError: If it lists no image, one twice, or one that the source does not have.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no such list of files: {path}")
@@ -389,10 +517,7 @@ def read_files(path: Path, names: list[str], held_out: list[str]) -> tuple[list[
             f"{len(unknown)} of the {len(listed)} images of {path} are not in the source, "
             f"among them {unknown[0]!r}; expected names such as {names[0]!r}"
         )
-    rest = [name for name in held_out if name not in chosen]
-    if not rest:
-        raise ValueError(f"{path} leaves no image to hold out: it lists all of {', '.join(held_out[:3])} ...")
-    return [name for name in names if name in chosen], rest
+    return [name for name in names if name in chosen]
 
 
 class TrainingSet(Dataset):
@@ -585,6 +710,35 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         return torch.cat(parts)
 
 
+def open_source(kind: str, path: str) -> tuple[list[str], Callable[[str, Chooser], Crop], Shards | None]:
+    """Find the images of a folder or of shards.
+
+    Returns:
+        Their names, what loads them, as of `Images`, and the shards.
+
+    Raises:
+        FileNotFoundError: If the folder or a shard is missing, or no image is found.
+        ValueError: If a shard is damaged.
+    """
+    if kind == "folder":
+        root = Path(path).expanduser()
+        return list_images(root), functools.partial(load_file, root), None
+    shards = Shards(find_shards(path), IMAGE_EXTENSIONS)
+    return shards.names(), functools.partial(load_member, shards), shards
+
+
+def check_apart(kind: str, source: str, val: str) -> None:
+    """Raise ValueError if images of `val` would be trained on as well: both are folders, or both shards."""
+    if kind == "folder":
+        inside, outside = (Path(path).expanduser().resolve() for path in (val, source))
+        both = inside.is_relative_to(outside) or outside.is_relative_to(inside)
+    else:
+        found = ({shard.resolve() for shard in find_shards(path)} for path in (val, source))
+        both = not set.isdisjoint(*found)
+    if both:
+        raise ValueError(f"val must have no image in common with source {kind}:{source}, not {val!r}")
+
+
 def build_data(
     config: DataConfig, img_size: tuple[int, int], num_patches: int, seed: int
 ) -> tuple[TrainingSet, HeldOutSet]:
@@ -610,27 +764,38 @@ def build_data(
     crops_per_image, held_out_crops = 1, None
     if kind == "photos":
         photos = load_photos()
-        load = functools.partial(cut, photos)
+        load = held_out_load = functools.partial(cut, photos)
         found = list(photos)
         names = [name for name in found if name not in HELD_OUT_PHOTOS]
         held_out = list(HELD_OUT_PHOTOS)
         crops_per_image, held_out_crops = config.crops_per_photo, HELD_OUT_CROPS
-    elif kind == "folder":
-        root = Path(path).expanduser()
-        load = functools.partial(load_file, root)
-        found = list_images(root)
-        names, held_out = split_files(found, load)
     else:
-        shards = Shards(find_shards(path), IMAGE_EXTENSIONS)
-        load = functools.partial(load_member, shards)
-        found = shards.names()
-        names, held_out = split_files(found, load)
+        found, load, shards = open_source(kind, path)
+        if isinstance(config.val, str):
+            check_apart(kind, path, config.val)
+            names = found
+            held_out, held_out_load, _ = open_source(kind, config.val)
+            Images(held_out, held_out_load).read(0)  # fails now rather than in the first evaluation
+        else:
+            names, held_out = split_files(found, load, config.val)
+            held_out_load = load
     if config.files is None:
         names = choose_subset(names, config.fraction, config.subset_seed)
     else:
-        names, held_out = read_files(Path(config.files).expanduser(), found, held_out)
+        names = read_files(Path(config.files).expanduser(), found)
+        if not isinstance(config.val, str):  # names of another folder may be the same
+            chosen = set(names)
+            rest = [name for name in held_out if name not in chosen]
+            if not rest:
+                raise ValueError(
+                    f"{config.files} leaves no image to hold out: it lists all of "
+                    f"{', '.join(held_out[:3])} ..."
+                )
+            held_out = rest
+    training, held_out = Images(names, load), Images(held_out, held_out_load)
+    keep_decoded((training, held_out), config.cache)
     training_set = TrainingSet(
-        Images(names, load),
+        training,
         img_size,
         num_patches,
         seed,
@@ -640,7 +805,7 @@ def build_data(
         config.augment_on == "device",
         config.draft,
     )
-    return training_set, HeldOutSet(Images(held_out, load), img_size, num_patches, held_out_crops)
+    return training_set, HeldOutSet(held_out, img_size, num_patches, held_out_crops)
 
 
 def collate(samples: list[Sample]) -> dict[str, Tensor | list]:

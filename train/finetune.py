@@ -34,7 +34,7 @@ from models.vit import pair
 from train import plots, transfer
 from train.labelled import AugmentConfig, LabelledConfig, LabelledSet, Mixer, build_labelled, collate
 from train.loop import Loop, moved
-from train.processes import Processes
+from train.processes import Processes, progress
 from train.run import build_adamw, open_run, parse_config, plot_correlations, run_script, summary_of
 from train.run_folder import to_json, write_atomically
 
@@ -148,7 +148,7 @@ class Evaluator:
         unreadable: dict[str, str] = {}
         decor = self.config.decor
         observes = self.processes.is_main and not self.config.linear
-        for batch in loader:
+        for batch in progress(loader, "evaluating", "batch"):
             unreadable |= dict(batch.pop("skipped"))
             batch = moved(batch, device)
             labels = batch["label"]

@@ -8,7 +8,7 @@ squared error. `docs/darl.md` tells what to expect of which.
 
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -80,7 +80,8 @@ def draw(config: Config) -> dict[str, Tensor]:
     known = round(config.known * patches.num_patches)
     images = torch.zeros(config.count, model.in_chans, *patches.img_size, device=device)
     if known:
-        _, held_out = build_data(trained.data, patches.img_size, patches.num_patches, trained.seed)
+        data = replace(trained.data, cache=0)  # a few images are read once
+        _, held_out = build_data(data, patches.img_size, patches.num_patches, trained.seed)
         batch = collate([held_out[i % len(held_out)] for i in range(config.count)])
         images = batch["image"].to(device)
     task = task_of(trained)

@@ -11,12 +11,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from timm.data import Mixup, create_transform
+from PIL import Image
+from timm.data import Mixup, auto_augment, create_transform
 from timm.data.mixup import mixup_target
+from timm.data.transforms import ResizeKeepRatio
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
@@ -24,7 +26,7 @@ from torchvision.transforms import v2
 
 from dbpkern.capture import derive_seed
 from train.augment import Chooser, Crop, View
-from train.data import Images, load_file, seeded
+from train.data import Images, check_cache, choose_split, keep_decoded, load_file, seeded
 
 HELD_OUT = 0.2  # part of each class that is held out where the source has no split of its own
 
@@ -36,24 +38,51 @@ class LabelledConfig:
     Args:
         source: "digits": the 1,797 handwritten digits, grey and of 8 x 8 pixels, that ship with scikit-learn.
             "folder:PATH": image files in a sub-folder of PATH/train for each class, and the same classes in
-            PATH/val for evaluation; or sub-folders of PATH itself. Digits, and folders without train and
-            val, are split: a fifth of each class is held out, the same in every run.
+            PATH/val or PATH/test for evaluation; or sub-folders of PATH itself. Digits, and folders without
+            these parts, are split: a fifth of each class is held out, the same in every run.
+        split: Part that evaluation takes of a folder with parts, "val" or "test"; null for val, or for test
+            where there is no val.
+        fraction: Part of the training images to use, above 0 and at most 1. Below 1 it has the same number
+            of each class, at least one.
+        subset_seed: Chooses which images make up the fraction, independently of the seed of the run.
         workers: Loader processes per training process; 0 loads in the training process itself.
         crop_scale: Smallest and largest area of a random crop, as parts of the image's area.
+        crop_padding: Pixels of black that are put around the image before a random crop of img_size, in place
+            of crop_scale: 4 is usual for images of 32 pixels. Images that are not of img_size are resized
+            before, so that they cover it. null for crop_scale.
         crop_pct: Side of the centre crop of evaluation, as a part of the image's shorter side.
+        cache: Memory in MiB for decoded images, of each training process: if all images fit, they are
+            decoded once, at the start; otherwise each time. "auto" is a quarter of the memory that is free,
+            at most 4,096 MiB, shared by the processes of a machine. 0 for none. Samples stay the same.
     """
 
     source: str = "digits"
+    split: Literal["val", "test"] | None = None
+    fraction: float = 1.0
+    subset_seed: int = 0
     workers: int = 0
     crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_padding: int | None = None
     crop_pct: float = 0.875
+    cache: int | Literal["auto"] = 0
 
     def __post_init__(self):
         kind, _, path = self.source.partition(":")
         if self.source != "digits" and not (kind == "folder" and path):
             raise ValueError(f"data.source: expected 'digits' or 'folder:PATH', got {self.source!r}")
+        if self.split not in (None, "val", "test"):
+            raise ValueError(f"data.split: expected null, 'val' or 'test', got {self.split!r}")
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"data.fraction: expected a part in (0, 1], got {self.fraction}")
+        if not 0 <= self.subset_seed < 2**63:
+            raise ValueError(f"data.subset_seed: expected at least 0 and below 2**63, got {self.subset_seed}")
         if self.workers < 0:
             raise ValueError(f"data.workers: expected at least 0, got {self.workers}")
+        check_cache(
+            self.cache, "data.cache", "digits, which are in memory" if self.source == "digits" else None
+        )
+        if self.crop_padding is not None and self.crop_padding < 0:
+            raise ValueError(f"data.crop_padding: expected null or at least 0, got {self.crop_padding}")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ValueError(
                 f"data.crop_scale: expected two areas, 0 < min <= max <= 1, got {self.crop_scale}"
@@ -94,6 +123,18 @@ class AugmentConfig:
     def mixes(self) -> bool:
         """Whether images are mixed, which needs pairs of them."""
         return self.mixup > 0 or self.cutmix > 0
+
+
+def posterize(image: Image.Image, bits_to_keep: int, **_) -> Image.Image:
+    """As timm's, but black where no bit is kept: timm's policies ask for that, which Pillow 13 refuses."""
+    return auto_augment.posterize(image, bits_to_keep) if bits_to_keep else Image.new(image.mode, image.size)
+
+
+auto_augment.NAME_TO_OP |= {
+    name: posterize
+    for name, operation in auto_augment.NAME_TO_OP.items()
+    if operation is auto_augment.posterize
+}
 
 
 @contextmanager
@@ -244,6 +285,41 @@ def _split(images: Images, labels: list[int]) -> tuple[tuple[Images, list[int]],
     return first, second
 
 
+def choose_balanced(
+    labels: list[int], classes: tuple[str, ...], fraction: float, subset_seed: int
+) -> list[int]:
+    """Choose a random part of labelled images, as many of each class: their indices, ascending.
+
+    A smaller fraction lies in a larger one.
+
+    Args:
+        labels: Number of each image's class.
+        classes: Names of the classes.
+        fraction: Of all images, in (0, 1]; 1 takes all.
+        subset_seed: Of the choice.
+
+    Raises:
+        ValueError: A class has fewer images than each would have to give.
+    """
+    if fraction == 1:
+        return list(range(len(labels)))
+    count = max(1, round(fraction * len(labels) / len(classes)))
+    members: list[list[int]] = [[] for _ in classes]
+    for index, label in enumerate(labels):
+        members[label].append(index)
+    chosen = []
+    for label, own in enumerate(members):
+        if len(own) < count:
+            raise ValueError(
+                f"data.fraction: {fraction} of {len(labels)} images takes {count} of each of the "
+                f"{len(classes)} classes, but {classes[label]!r} has {len(own)}; expected a smaller part, "
+                "or 1 for all images"
+            )
+        generator = torch.Generator().manual_seed(derive_seed(subset_seed, label))
+        chosen += [own[i] for i in torch.randperm(len(own), generator=generator)[:count].tolist()]
+    return sorted(chosen)
+
+
 def build_labelled(
     config: LabelledConfig,
     augment: AugmentConfig,
@@ -267,8 +343,8 @@ def build_labelled(
 
     Raises:
         FileNotFoundError: The folder is missing, has no folders for classes, or one of them is empty.
-        ValueError: Training and evaluation have other classes, a class is too small to split, no image can be
-            read, or timm does not know the policy of augmentation.
+        ValueError: Training and evaluation have other classes, a class is too small to split or for the
+            fraction, no image can be read, or timm does not know the policy of augmentation.
     """
     common = {"input_size": (3, *img_size), "interpolation": "bicubic", "mean": mean, "std": std}
     try:
@@ -284,21 +360,37 @@ def build_labelled(
         )
     except (AssertionError, ValueError, KeyError) as error:
         raise ValueError(f"augment.policy: timm does not know {augment.policy!r}: {error}") from error
+    if config.crop_padding is not None:
+        # As DeiT does for small images: timm's transforms but for the first, which crops and resizes.
+        random_crop.transforms[:1] = [
+            ResizeKeepRatio(img_size, longest=0, interpolation="bicubic"),
+            v2.RandomCrop(img_size, padding=config.crop_padding),
+        ]
     centre_crop = create_transform(is_training=False, crop_pct=config.crop_pct, **common)
     kind, _, path = config.source.partition(":")
     root = Path(path).expanduser()
     if kind == "folder" and not root.is_dir():
         raise FileNotFoundError(f"data.source: no such folder: {root}")
-    if kind == "folder" and ((root / "train").is_dir() or (root / "val").is_dir()):
-        *training, classes = _read_folder(root, "train")
-        *held_out, others = _read_folder(root, "val")
+    if kind == "folder" and any((root / part).is_dir() for part in ("train", "val", "test")):
+        part = choose_split(config.split, root)
+        images, labels, classes = _read_folder(root, "train")
+        *held_out, others = _read_folder(root, part)
         if classes != others:
             odd = sorted(set(classes) ^ set(others))
             raise ValueError(
-                f"data.source: expected the same classes in {root / 'train'} and {root / 'val'}, but only "
+                f"data.source: expected the same classes in {root / 'train'} and {root / part}, but only "
                 f"one has {', '.join(odd[:5])}"
             )
     else:
+        if config.split is not None:
+            raise ValueError(
+                f"data.split: is for folders with parts, such as PATH/{config.split}; expected null for "
+                f"{config.source}, got {config.split!r}"
+            )
         images, labels, classes = _read_digits() if kind == "digits" else _read_folder(root)
-        training, held_out = _split(images, labels)
-    return LabelledSet(*training, random_crop, seed), LabelledSet(*held_out, centre_crop, seed), classes
+        (images, labels), held_out = _split(images, labels)
+    chosen = choose_balanced(labels, classes, config.fraction, config.subset_seed)
+    images = Images([images.names[i] for i in chosen], images.load)
+    keep_decoded((images, held_out[0]), config.cache)
+    training = LabelledSet(images, [labels[i] for i in chosen], random_crop, seed)
+    return training, LabelledSet(*held_out, centre_crop, seed), classes

@@ -26,7 +26,7 @@ from train import checkpoint, planning, plots
 from train import config as shared
 from train.data import DataConfig, StepSampler, TrainingSet, build_data, build_loader, to_images
 from train.loop import HoldsR, Loop, moved
-from train.processes import Processes
+from train.processes import Processes, progress
 from train.run import open_run, parse_config, plot_correlations, run_script, summary_of
 from train.run_folder import RunFolder, to_json, write_atomically
 from train.tasks import COUNT, FAMILIES, DarlConfig, DvaeConfig, Rows, Task, task_of
@@ -300,7 +300,7 @@ class Evaluator:
             self.processes.device.type == "cuda",
             self.task.collate,
         )
-        for i, batch in enumerate(loader):
+        for i, batch in enumerate(progress(loader, "evaluating", "batch")):
             unreadable |= dict(batch["skipped"])
             batch = moved(batch, self.processes.device)
             images = batch["image"]

@@ -1,7 +1,8 @@
 """The processes of a run: one, or as many as torchrun started."""
 
 import os
-from collections.abc import Iterable
+import sys
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,10 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.rendezvous import rendezvous
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+SILENT = 1.0  # seconds of work beside the steps without a bar
 
 
 @dataclass
@@ -57,6 +62,29 @@ class Processes:
         """Wait until all processes are here."""
         if self.world_size > 1:
             dist.barrier()
+
+
+def _is_first() -> bool:
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def progress(items: Collection | DataLoader, what: str, unit: str) -> tqdm:
+    """Give items one by one, on the main process with a bar on stderr if they take longer than SILENT.
+
+    It is gone when they are, unlike the bar of the steps, below which it stands.
+
+    Args:
+        items: Of known number.
+        what: Is done with them.
+        unit: What they are called.
+    """
+    return tqdm(items, what, unit=unit, leave=False, mininterval=1, delay=SILENT, disable=not _is_first())
+
+
+def tell(message: str) -> None:
+    """Write a line to stderr, on the main process, above bars that are there."""
+    if _is_first():
+        tqdm.write(message, file=sys.stderr)
 
 
 def _attempt() -> int:

@@ -19,7 +19,7 @@ import yaml
 # Settings that change none of a run's numbers: they may differ between a run and its continuation.
 NEUTRAL = (
     "out", "resume", "eval_every", "checkpoint_every", "keep", "max_bad_steps", "profile", "data.workers",
-    "energy.country", "parallel",
+    "data.cache", "energy.country", "parallel",
 )  # fmt: skip
 
 UNFINISHED = ".writing"  # end of the names that files have while they are written

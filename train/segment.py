@@ -39,7 +39,7 @@ from models.vit import check_sizes, pair
 from train import plots, transfer
 from train.data import DataError
 from train.loop import Loop, moved
-from train.processes import Processes
+from train.processes import Processes, progress
 from train.run import build_adamw, open_run, parse_config, plot_correlations, run_script, summary_of
 from train.run_folder import to_json, write_atomically
 from train.schedule import warmup_linear
@@ -365,7 +365,7 @@ class Evaluator:
         unreadable: dict[str, str] = {}
         self.pictures = {}
         decor, observes = self.config.decor, self.processes.is_main
-        for batch in loader:
+        for batch in progress(loader, "evaluating", "batch"):
             unreadable |= dict(batch.pop("skipped"))
             for part in self._parts(moved(batch, device)["samples"]):
                 versions = [torch.stack(images) for images in zip(*(s.image for s in part), strict=True)]

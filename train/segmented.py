@@ -1,14 +1,16 @@
-"""Images with a class for each pixel: ADE20K, folders of images and masks, or synthetic scenes.
+"""Images with a class for each pixel: ADE20K, Cityscapes, folders with masks, or synthetic scenes.
 
 Every training sample (its crop and its augmentation) is a function of (seed, epoch, index) alone, as in
 `train.data`, for runs that are resumed or spread over more processes.
 """
 
 import functools
-from collections.abc import Callable
+import itertools
+import re
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -24,15 +26,41 @@ from train.data import (
     DataError,
     Images,
     by_hash,
+    choose_split,
     choose_subset,
     decode,
     list_images,
     seeded,
 )
+from train.processes import progress
 
 IGNORE = 255  # label of the pixels that count neither in the loss nor in metrics
+UNKNOWN = 256  # beside labels: a value that is no class, where that is an error
 MAX_CLASSES = 255
 ADE20K_CLASSES = 150
+# The classes that Cityscapes evaluates, and their ids among its 34.
+CITYSCAPES = {
+    "road": 7,
+    "sidewalk": 8,
+    "building": 11,
+    "wall": 12,
+    "fence": 13,
+    "pole": 17,
+    "traffic light": 19,
+    "traffic sign": 20,
+    "vegetation": 21,
+    "terrain": 22,
+    "sky": 23,
+    "person": 24,
+    "rider": 25,
+    "car": 26,
+    "truck": 27,
+    "bus": 28,
+    "train": 31,
+    "motorcycle": 32,
+    "bicycle": 33,
+}
+REST = "rest"  # as ignored values: all that are no class's
 HELD_OUT = 0.2  # part of the images that is held out where the source has no split of its own
 CROP_TRIES = 10
 TRAINING_SCENES = 2_000
@@ -46,10 +74,20 @@ class SegmentedConfig:
     Args:
         source: "scenes": synthetic scenes of ten textures, composed from photographs that ship with
             scikit-image and scikit-learn. "ade20k:ROOT": ADE20K with 150 classes in its official layout,
-            ROOT/images and ROOT/annotations, both with training and validation. "folder:ROOT": ROOT/train
-            and ROOT/val, both with images and masks of the same names; or images and masks in ROOT itself,
-            of which a fifth is held out, the same in every run. Masks are PNG files of class numbers, 255
-            where there is none; the names of the classes are the lines of ROOT/classes.txt.
+            ROOT/images and ROOT/annotations, both with training and validation. "cityscapes:ROOT": Cityscapes
+            with 19 classes in its official layout, ROOT/leftImg8bit and ROOT/gtFine, both with train and val.
+            "folder:ROOT": ROOT/images and ROOT/annotations, both with train and val; ROOT/train and ROOT/val,
+            both with images and masks; or images and masks in ROOT itself, of which a fifth is held out, the
+            same in every run. Masks are PNG files with the names of their images. The names of the classes
+            are the lines of ROOT/classes.txt.
+        split: Part that evaluation takes of a folder with parts, "val" or "test"; null for val, or for test
+            where there is no val.
+        classes: Of a folder, in place of classes.txt: the name of each class and its value in the masks, or
+            a list of values, such as {road: 7, vehicle: [26, 27]}. A value is a number (of masks with a
+            palette, the index), or a colour of RGB masks, such as "#804080". null: the classes are the
+            numbers from 0 that are not ignored.
+        ignored: Of a folder, the value or values in masks of the pixels without a class, or "rest" for all
+            that are no class; null for 255, or for none in colours.
         workers: Loader processes per training process; 0 loads in the training process itself.
         fraction: Part of the training images to use, above 0 and at most 1.
         subset_seed: Chooses which images make up the fraction, independently of the seed of the run.
@@ -66,6 +104,9 @@ class SegmentedConfig:
     """
 
     source: str = "scenes"
+    split: Literal["val", "test"] | None = None
+    classes: dict[str, int | str | list[int | str]] | None = None
+    ignored: int | str | list[int | str] | None = None
     workers: int = 0
     fraction: float = 1.0
     subset_seed: int = 0
@@ -77,10 +118,19 @@ class SegmentedConfig:
 
     def __post_init__(self):
         kind, _, path = self.source.partition(":")
-        if self.source != "scenes" and not (kind in ("ade20k", "folder") and path):
+        if self.source != "scenes" and not (kind in ("ade20k", "cityscapes", "folder") and path):
             raise ValueError(
-                f"data.source: expected 'scenes', 'ade20k:ROOT' or 'folder:ROOT', got {self.source!r}"
+                "data.source: expected 'scenes', 'ade20k:ROOT', 'cityscapes:ROOT' or 'folder:ROOT', got "
+                f"{self.source!r}"
             )
+        for name in ("split", "classes", "ignored"):
+            if kind != "folder" and getattr(self, name) is not None:
+                raise ValueError(
+                    f"data.{name}: is for folder:ROOT; expected null for {kind}, got {getattr(self, name)!r}"
+                )
+        if self.split not in (None, "val", "test"):
+            raise ValueError(f"data.split: expected null, 'val' or 'test', got {self.split!r}")
+        self._check_values()
         if self.workers < 0:
             raise ValueError(f"data.workers: expected at least 0, got {self.workers}")
         if not 0 < self.fraction <= 1:
@@ -99,13 +149,57 @@ class SegmentedConfig:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"data.{name}: expected a chance in [0, 1], got {getattr(self, name)}")
 
+    @property
+    def colours(self) -> bool:
+        """Whether classes are colours of RGB masks."""
+        return self.classes is not None and any(
+            isinstance(value, str) for values in self.classes.values() for value in as_list(values)
+        )
+
+    def _check_values(self) -> None:
+        kinds = {"data.classes": itertools.chain(*map(as_list, (self.classes or {}).values()))}
+        if self.ignored not in (None, REST):
+            kinds["data.ignored"] = as_list(self.ignored)
+        seen = set()
+        for name, values in kinds.items():
+            expected = "colours such as '#804080'" if self.colours else "numbers from 0 to 65535"
+            if name == "data.ignored":
+                expected += ", or 'rest'"
+            for value in values:
+                if self.colours:
+                    fits = isinstance(value, str) and re.fullmatch("#[0-9a-fA-F]{6}", value)
+                else:
+                    fits = isinstance(value, int) and 0 <= value < 2**16
+                if not fits:
+                    raise ValueError(f"{name}: expected {expected}, got {value!r}")
+                if to_number(value) in seen:
+                    raise ValueError(f"{name}: expected each value once, got {value!r} again")
+                seen.add(to_number(value))
+        if self.classes is not None and not (
+            2 <= len(self.classes) <= MAX_CLASSES and all(as_list(v) for v in self.classes.values())
+        ):
+            raise ValueError(
+                f"data.classes: expected 2 to {MAX_CLASSES} classes with a value each, got {self.classes}"
+            )
+
+
+def as_list(values: int | str | Iterable[int | str]) -> list[int | str]:
+    """One value or several as a list."""
+    return [values] if isinstance(values, int | str) else list(values)
+
+
+def to_number(value: int | str) -> int:
+    """A value in masks as a number: a colour's is 65536 red + 256 green + blue."""
+    return int(value[1:], 16) if isinstance(value, str) else value
+
 
 class Pair(NamedTuple):
     """An image and its mask as they are stored.
 
     Attributes:
         pixels: uint8 [3, H, W].
-        values: Of the mask's pixels, integers [H, W]; [H, W, C] where the file is no mask.
+        values: Of the mask's pixels, integers [H, W], colours by `to_number`; [H, W, C] where the file is no
+            mask.
         file: Name of the mask, for messages.
     """
 
@@ -117,7 +211,22 @@ class Pair(NamedTuple):
 def check_channels(values: Tensor, file: str) -> None:
     """Raise DataError unless what was read from a file can be a mask, that is, [H, W]."""
     if values.ndim != 2:
-        raise DataError(f"{file}: expected one channel of class numbers, got {values.shape[2]} channels")
+        raise DataError(
+            f"{file}: expected one channel of class numbers, got {values.shape[2]} channels; where they are "
+            "colours, data.classes tells the classes"
+        )
+
+
+def in_words(values: Collection[int], colours: bool) -> str:
+    """Values of masks in a few words, runs of numbers by their ends."""
+    if colours:
+        shown = [f"#{value:06x}" for value in itertools.islice(values, 4)]
+        return ", ".join([*shown, "..."] if len(values) > len(shown) else shown)
+    runs = []
+    for _, run in itertools.groupby(enumerate(sorted(values)), lambda pair: pair[1] - pair[0]):
+        numbers = [value for _, value in run]
+        runs.append(f"{numbers[0]}" if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}")
+    return ", ".join(runs)
 
 
 @dataclass(frozen=True)
@@ -125,14 +234,32 @@ class Coding:
     """What the values in stored masks mean.
 
     Args:
-        classes: Names of the classes, in the order of their values.
-        first: Value of the first class.
-        ignored: Value of the pixels without a class.
+        classes: Names of the classes, in the order of their labels.
+        labels: The label, 0 to C - 1, of each value of a class.
+        ignored: Values of the pixels without a class; None for all that are no class's.
+        colours: Whether the values are those of colours.
     """
 
     classes: tuple[str, ...]
-    first: int = 0
-    ignored: int = IGNORE
+    labels: dict[int, int]
+    ignored: frozenset[int] | None = frozenset({IGNORE})
+    colours: bool = False
+
+    @classmethod
+    def numbered(cls, classes: tuple[str, ...], ignored: frozenset[int] | None) -> "Coding":
+        """The coding in which the classes are the numbers from 0 that are not ignored."""
+        numbers = (number for number in itertools.count() if number not in (ignored or ()))
+        return cls(classes, dict(zip(numbers, range(len(classes)), strict=False)), ignored)
+
+    @functools.cached_property
+    def _table(self) -> Tensor:
+        """The label of each value up to the largest known, UNKNOWN for others and at the end, int16."""
+        known = dict.fromkeys(self.ignored or (), IGNORE) | self.labels
+        other = IGNORE if self.ignored is None else UNKNOWN
+        table = torch.full((max(known) + 2,), other, dtype=torch.int16)
+        for value, label in known.items():
+            table[value] = label
+        return table
 
     def decode(self, pair: Pair) -> Tensor:
         """Bring a stored mask to the labels 0 to C - 1, and IGNORE: uint8 [H, W].
@@ -147,15 +274,16 @@ class Coding:
             raise DataError(
                 f"{pair.file}: expected a mask of its image's size {size}, got {tuple(values.shape)}"
             )
-        last = self.first + len(self.classes) - 1
-        ignored = values == self.ignored
-        unknown = ~ignored & ((values < self.first) | (values > last))
+        labels = self._table[values.int().clamp(max=len(self._table) - 1)]
+        unknown = labels == UNKNOWN
         if unknown.any():
+            none = f", or {in_words(self.ignored, self.colours)} for none" if self.ignored else ""
             raise DataError(
-                f"{pair.file}: expected labels {self.first} to {last}, or {self.ignored} for none, "
-                f"got {int(values[unknown][0])}"
+                f"{pair.file}: expected {'colours' if self.colours else 'labels'} "
+                f"{in_words(self.labels, self.colours)}{none}, "
+                f"got {in_words([int(values[unknown][0])], self.colours)}"
             )
-        return torch.where(ignored, IGNORE, values - self.first).to(torch.uint8)
+        return labels.to(torch.uint8)
 
 
 class SegmentedSample(NamedTuple):
@@ -350,20 +478,22 @@ class Augment:
         return v2.functional.pad(image, padding), v2.functional.pad(mask, padding, fill=IGNORE)[0]
 
 
-def _read_values(path: Path) -> Tensor:
+def _read_values(path: Path, colours: bool = False) -> Tensor:
     try:
-        with Image.open(
-            path
-        ) as image:  # of 1, 8 or 16 bits or with a palette: the numbers as they are stored
+        with Image.open(path) as image:
+            if colours:
+                red, green, blue = np.asarray(image.convert("RGB")).astype(np.int32).transpose(2, 0, 1)
+                return torch.from_numpy(red << 16 | green << 8 | blue)
+            # Of 1, 8 or 16 bits or with a palette: the numbers as they are stored.
             return torch.from_numpy(np.asarray(image).astype(np.int32))
     except Exception as error:  # decoders of broken files raise nearly anything
         raise OSError(f"{path}: {error}") from error
 
 
-def load_pair(root: Path, masks: dict[str, str], name: str, choose: Chooser) -> Pair:
-    """Decode the image file `name` below `root` and its mask, both whole."""
+def load_pair(root: Path, masks: dict[str, str], colours: bool, name: str, choose: Chooser) -> Pair:
+    """Decode the image file `name` below `root` and its mask, of numbers or colours, both whole."""
     path = root / masks[name]
-    return Pair(decode(root / name).pixels, _read_values(path), str(path))
+    return Pair(decode(root / name).pixels, _read_values(path, colours), str(path))
 
 
 def load_scene(
@@ -375,13 +505,15 @@ def load_scene(
     return Pair(*scenes.compose(textures[part], img_size, *keys), name)
 
 
-def find_pairs(root: Path, images: str, masks: str) -> dict[str, str]:
+def find_pairs(root: Path, images: str, masks: str, endings: tuple[str, str] = ("", "")) -> dict[str, str]:
     """Pair the image files below a folder with the PNG files of the same names below another.
 
     Args:
         root: What the names are relative to.
         images: Folder of the images, relative to it.
         masks: Folder of the masks, relative to it.
+        endings: Of the names of images and masks before the extension, by which they differ; files without
+            are left out.
 
     Returns:
         Names of the images, sorted, and the mask of each.
@@ -392,14 +524,19 @@ def find_pairs(root: Path, images: str, masks: str) -> dict[str, str]:
             names it.
     """
     found = []
-    for folder, extensions in ((images, IMAGE_EXTENSIONS), (masks, (".png",))):
+    kinds = zip((images, masks), endings, (IMAGE_EXTENSIONS, (".png",)), strict=True)
+    for folder, ending, extensions in kinds:
         by_stem = {}
         for name in list_images(root / folder):
             stem, _, extension = name.rpartition(".")
-            if f".{extension.lower()}" in extensions:
+            if f".{extension.lower()}" in extensions and stem.endswith(ending):
+                stem = stem.removesuffix(ending)
                 if stem in by_stem:
                     raise ValueError(f"data.source: {root / by_stem[stem]} and {name} have the same name")
                 by_stem[stem] = f"{folder}/{name}"
+        if not by_stem:
+            endings = " or ".join(f"*{ending}{extension}" for extension in extensions)
+            raise FileNotFoundError(f"no image file {endings} below {root / folder}")
         found.append(by_stem)
     for these, those, kinds, folder in ((*found, "images", masks), (*reversed(found), "masks", images)):
         alone = [these[stem] for stem in these if stem not in those]
@@ -426,33 +563,43 @@ def read_classes(path: Path) -> tuple[str, ...]:
     return names
 
 
-def scan_classes(paths: list[Path]) -> tuple[str, ...]:
-    """Number the classes up to the largest label in any of the masks: "class 0" and so on.
+def scan_classes(paths: list[Path], ignored: frozenset[int]) -> tuple[str, ...]:
+    """Name the classes up to the largest label in any of the masks by their numbers: "class 0" and so on.
 
     Unreadable masks are passed over.
+
+    Args:
+        paths: Of the masks.
+        ignored: Values that are no class.
 
     Raises:
         ValueError: A mask has several channels, a label is too large, or there are fewer than two.
     """
     largest = -1
-    for path in paths:
+    none = torch.tensor(sorted(ignored), dtype=torch.int32)
+    for path in progress(paths, "counting classes", "mask"):
         try:
             values = _read_values(path)
         except OSError:  # it will be listed as skipped, if its turn comes
             continue
         check_channels(values, str(path))
-        labels = values[values != IGNORE]
+        labels = values[~torch.isin(values, none)]
         if labels.numel() and int(labels.max()) > largest:
             largest = int(labels.max())
             if largest >= MAX_CLASSES:
-                raise ValueError(f"{path}: expected labels below {MAX_CLASSES}, or {IGNORE}, got {largest}")
-    if largest < 1:
+                raise ValueError(
+                    f"{path}: expected labels below {MAX_CLASSES}, or {in_words(ignored, False)}, "
+                    f"got {largest}"
+                )
+    numbers = [number for number in range(largest + 1) if number not in ignored]
+    if len(numbers) < 2:
+        least = itertools.islice((number for number in itertools.count() if number not in ignored), 2)
         raise ValueError(
-            f"data.source: expected masks with labels from 0 to 1 at least, and {IGNORE} for pixels without "
-            f"a class; those of {len(paths)} masks, such as {paths[0]}, are "
-            f"{'all without' if largest < 0 else 'all 0'}"
+            f"data.source: expected masks with labels from {' to '.join(map(str, least))} at least, and "
+            f"{in_words(ignored, False)} for pixels without a class; those of {len(paths)} masks, such as "
+            f"{paths[0]}, are {f'all {numbers[0]}' if numbers else 'all without'}"
         )
-    return tuple(f"class {number}" for number in range(largest + 1))
+    return tuple(f"class {number}" for number in numbers)
 
 
 class Source(NamedTuple):
@@ -477,8 +624,13 @@ def _open_scenes(img_size: tuple[int, int]) -> Source:
         [f"{part}/{number:04d}" for number in range(count)]
         for part, count in zip(textures, (TRAINING_SCENES, HELD_OUT_SCENES), strict=True)
     )
-    coding = Coding(tuple(scenes.TEXTURES), ignored=len(scenes.TEXTURES))
+    coding = Coding.numbered(tuple(scenes.TEXTURES), frozenset({len(scenes.TEXTURES)}))
     return Source(functools.partial(load_scene, textures, img_size), training, held_out, coding)
+
+
+def _from_parts(root: Path, training: dict[str, str], held_out: dict[str, str], coding: Coding) -> Source:
+    load = functools.partial(load_pair, root, training | held_out, coding.colours)
+    return Source(load, list(training), list(held_out), coding)
 
 
 def _open_ade20k(root: Path) -> Source:
@@ -492,28 +644,69 @@ def _open_ade20k(root: Path) -> Source:
         classes = tuple(row.rpartition("\t")[2].partition(",")[0].strip() for row in rows)
         if len(classes) != ADE20K_CLASSES:
             raise ValueError(f"{info}: expected {ADE20K_CLASSES} classes, got {len(classes)}")
-    load = functools.partial(load_pair, root, training | held_out)
-    return Source(load, list(training), list(held_out), Coding(classes, first=1, ignored=0))
+    return _from_parts(root, training, held_out, Coding.numbered(classes, frozenset({0})))
 
 
-def _open_folder(root: Path) -> Source:
-    if (root / "train").is_dir() or (root / "val").is_dir():
-        pairs, others = (find_pairs(root, f"{part}/images", f"{part}/masks") for part in ("train", "val"))
-        training, held_out = list(pairs), list(others)
-        masks = pairs | others
+def _open_cityscapes(root: Path) -> Source:
+    endings = ("_leftImg8bit", "_gtFine_labelIds")
+    training, held_out = (
+        find_pairs(root, f"leftImg8bit/{part}", f"gtFine/{part}", endings) for part in ("train", "val")
+    )
+    labels = {value: label for label, value in enumerate(CITYSCAPES.values())}
+    return _from_parts(root, training, held_out, Coding(tuple(CITYSCAPES), labels, ignored=None))
+
+
+def _coding_of(config: SegmentedConfig, root: Path, masks: Iterable[str]) -> Coding:
+    """What the values in the masks of a folder mean, which are read if nothing else tells the classes."""
+    if config.ignored == REST:
+        ignored = None
+    elif config.ignored is None:
+        ignored = frozenset() if config.colours else frozenset({IGNORE})
     else:
+        ignored = frozenset(map(to_number, as_list(config.ignored)))
+    if config.classes is not None:
+        labels = {
+            to_number(value): label
+            for label, values in enumerate(config.classes.values())
+            for value in as_list(values)
+        }
+        return Coding(tuple(config.classes), labels, ignored and ignored.difference(labels), config.colours)
+    names = root / "classes.txt"
+    if names.is_file():
+        return Coding.numbered(read_classes(names), ignored)
+    if ignored is None:
+        raise ValueError(
+            f"data.ignored: 'rest' are the values that are no class; expected {names} or data.classes, which "
+            "tell the classes"
+        )
+    return Coding.numbered(scan_classes([root / mask for mask in masks], ignored), ignored)
+
+
+def _open_folder(config: SegmentedConfig, root: Path) -> Source:
+    def has_parts(place: str) -> bool:
+        return any((root / place.format(part)).is_dir() for part in ("train", "val", "test"))
+
+    layouts = {"annotations/{}": ("images/{}", "annotations/{}"), "{}": ("{}/images", "{}/masks")}
+    layout = next((folders for place, folders in layouts.items() if has_parts(place)), None)
+    if layout is None:
         masks = find_pairs(root, "images", "masks")
-        pairs = masks  # the whole data set has been split at random: its classes are those of either part
+        if config.split is not None:
+            raise ValueError(
+                f"data.split: is for folders with parts; expected {root / config.split} or "
+                f"{root / 'annotations' / config.split}, or null, for a fifth of {root / 'images'}"
+            )
+        # The whole data set is split at random: its classes are those of either part.
+        coding = _coding_of(config, root, masks.values())
         held_out = sorted(by_hash(masks)[: max(1, round(HELD_OUT * len(masks)))])
         training = sorted(set(masks) - set(held_out))
         if not training:
             raise ValueError(f"data.source: expected at least 2 images in {root / 'images'}, got 1")
-    names = root / "classes.txt"
-    if names.is_file():
-        classes = read_classes(names)
-    else:
-        classes = scan_classes([root / mask for mask in pairs.values()])
-    return Source(functools.partial(load_pair, root, masks), training, held_out, Coding(classes))
+        return Source(functools.partial(load_pair, root, masks, coding.colours), training, held_out, coding)
+    training, held_out = (
+        find_pairs(root, *(folder.format(part) for folder in layout))
+        for part in ("train", choose_split(config.split, root, layout[0]))
+    )
+    return _from_parts(root, training, held_out, _coding_of(config, root, training.values()))
 
 
 def build_segmented(
@@ -527,7 +720,7 @@ def build_segmented(
     """Build the training set and the held-out set of a source.
 
     All names are paired here; files are read when their turn comes, but for the first of each set, and for
-    all training masks of a folder without classes.txt, or all of one without train and val.
+    all training masks of a folder whose classes nothing tells, or all of one without parts.
 
     Args:
         config: The source, and what training does to its images.
@@ -552,8 +745,10 @@ def build_segmented(
         source = _open_scenes(img_size)
     elif kind == "ade20k":
         source = _open_ade20k(root)
+    elif kind == "cityscapes":
+        source = _open_cityscapes(root)
     else:
-        source = _open_folder(root)
+        source = _open_folder(config, root)
     preprocess = Preprocess(config.short_side, mean, std)
     training = choose_subset(source.training, config.fraction, config.subset_seed)
     return (
