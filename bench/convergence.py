@@ -28,7 +28,7 @@ from torch import nn
 from bench import measure, probe, record
 from bench.baselines import PublishedRule
 from bench.jobs import Job, run_all
-from bench.matrix import ABLATIONS, ARMS, PRESETS, REFERENCE, SEEDS, Run, every_arm
+from bench.matrix import ABLATIONS, ARMS, PRESETS, SEEDS, Run, every_arm, tuned
 from bench.options import count
 from train import pretrain, processes
 from train.data import DataConfig
@@ -268,7 +268,7 @@ class Matrix:
         for arm in arms:
             if rate is None and arm in ARMS:
                 found += [Run(self.preset, arm, r, seeds[0]) for r in PRESETS[self.preset].rates_of(arm)]
-            chosen = rate if rate is not None else self.best_rate(arm if arm in ARMS else REFERENCE, seeds[0])
+            chosen = rate if rate is not None else self.best_rate(tuned(arm), seeds[0])
             if chosen is not None:
                 found += [Run(self.preset, arm, chosen, seed) for seed in seeds]
         return dict.fromkeys(found)
@@ -279,8 +279,7 @@ class Matrix:
 
     def waiting(self, arms: Sequence[str], seeds: Sequence[int], rate: float | None) -> list[str]:
         """The arms whose further seeds wait until a best rate is known."""
-        tuned = {arm: arm if arm in ARMS else REFERENCE for arm in arms}
-        return [a for a in arms if rate is None and self.best_rate(tuned[a], seeds[0]) is None]
+        return [a for a in arms if rate is None and self.best_rate(tuned(a), seeds[0]) is None]
 
 
 def build_published(config: pretrain.Config, model: nn.Module) -> tuple:
@@ -526,10 +525,12 @@ def check_start(matrix: Matrix, args: argparse.Namespace, arms: Sequence[str]) -
     if unusable:
         raise ValueError("\n".join([*unusable, "move or delete these files, and their runs are made again"]))
     ablations = [arm for arm in arms if arm not in ARMS]
-    if ablations and REFERENCE not in arms and matrix.waiting(ablations, args.seeds, args.rate):
+    waiting = matrix.waiting(ablations, args.seeds, args.rate)
+    unknown = sorted({tuned(arm) for arm in waiting} - set(arms))
+    if unknown:
         raise ValueError(
-            f"{', '.join(ablations)}: ablations run at the best rate of {REFERENCE}, which is not known "
-            f"yet; add {REFERENCE} to --arms, or give a --rate"
+            f"{', '.join(waiting)}: ablations run at the best rate of {' and '.join(unknown)}, which is not "
+            f"known yet; add {' '.join(unknown)} to --arms, or give a --rate"
         )
 
 

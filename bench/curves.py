@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from bench import record
 from bench.convergence import Matrix, Result, best
-from bench.matrix import ABLATIONS, ARMS, PRESETS, REFERENCE, every_arm
+from bench.matrix import ABLATIONS, ARMS, PRESETS, every_arm, tuned
 from train.compare import average, mean
 from train.energy import KINDS
 from train.plots import WINDOW
@@ -33,7 +33,8 @@ ENOUGH = 3  # seeds
 CROWD = 8  # arms whose names still fit among their curves
 # tab20 has ten hues, dark and light: first the dark ones.
 COLOURS = {name: f"C{i}" if i < 10 else colormaps["tab20"](2 * i - 19) for i, name in enumerate(ARMS)}
-SHOWN = {REFERENCE: "black", "dbp": "silver"}  # beside every family of ablations
+# Shown beside a family of ablations, black and silver: the arm that they change, and another.
+BESIDE = {"dbp-full": ("dbp-full", "dbp"), "decor-muon": ("decor-muon", "muon")}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -515,7 +516,7 @@ def markdown(report: Report, pictures: Mapping[str, str]) -> str:
     if probes:
         section("Linear probe", "probe", "Accuracy on digits, step by step.", probes)
     for family, names in _families(report).items():
-        shown = [name for name in SHOWN if name in report.arms]
+        shown = [name for name in BESIDE[tuned(names[0])] if name in report.arms]
         section(f"Ablation: {family}", f"ablation_{family}", losses_table(report, [*shown, *names]))
     if report.diverged:
         lines = [f"- {r.run.name}: {r.outcome}" for r in report.diverged]
@@ -570,7 +571,8 @@ def _plot_loss(report: Report, names: Sequence[str]) -> Callable[[Figure], None]
 
 def _plot_family(report: Report, names: Sequence[str]) -> Callable[[Figure], None]:
     many = colormaps["tab20"].colors
-    colours = {name: SHOWN.get(name, many[i % len(many)]) for i, name in enumerate(names)}
+    colours = {name: many[i % len(many)] for i, name in enumerate(names)}
+    colours |= dict(zip(BESIDE[tuned(names[-1])], ("black", "silver"), strict=True))
     return lambda figure: _draw_curves(figure, report, names, colours)
 
 
@@ -626,7 +628,8 @@ def plots(report: Report, folder: Path) -> dict[str, str]:
         label = "accuracy of the linear probe on digits"
         drawn["probe"] = lambda figure: _plot_evals(figure, report, "probe", label)
     for family, names in _families(report).items():
-        chosen = [n for n in (*SHOWN, *names) if n in report.arms and report.arms[n].curve is not None]
+        near = BESIDE[tuned(names[0])]
+        chosen = [n for n in (*near, *names) if n in report.arms and report.arms[n].curve is not None]
         if chosen:
             drawn[f"ablation_{family}"] = _plot_family(report, chosen)
     for name, draw in drawn.items():

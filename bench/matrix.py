@@ -2,7 +2,7 @@
 
 A run is named by (preset, arm, rate, seed). The main arms are run at several rates with the first seed; each
 arm's best rate, by its final training loss, is then run with the other seeds, too. Ablations change
-settings of the arm `REFERENCE`, one where one can change alone, and run at that arm's best rate.
+settings of a main arm, one where one can change alone, and run at that arm's best rate.
 """
 
 import copy
@@ -71,12 +71,14 @@ class Arm:
         settings: of `train.pretrain.Config`, by dotted name.
         rates: peak learning rates to try; none for an ablation.
         published: whether R is served by `bench.baselines`, the published rule as published.
+        like: the main arm whose best rate an ablation runs at.
     """
 
     title: str
     settings: Mapping[str, object] = field(default_factory=dict)
     rates: tuple[float, ...] = ()
     published: bool = False
+    like: str = "dbp-full"
 
 
 _PHOTOS = {
@@ -112,6 +114,7 @@ _CIFAR = _PHOTOS | {
     "steps": 3000,
     "batch_size": 128,
     "optim.warmup_steps": 150,
+    "data.cache": "auto",
 }
 _LARGE = {"batch_size": 256, "steps": 300, "optim.warmup_steps": 24}
 _IMAGENET = {
@@ -161,7 +164,7 @@ _SUBLAYERS = _DEFAULT | {"decor.rank": {"proj": 1 / 12, "fc2": 1 / 48}}
 _MUON = {"optim.name": "muon"}
 # Spelled out, as runs that are finished say what they were: the preset of this name may change.
 _LOW = {"patch_embed": 1 / 12, "qkv": 1 / 12, "proj": 1 / 12, "fc1": 1 / 12, "fc2": 1 / 48}
-REFERENCE = "dbp-full"  # of the ablations
+_DECOR_MUON = {"decor.enable": True} | _MUON
 
 ARMS = {
     "adamw": Arm("AdamW", {}, _RATES),
@@ -187,7 +190,7 @@ ARMS = {
     "dbp-layers": Arm("DBP in the layers", _LAYERS, _HIGHER),
     "dbp-muon": Arm("DBP with Muon", _DEFAULT | _MUON, (*_HIGHER, 2e-2)),
     "decor-adamw": Arm("DecorAdamW", {"decor.enable": True}, (5e-3,)),
-    "decor-muon": Arm("DecorMuon", {"decor.enable": True} | _MUON, (8e-3,)),
+    "decor-muon": Arm("DecorMuon", _DECOR_MUON, (8e-3,)),
 }
 
 ABLATIONS = {
@@ -262,6 +265,24 @@ ABLATIONS = {
         )
         for eta in (1e-2, 2e-2, 3e-2)
     },
+    "muon": {
+        f"muon-{name}": Arm(f"DecorMuon, {title}", _DECOR_MUON | settings, like="decor-muon")
+        for name, title, settings in (
+            ("follow", "eta follows the learning rate", {"decor.follow": True}),
+            ("eta-0.02", "eta 0.02", {"decor.eta": 0.02}),
+            ("eta-0.005", "eta 0.005", {"decor.eta": 0.005}),
+            ("low", "low rank", {"decor.rank": "low"}),
+            ("full", "full R everywhere", {"decor.rank": None}),
+            ("qkv", "qkv alone", {"decor.sites": ["qkv"]}),
+            (
+                "patches",
+                "patch embedding alone",
+                {"decor.sites": ["patch_embed"], "decor.rank": None},
+            ),
+            ("encoder", "encoder alone", {"decor.decoder": False}),
+            ("kappa", "towards unit variances, kappa 0.5", {"decor.kappa": 0.5}),
+        )
+    },
     "schedule": {"follow": Arm("eta follows the learning rate", _FULL | {"decor.follow": True})},
     "scale": {
         "unscaled": Arm("not scale-free, eta 0.01", _FULL | {"decor.scale_free": False, "decor.eta": 1e-2}),
@@ -277,6 +298,11 @@ ABLATIONS = {
         ),
     },
 }
+
+
+def tuned(arm: str) -> str:
+    """The main arm whose best rate an arm runs at: itself, or the one that an ablation changes."""
+    return arm if arm in ARMS else every_arm()[arm].like
 
 
 def every_arm() -> dict[str, Arm]:
