@@ -15,7 +15,6 @@ from typing import Literal
 
 import torch
 from timm.optim import kron, param_groups_weight_decay
-from timm.optim.muon import Muon
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -37,7 +36,7 @@ class OptimConfig(shared.OptimConfig):
     """The optimizer of the weights and its schedule; by default AdamW, as in MAE.
 
     Args:
-        name: "adamw", or a rival by timm: "muon" (AdamW for vectors and tokens) or "kron" (PSGD).
+        name: "adamw", "muon" (dbpkern.DecorMuon, AdamW for vectors and tokens), or timm's "kron" (PSGD).
         betas: Of AdamW; the first is Muon's momentum (Nesterov's), too.
     """
 
@@ -181,11 +180,9 @@ def build_optimizers(
         # Without a model DecorAdamW is AdamW, bit for bit on a CPU; the baseline is PyTorch's all the same.
         make = dbpkern.DecorAdamW if inside else torch.optim.AdamW
         optimizer = make(groups, lr=peak, betas=betas, **inside)
-    elif config.optim.name == "muon" and inside:
-        optimizer = dbpkern.DecorMuon(groups, lr=peak, momentum=betas[0], betas=betas, **inside)
     elif config.optim.name == "muon":
-        # Nesterov's momentum, as its authors have it; timm's default is without, and worse here.
-        optimizer = Muon(groups, lr=peak, momentum=betas[0], nesterov=True, betas=betas)
+        # Without a model it is Muon. timm's is in bf16, which takes ten times as long without bf16 units.
+        optimizer = dbpkern.DecorMuon(groups, lr=peak, momentum=betas[0], betas=betas, **inside)
     else:
         inside = {}
         optimizer = kron.Kron(groups, lr=peak, decoupled_decay=True, deterministic=True)
