@@ -241,9 +241,9 @@ def test_step(tmp_path, capsys):
     attention = (2 + 5) * 2 * 4 * 50**2 * WIDTH  # two products, five in the backward
     # Not every torch counts its attention for the CPU.
     assert plain["flops"] - linear - convolution in (0, attention)
-    # Fold and its gradient; z, z R and z^T (z R) of the samples, and z z^T for the limiter.
+    # Fold and its gradient; z, its correlations M, whose bound the limiter needs, and M R.
     sizes = ((PATCH_VALUES, WIDTH), (WIDTH, 3 * WIDTH), (WIDTH, 4 * WIDTH))  # patch embedding, qkv, fc1
-    extra = sum((4 * o + 6 * SAMPLED) * d**2 + 2 * SAMPLED**2 * d for d, o in sizes)
+    extra = sum((4 * o + 4 * SAMPLED) * d**2 + 2 * d**3 for d, o in sizes)
     assert ours["flops"] - plain["flops"] == extra
     # The gradient's way in and the change's way out; z, G and M R.
     extra = sum((4 * o + 4 * SAMPLED) * d**2 + 2 * d**3 for d, o in sizes)
