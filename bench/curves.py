@@ -63,12 +63,12 @@ def crossing(evals: Mapping[int, float | None], target: float) -> int | None:
     """
     steps = sorted(evals)
     values = [math.inf if evals[step] is None else evals[step] for step in steps]
-    above = [i for i, value in enumerate(values) if not value <= target]
-    if not above:
-        return steps[0]
-    if above[-1] + 1 == len(steps):
+    count = reach(values, target)
+    if count is None:
         return None
-    (x, y), (x2, y2) = ((steps[i], values[i]) for i in (above[-1], above[-1] + 1))
+    if count == 1:
+        return steps[0]
+    (x, y), (x2, y2) = ((steps[i], values[i]) for i in (count - 2, count - 1))
     return x2 if y == math.inf else math.ceil(x + (x2 - x) * (y - target) / (y - y2))
 
 

@@ -49,7 +49,10 @@ def choose_layers(
     def held() -> list[str]:
         return [name for name, (module, _) in chosen.items() if stock_layer(module) not in (None, *but)]
 
-    taken = held() and (gc.collect(), held())[1]  # by optimizers that are more than garbage
+    taken = held()
+    if taken:
+        gc.collect()  # optimizers that are gone hold nothing
+        taken = held()
     if taken:
         raise ValueError(
             f"{taken[0]}: another optimizer holds this layer's R; call its remove() first, or copy the model"
