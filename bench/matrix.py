@@ -265,7 +265,7 @@ ABLATIONS = {
         )
         for eta in (1e-2, 2e-2, 3e-2)
     },
-    "muon": {
+    "beside-muon": {
         f"muon-{name}": Arm(f"DecorMuon, {title}", _DECOR_MUON | settings, like="decor-muon")
         for name, title, settings in (
             ("follow", "eta follows the learning rate", {"decor.follow": True}),

@@ -401,6 +401,10 @@ def test_runs_of_several_sources_make_no_report(tmp_path, capsys):
     assert "several sources: folder:elsewhere, photos" in capsys.readouterr().err
 
 
+def test_a_family_of_ablations_has_no_arms_name():
+    assert not matrix.ABLATIONS.keys() & matrix.every_arm().keys()
+
+
 def test_the_decorrelation_settings_of_an_arm_without_it_do_not_matter():
     plain, dbp, published = (Run("made", arm, 1e-3, 0).settings({}) for arm in ("adamw", "dbp", "published"))
     assert [name for name in plain if name.startswith("decor.")] == ["decor.enable"]
