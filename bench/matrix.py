@@ -140,9 +140,9 @@ PRESETS = {
         probe=0,
         needs_source=True,
         rates={
-            "muon": (5e-3, 8e-3, 1.2e-2, 2e-2),
+            "muon": (8e-3, 1.2e-2, 1.6e-2, 2.4e-2),
             "decor-adamw": (5e-3, 8e-3, 1.2e-2),
-            "decor-muon": (5e-3, 8e-3, 1.2e-2, 2e-2),
+            "decor-muon": (8e-3, 1.2e-2, 1.6e-2, 2.4e-2),
         },
     ),
     "vit-s": Preset(_IMAGENET | {"model": "mae_vit_small"}, evaluations=10, needs_source=True),
