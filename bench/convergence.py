@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import mean
 
 import torch
 from timm.optim.kron import Kron, precond_update_prob_schedule
@@ -28,18 +29,20 @@ from torch import nn
 from bench import measure, probe, record
 from bench.baselines import PublishedRule
 from bench.jobs import Job, run_all
-from bench.matrix import ABLATIONS, ARMS, PRESETS, SEEDS, Run, every_arm, tuned
+from bench.matrix import ABLATIONS, ARMS, PRESETS, SEEDS, Preset, Run, every_arm, tuned
 from bench.options import count
 from train import pretrain, processes
 from train.data import DataConfig
 from train.loop import Diverged, Loop, moved
 from train.plots import WINDOW, trailing_mean
 from train.pretrain import Config
+from train.run import whole_weights
 from train.run_folder import RunFolder, flat, to_json, write_atomically
 
 FOLDER = Path(__file__).parent / "reports" / "convergence"
 WORKER = (sys.executable, "-m", "bench", "convergence", "--worker")  # what makes a run
 FINISHED = "finished"
+PROBES = {"probe": "Linear probe", "knn": "Nearest neighbours"}  # accuracies that evaluations have
 
 
 def rate(text: str) -> float:
@@ -64,6 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--jobs", type=count, help="runs at a time (default: cores; 1 on a GPU)")
     parser.add_argument("--source", help="images, as --data.source of train/pretrain.py")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="of the results (default: %(default)s)")
+    parser.add_argument(
+        "--encoders", action="store_true", help="leave the encoders in FOLDER/PRESET/encoders for transfer"
+    )
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--list", action="store_true", help="tell which runs are there and which are not")
     action.add_argument(
@@ -82,7 +88,7 @@ class Result:
         settings: as `Run.settings` gave them when it was made.
         losses: mean training losses of `stride` steps each.
         seconds: spent in steps, on a machine that other runs may have shared.
-        evals: step, held-out loss (None if it is not finite) and accuracy of the probe.
+        evals: step, held-out loss (None if it is not finite) and accuracies of the probe.
         energy: as in the `summary.json` of `train/pretrain.py`.
         skipped_steps: steps that were left out because their loss was not finite.
         jobs: how many runs there were at a time.
@@ -225,6 +231,19 @@ class Matrix:
         """The file of a run."""
         return self.runs / f"{run.name}.json"
 
+    def encoder(self, run: Run) -> Path:
+        """The weights that a run left, or would leave; what is known of them lies beside them as JSON."""
+        return self.folder / "encoders" / f"{run.name}.safetensors"
+
+    def has_encoder(self, run: Run) -> bool:
+        """Whether the weights are there, whole and by today's settings."""
+        path = self.encoder(run)
+        try:
+            settings = json.loads(path.with_suffix(".json").read_text())["settings"]
+        except (OSError, ValueError, LookupError, TypeError):
+            return False
+        return path.exists() and settings == run.settings(self.data)
+
     def best_rate(self, arm: str, seed: int) -> float | None:
         """The best of an arm's rates with this seed; None before all are there, or if all diverged."""
         runs = [Run(self.preset, arm, rate, seed) for rate in PRESETS[self.preset].rates_of(arm)]
@@ -316,13 +335,61 @@ def in_strides(values: Sequence[float], stride: int) -> list[float]:
     return [round(sum(values[i : i + stride]) / stride, 5) for i in whole]
 
 
-def train(run: Run, data: Mapping[str, object], jobs: int) -> Result:
+def leave_encoder(
+    path: Path, run: Run, data: Mapping[str, object], loop: Loop, evaluator: pretrain.Evaluator
+) -> None:
+    """Write the encoder of a run of pre-training, as it is now.
+
+    What is known of it lies beside it as JSON, which is there only if the weights are.
+
+    Args:
+        path: of the weights.
+        run: which one.
+        data: as for `Run.config`.
+        loop: of the run.
+        evaluator: likewise.
+    """
+    stock = pretrain.fused_model(loop.config, loop.ranks, whole_weights(loop.model))
+    lost = losses(loop.run.records())[-WINDOW:]
+    about = {
+        "steps": loop.step,
+        "final_loss": mean(lost) if lost else None,
+        "settings": run.settings(data),
+        "machine": record.header(["convergence"], loop.processes.device, loop.config.precision),
+    }
+    about_path = path.with_suffix(".json")
+    about_path.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, evaluator.task.exports(stock)["encoder.safetensors"])
+    write_atomically(about_path, to_json(about) + "\n")
+
+
+def probe_of(preset: Preset, loop: Loop, evaluator: pretrain.Evaluator) -> probe.Probe | None:
+    """The labelled images that the encoder of a run is asked for; None for no probe.
+
+    Raises:
+        ValueError: the source has no classes.
+    """
+    if not preset.probe:
+        return None
+    size = loop.model.patch_embed.img_size
+    kind, _, path = loop.config.data.source.partition(":")
+    if kind == "photos":
+        return probe.of_digits(preset.probe, size)
+    if kind != "folder":
+        raise ValueError(f"{path}: expected a folder with a sub-folder a class, for the probe")
+    names = evaluator.held_out.images.names
+    return probe.of_folder(Path(path).expanduser(), loop.files, names, preset.probe, size)
+
+
+def train(run: Run, data: Mapping[str, object], jobs: int, encoder: Path | None = None) -> Result:
     """Make one run in this process.
 
     Args:
         run: which one.
         data: as for `Run.config`.
         jobs: how many runs there are at a time.
+        encoder: where its encoder is left.
 
     Raises:
         train.loop.Interrupted: SIGTERM or Ctrl-C.
@@ -334,10 +401,11 @@ def train(run: Run, data: Mapping[str, object], jobs: int) -> Result:
         procs = processes.start(config.device)
         loop, evaluator, batches = pretrain.prepare(config, procs, builder(run))
         evaluator.observes = False
+        asks = probe_of(preset, loop, evaluator)
 
         def evaluate() -> dict[str, float]:
             found = {"heldout_loss": evaluator()["heldout_loss"]}
-            return found | ({"probe": probe.accuracy(loop.model, preset.probe)} if preset.probe else {})
+            return found | ({} if asks is None else asks(loop.model))
 
         loop.evaluate = evaluate
         outcome = FINISHED
@@ -345,6 +413,8 @@ def train(run: Run, data: Mapping[str, object], jobs: int) -> Result:
             loop.train(batches)
         except Diverged as error:
             outcome = str(error)
+        if encoder is not None and outcome == FINISHED:
+            leave_encoder(encoder, run, data, loop, evaluator)
         records = list(RunFolder(out).records())
     return Result(
         run=run,
@@ -353,7 +423,7 @@ def train(run: Run, data: Mapping[str, object], jobs: int) -> Result:
         losses=in_strides(losses(records), preset.stride),
         seconds=loop.seconds,
         evals=[
-            {name: r[name] for name in ("step", "heldout_loss", "probe") if name in r}
+            {name: r[name] for name in ("step", "heldout_loss", *PROBES) if name in r}
             for r in records
             if r["kind"] == "eval"
         ],
@@ -366,7 +436,8 @@ def train(run: Run, data: Mapping[str, object], jobs: int) -> Result:
 
 def work(spec: Mapping) -> None:
     """Make the run of a worker's specification, and write its file when it is whole."""
-    result = train(Run(**spec["run"]), spec["data"], spec["jobs"])
+    encoder = None if spec["encoder"] is None else Path(spec["encoder"])
+    result = train(Run(**spec["run"]), spec["data"], spec["jobs"], encoder)
     write_atomically(Path(spec["path"]), to_json(asdict(result)) + "\n")
 
 
@@ -375,7 +446,8 @@ def fill(matrix: Matrix, args: argparse.Namespace, arms: Sequence[str]) -> list[
 
     def missing() -> Iterator[Job]:
         for run in matrix.missing(arms, args.seeds, args.rate):
-            spec = {"run": asdict(run), "data": matrix.data, "jobs": args.jobs}
+            encoder = str(matrix.encoder(run).resolve()) if args.encoders else None
+            spec = {"run": asdict(run), "data": matrix.data, "jobs": args.jobs, "encoder": encoder}
             yield Job(run.name, matrix.path(run), spec)
 
     def collect(job: Job) -> str:

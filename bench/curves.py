@@ -14,13 +14,14 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from bench import record
-from bench.convergence import Matrix, Result, best
+from bench.convergence import PROBES, Matrix, Result, best
 from bench.matrix import ABLATIONS, ARMS, PRESETS, every_arm, tuned
 from train.compare import average, mean
 from train.energy import KINDS
@@ -246,7 +247,6 @@ class Report:
     def _row(self, arm: Arm) -> dict[str, object]:
         steps = arm.steps_to(self.target)
         timing = self.timing["arms"].get(arm.name)
-        probes = arm.evals("probe")
         heldout = arm.evals("heldout_loss")
         return {
             "arm": arm.name,
@@ -263,7 +263,7 @@ class Report:
             "final_loss": _summary(r.final for r in arm.finished),
             "heldout_loss": heldout[max(heldout)] if heldout else _summary([]),
             "heldout_by_step": heldout,
-            "probe": probes,
+            **{name: arm.evals(name) for name in PROBES},
             "steps_to_target": steps,
             "steps_by_seed": arm.steps_by_seed(self.base),
             "steps_to_heldout_of": {
@@ -429,9 +429,9 @@ def rates_table(report: Report) -> str:
     return record.table(["arm", "seed", *(f"{rate:g}" for rate in rates)], rows)
 
 
-def probe_table(report: Report) -> str:
-    """Accuracy of the probe by step as Markdown; empty if no run has it."""
-    rows = {n: row["probe"] for n, row in report.rows.items() if n in ARMS and row["probe"]}
+def probe_table(report: Report, probe: str) -> str:
+    """Accuracy of a classifier of the probe by step as Markdown; empty if no run has it."""
+    rows = {n: row[probe] for n, row in report.rows.items() if n in ARMS and row[probe]}
     if not rows:
         return ""
     steps = sorted({step for found in rows.values() for step in found})
@@ -512,9 +512,11 @@ def markdown(report: Report, pictures: Mapping[str, str]) -> str:
         "Final training loss by peak learning rate, one seed. The best is run with the other seeds.",
         rates_table(report),
     )
-    probes = probe_table(report)
-    if probes:
-        section("Linear probe", "probe", "Accuracy on digits, step by step.", probes)
+    for probe, title in PROBES.items():
+        table = probe_table(report, probe)
+        if table:
+            text = f"Accuracy on {_probed(report)} that it did not learn from, step by step."
+            section(title, probe, text, table)
     for family, names in _families(report).items():
         shown = [name for name in BESIDE[tuned(names[0])] if name in report.arms]
         section(f"Ablation: {family}", f"ablation_{family}", losses_table(report, [*shown, *names]))
@@ -525,6 +527,10 @@ def markdown(report: Report, pictures: Mapping[str, str]) -> str:
         section("Left out", "left out", "\n".join(f"- {text}" for text in report.matrix.unusable.values()))
     section("Machines", "machines", "\n".join(f"- {line}" for line in report.machines()))
     return "\n\n".join(parts) + "\n"
+
+
+def _probed(report: Report) -> str:
+    return "digits" if report.source == "photos" else "held-out images"
 
 
 def _draw_curves(figure: Figure, report: Report, names: Sequence[str], colours: Mapping[str, str]) -> None:
@@ -624,9 +630,10 @@ def plots(report: Report, folder: Path) -> dict[str, str]:
         drawn["rates"] = lambda figure: _plot_rates(figure, report)
     if any(row["heldout_by_step"] for row in report.rows.values()):
         drawn["heldout"] = lambda figure: _plot_evals(figure, report, "heldout_by_step", "held-out loss")
-    if probe_table(report):
-        label = "accuracy of the linear probe on digits"
-        drawn["probe"] = lambda figure: _plot_evals(figure, report, "probe", label)
+    for probe, title in PROBES.items():
+        if probe_table(report, probe):
+            label = f"{title}, accuracy on {_probed(report)}"
+            drawn[probe] = partial(_plot_evals, report=report, key=probe, label=label)
     for family, names in _families(report).items():
         near = BESIDE[tuned(names[0])]
         chosen = [n for n in (*near, *names) if n in report.arms and report.arms[n].curve is not None]

@@ -27,14 +27,14 @@ class Preset:
     Args:
         settings: of `train.pretrain.Config`, by dotted name.
         evaluations: how often a run is evaluated, at equal intervals.
-        probe: images of the linear probe, half of them to fit it; 0 for no probe.
+        probe: how many labelled images the probe learns from, see `bench.probe`; 0 for no probe.
         needs_source: whether the images must be named; otherwise they are the photographs.
         rates: peak learning rates to try, by arm, where they are not the arm's own.
     """
 
     settings: Mapping[str, object]
     evaluations: int = 4
-    probe: int = 800
+    probe: int = 400
     needs_source: bool = False
     rates: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
@@ -137,7 +137,7 @@ PRESETS = {
     "cifar10": Preset(
         _CIFAR,
         evaluations=12,
-        probe=0,
+        probe=2000,
         needs_source=True,
         rates={
             "muon": (8e-3, 1.2e-2, 1.6e-2, 2.4e-2),
@@ -145,8 +145,8 @@ PRESETS = {
             "decor-muon": (8e-3, 1.2e-2, 1.6e-2, 2.4e-2),
         },
     ),
-    "vit-s": Preset(_IMAGENET | {"model": "mae_vit_small"}, evaluations=10, needs_source=True),
-    "vit-b": Preset(_IMAGENET | {"model": "mae_vit_base"}, evaluations=10, needs_source=True),
+    "vit-s": Preset(_IMAGENET | {"model": "mae_vit_small"}, evaluations=10, probe=0, needs_source=True),
+    "vit-b": Preset(_IMAGENET | {"model": "mae_vit_base"}, evaluations=10, probe=0, needs_source=True),
 }
 
 _RATES = (2e-3, 3e-3, 5e-3, 8e-3)
@@ -360,7 +360,7 @@ class Run:
         others = {"darl.", "dvae."} - {f"{settings['model'].partition('_')[0]}."}
         settings = {k: v for k, v in settings.items() if k[:5] not in others}
         preset = PRESETS[self.preset]
-        settings |= {"probe": preset.probe, "stride": preset.stride, "published": arm.published}
+        settings |= {"stride": preset.stride, "published": arm.published}
         return json.loads(json.dumps(settings))
 
 

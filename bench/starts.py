@@ -201,6 +201,11 @@ class Pretraining(matrix.Run):
 
     steps: int | None = None
 
+    @property
+    def name(self) -> str:
+        """As of a run of the matrix, which has the same encoder, if it is one."""
+        return super().name + ("" if self.steps is None else f"_steps{self.steps}")
+
     def config(self, out: str, data: Mapping[str, object]) -> pretrain.Config:
         """As of a run of the matrix."""
         config = super().config(out, data)

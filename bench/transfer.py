@@ -1,11 +1,12 @@
 """Transfer: what a pre-trained encoder is worth in fine-tuning, against the same network without.
 
-The encoders are those of `python -m bench convergence`: runs of the same settings, at each arm's best rate
-there, made again here for their weights, which lie in FOLDER/PRESET/encoders and are not for git. Every start
-is fine-tuned by the loop of train/finetune.py or train/segment.py, with the same seeds and steps: at each of
-the preset's rates with the first seed, then at its best one with the others. Each run is a process with one
-thread that leaves one JSON in FOLDER/PRESET/runs; runs that have theirs are skipped. The report, report.md
-with its plot, is written at the end, and by --report alone.
+The encoders are those of `python -m bench convergence`, at each arm's best rate there. Its --encoders leaves
+them; what is missing is made here by runs of the same settings. They lie beside those runs, in
+PRESET/encoders, and are not for git. Every start is fine-tuned by the loop of train/finetune.py or
+train/segment.py, with the same seeds and steps: at each of the preset's rates with the first seed, then at
+its best one with the others. Each run is a process with one thread that leaves one JSON in
+FOLDER/PRESET/runs; runs that have theirs are skipped. The report, report.md with its plot, is written at the
+end, and by --report alone.
 
 "Equal seconds" is pre-training for as many steps as take the time of AdamW's: by the ratio of the steps'
 times in the convergence matrix's timing.json. Whoever times the steps anew makes these runs anew.
@@ -39,8 +40,6 @@ from bench.options import count
 from bench.starts import PRESETS, Preset, Pretraining, Run, Start, Task
 from train import pretrain, processes
 from train.loop import Diverged
-from train.plots import WINDOW
-from train.run import whole_weights
 from train.run_folder import RunFolder, flat, to_json, write_atomically
 
 FOLDER = Path(__file__).parent / "reports" / "transfer"
@@ -132,6 +131,7 @@ class Comparison:
         self.results: dict[Run, Result] = {}
         self.unusable: dict[Path, str] = {}
         self._pretraining: dict[str, Pretraining] = {}  # with the first seed, by start
+        self._matrices: dict[str, Matrix] = {}  # by preset
         for path in sorted((self.folder / "runs").glob("*.json")):
             try:
                 result = read(path, preset)
@@ -149,6 +149,12 @@ class Comparison:
         """Of the preset."""
         return self.preset.starts
 
+    def matrix(self, preset: str) -> Matrix:
+        """The convergence matrix that encoders come from, as it was when it was first asked for."""
+        if preset not in self._matrices:
+            self._matrices[preset] = Matrix(convergence.FOLDER, preset, self.images)
+        return self._matrices[preset]
+
     def pretraining(self, start: str, seed: int) -> Pretraining | None:
         """The run that an encoder comes from; None from scratch.
 
@@ -163,7 +169,7 @@ class Comparison:
 
     def _find_pretraining(self, start: str) -> Pretraining:
         (preset, arm), length = self.starts[start].pretraining, self.starts[start].length
-        matrix = Matrix(convergence.FOLDER, preset, self.images)
+        matrix = self.matrix(preset)
         source = f" --source {self.images['data.source']}" if convergence.PRESETS[preset].needs_source else ""
         rate = matrix.best_rate(arm, SEEDS[0])
         if rate is None:
@@ -203,19 +209,6 @@ class Comparison:
         """The file of a run."""
         return self.folder / "runs" / f"{run.name}.json"
 
-    def encoder(self, start: str, seed: int) -> Path:
-        """The weights that a start has with a seed; what is known of them lies beside them as JSON."""
-        return self.folder / "encoders" / f"{start}_seed{seed}.safetensors"
-
-    def has_encoder(self, start: str, seed: int) -> bool:
-        """Whether the weights are there, whole and by today's settings."""
-        path = self.encoder(start, seed)
-        try:
-            settings = json.loads(path.with_suffix(".json").read_text())["settings"]
-        except (OSError, ValueError, LookupError, TypeError):
-            return False
-        return path.exists() and settings == self.pretraining(start, seed).settings(self.images)
-
     def _sweep(self, start: str) -> list[Run]:
         return [Run(self.name, start, rate, SEEDS[0]) for rate in self.preset.rates]
 
@@ -240,16 +233,18 @@ class Comparison:
     def jobs(self, starts: Sequence[str], seeds: Sequence[int]) -> Iterator[Job]:
         """What is to be done next for the missing runs: their encoders, where these are missing, too."""
         for run in self.missing(starts, seeds):
-            encoder = self.encoder(run.start, run.seed)
             pretraining = self.pretraining(run.start, run.seed)
             if pretraining is None:
                 spec = {"run": asdict(run), "encoder": None, "data": self.data}
                 yield Job(run.name, self.path(run), spec)
-            elif self.has_encoder(run.start, run.seed):
+                continue
+            matrix = self.matrix(pretraining.preset)
+            encoder = matrix.encoder(pretraining)
+            if matrix.has_encoder(pretraining):
                 spec = {"run": asdict(run), "encoder": str(encoder.resolve()), "data": self.data}
                 yield Job(run.name, self.path(run), spec)
             else:
-                spec = {"pretraining": asdict(pretraining), "start": run.start, "images": self.images}
+                spec = {"pretraining": asdict(pretraining), "images": self.images}
                 yield Job(f"encoder {run.start}, seed {run.seed}", encoder, spec)
 
     def collect(self, job: Job) -> str:
@@ -259,7 +254,8 @@ class Comparison:
             ValueError: it is damaged, or of other settings: somebody has edited them meanwhile.
         """
         if "pretraining" in job.spec:
-            if not self.has_encoder(job.spec["start"], job.spec["pretraining"]["seed"]):
+            run = Pretraining(**job.spec["pretraining"])
+            if not self.matrix(run.preset).has_encoder(run):
                 raise ValueError(f"{job.path} is damaged or of other settings")
             loss = json.loads(job.path.with_suffix(".json").read_text())["final_loss"]
             return "not trained" if loss is None else f"training loss {loss:.4f}"
@@ -274,11 +270,7 @@ class Comparison:
 
 
 def pretrain_encoder(run: Pretraining, path: Path, images: Mapping[str, object]) -> None:
-    """Make a run of pre-training on `images` in this process, and write its encoder to `path`.
-
-    What is known of it lies beside it as JSON, which is there only if the weights are.
-    """
-    about_path = path.with_suffix(".json")
+    """Make a run of pre-training on `images` in this process, and leave its encoder at `path`."""
     with tempfile.TemporaryDirectory() as out:
         trains = run.steps != 0
         config = (run if trains else replace(run, steps=None)).config(out, images)
@@ -286,20 +278,9 @@ def pretrain_encoder(run: Pretraining, path: Path, images: Mapping[str, object])
         procs = processes.start(config.device)
         loop, evaluator, batches = pretrain.prepare(config, procs, convergence.builder(run))
         evaluator.observes = False
-        losses = []
         if trains:
             loop.train(batches)
-            losses = convergence.losses(RunFolder(out).records())[-WINDOW:]
-        stock = pretrain.fused_model(config, loop.ranks, whole_weights(loop.model))
-        about = {
-            "steps": loop.step,
-            "final_loss": mean(losses) if losses else None,
-            "settings": run.settings(images),
-            "machine": record.header(["transfer"], procs.device, config.precision),
-        }
-        about_path.unlink(missing_ok=True)
-        write_atomically(path, evaluator.task.exports(stock)["encoder.safetensors"])
-        write_atomically(about_path, to_json(about) + "\n")
+        convergence.leave_encoder(path, run, images, loop, evaluator)
 
 
 def tune(run: Run, encoder: str | None, data: Mapping[str, object]) -> Result:

@@ -36,7 +36,7 @@ SMALL = {
     "precision": "fp32",
 }  # fmt: skip
 MADE = Preset(SMALL | {"steps": 200, "optim.warmup_steps": 4}, evaluations=2)
-TINY = Preset(SMALL | {"steps": 8, "optim.warmup_steps": 2}, evaluations=2, probe=40)
+TINY = Preset(SMALL | {"steps": 8, "optim.warmup_steps": 2}, evaluations=2, probe=20)
 HEADER = {
     "date": "2026-01-02T03:04:05+00:00",
     "device": "cpu",
@@ -626,23 +626,25 @@ def test_arms_are_timed_over_whole_turns(monkeypatch):
 def test_the_probe_is_deterministic_and_refuses_what_is_not_finite():
     torch.manual_seed(0)
     model = create_mae("mae_vit_tiny", "mae", img_size=16, norm_pix_loss=True, **SMALL["model_args"])
-    first = probe.accuracy(model, 200)
-    assert 0.3 < first <= 1  # of ten digits
+    asks = probe.of_digits(100, (16, 16))
+    first = asks(model)
+    assert first.keys() == convergence.PROBES.keys()
+    assert all(0.3 < accuracy <= 1 for accuracy in first.values())  # of ten digits
     torch.rand(7)
-    assert probe.accuracy(model, 200) == first
+    assert asks(model) == first
     assert model.training
-    with pytest.raises(ValueError, match="expected 2 to 1797 digits, got 2000"):
-        probe.accuracy(model, 2000)
+    with pytest.raises(ValueError, match="expected 1 to 898 digits, got 1000"):
+        probe.of_digits(1000, (16, 16))
     with torch.no_grad():
         model.cls_token.fill_(math.nan)
-    assert math.isnan(probe.accuracy(model, 200))
+    assert all(math.isnan(accuracy) for accuracy in asks(model).values())
 
 
 def test_the_probe_reads_darl_as_in_its_pre_training(monkeypatch):
     model = create_darl("darl_vit_tiny", img_size=16, patch_size=8, embed_dim=32, depth=1, num_heads=2)
-    first = probe.accuracy(model, 200)
-    assert 0.3 < first <= 1
-    assert probe.accuracy(model, 200) == first
+    asks = probe.of_digits(100, (16, 16))
+    first = asks(model)
+    assert 0.3 < first["probe"] <= 1
     features, asked = DARL.features, []
 
     def seen(self, imgs, is_causal=False):
@@ -650,5 +652,23 @@ def test_the_probe_reads_darl_as_in_its_pre_training(monkeypatch):
         return features(self, imgs, is_causal)
 
     monkeypatch.setattr(DARL, "features", seen)
-    assert probe.accuracy(model, 200) == first
+    assert asks(model) == first
     assert asked == [True, True]  # a hundred images each
+
+
+def test_the_probe_learns_from_images_of_training_and_is_asked_for_those_held_out(tmp_path):
+    names = [f"{label}/{i}.png" for label in ("dark", "light") for i in range(6)]
+    for number, name in enumerate(names):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (20, 16), (200 * name.startswith("light") + number,) * 3).save(path)
+    training, held_out = [n for n in names if "5" not in n], ["light/5.png", "dark/5.png"]
+    asks = probe.of_folder(tmp_path, training, held_out, 4, (16, 16))
+    assert (asks.images.shape, asks.known) == ((6, 3, 16, 16), 4)
+    assert asks.labels == [0, 0, 1, 1, 1, 0]  # spread over the classes; those held out come last
+    assert asks.images[0].mean() < asks.images[2].mean()
+    torch.manual_seed(0)
+    model = create_mae("mae_vit_tiny", "mae", img_size=16, norm_pix_loss=True, **SMALL["model_args"])
+    assert asks(model)["probe"] == 1
+    with pytest.raises(ValueError, match="expected a sub-folder for each of two or more classes"):
+        probe.of_folder(tmp_path / "dark", ["0.png", "1.png"], ["2.png"], 4, (16, 16))

@@ -89,6 +89,11 @@ def made_comparison(folder, preset="made"):
     return Comparison(folder, preset, {}, PHOTOS)
 
 
+def encoder_of(comparison, start="mae"):
+    pretraining = comparison.pretraining(start, 0)
+    return comparison.matrix(pretraining.preset).encoder(pretraining)
+
+
 def write_result(folder, start, rate, seed, top1, loss=1.0, outcome="finished", tuned=None, pretrained=None):
     """The file of a made-up run; `tuned` and `pretrained` change its settings."""
     run = Run("made", start, rate, seed)
@@ -131,7 +136,7 @@ def test_a_tiny_comparison_is_made_once_and_reported(tmp_path, monkeypatch, caps
     loop.train(batches)
     pretrain.write_results(loop, evaluator, whole_weights(loop.model))
     expected = load_file(tmp_path / "run" / "encoder.safetensors")
-    made = load_file(made_comparison(tmp_path).encoder("mae", 0))
+    made = load_file(encoder_of(made_comparison(tmp_path)))
     assert made.keys() == expected.keys()
     assert all(torch.equal(made[name], expected[name]) for name in expected)
     assert "| From scratch" in (tmp_path / "made" / "report.md").read_text()
@@ -284,18 +289,35 @@ def test_encoders_come_before_the_runs_that_need_them_and_are_not_made_for_finis
 
 def test_an_encoder_counts_only_whole_and_by_todays_settings(tmp_path):
     comparison = made_comparison(tmp_path)
-    path = comparison.encoder("mae", 0)
+    run = comparison.pretraining("mae", 0)
+    matrix = comparison.matrix("tiny")
+    path = matrix.encoder(run)
     path.parent.mkdir(parents=True)
     path.write_bytes(b"weights")
-    assert not comparison.has_encoder("mae", 0)  # which a killed worker leaves: the JSON comes last
-    about = {"settings": comparison.pretraining("mae", 0).settings(PHOTOS)}
+    assert not matrix.has_encoder(run)  # which a killed worker leaves: the JSON comes last
+    about = {"settings": run.settings(PHOTOS)}
     path.with_suffix(".json").write_text(json.dumps(about))
-    assert comparison.has_encoder("mae", 0)
+    assert matrix.has_encoder(run)
     about["settings"]["steps"] += 1
     path.with_suffix(".json").write_text(json.dumps(about))
-    assert not comparison.has_encoder("mae", 0)
+    assert not matrix.has_encoder(run)
     path.with_suffix(".json").write_text("[]")
-    assert not comparison.has_encoder("mae", 0)
+    assert not matrix.has_encoder(run)
+
+
+def test_the_encoder_that_a_run_of_the_matrix_left_is_taken(tmp_path):
+    comparison = made_comparison(tmp_path)
+    run = matrix.Run("tiny", "adamw", 3e-3, 0)
+    kept = comparison.matrix("tiny").encoder(run)
+    assert kept == encoder_of(comparison)
+    spec = {"run": asdict(run), "data": PHOTOS, "jobs": 1}
+    convergence.work(spec | {"encoder": str(kept), "path": str(tmp_path / "run.json")})
+    assert json.loads(kept.with_suffix(".json").read_text())["steps"] == TINY.steps
+    assert next(comparison.jobs(["mae"], [0])).name == "mae_lr0.001_seed0"
+    left = load_file(kept)
+    transfer.pretrain_encoder(Pretraining("tiny", "adamw", 3e-3, 0), kept, PHOTOS)
+    assert all(torch.equal(tensor, left[name]) for name, tensor in load_file(kept).items())
+    assert Pretraining("tiny", "adamw", 3e-3, 0, steps=6).name == f"{run.name}_steps6"
 
 
 def test_an_untrained_encoder_is_what_pre_training_starts_from(tmp_path):
@@ -321,7 +343,7 @@ def test_weights_are_never_beside_what_is_known_of_others(tmp_path, monkeypatch)
     def killed(path, content):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(transfer, "write_atomically", killed)
+    monkeypatch.setattr(convergence, "write_atomically", killed)
     with pytest.raises(KeyboardInterrupt):
         transfer.pretrain_encoder(Pretraining("tiny", "adamw", 3e-3, 0), path, PHOTOS)
     assert not path.with_suffix(".json").exists()
