@@ -762,7 +762,14 @@ def test_digits_are_learned_from_random_weights(tmp_path):
     assert evals(tmp_path / "run")[-1][3] > 90
 
 
-@pytest.mark.parametrize("arguments", [["--decor.enable=true", "--drop_path=0.2"], LARS])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--decor.enable=true", "--drop_path=0.2"],
+        ["--decor.enable=true", "--optim.name=muon"],
+        LARS,
+    ],
+)
 def test_a_resumed_run_gives_the_losses_of_one_never_stopped(mae_run, tmp_path, arguments):
     start = [*TINY, f"--encoder={mae_run / 'encoder.safetensors'}", *arguments, f"--out={tmp_path / 'run'}"]
     finetune.main(start)

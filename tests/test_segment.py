@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torchmetrics.classification import MulticlassJaccardIndex
 
+import dbpkern
 from models.classifier import Architecture, create_vit
 from models.segmentation import Segmentation, SegmentationModel, load_segmenter, multiscale_logits
 from train import plots, predict, processes, segment
@@ -120,6 +121,19 @@ def by_definition(masks: list[np.ndarray], predictions: list[np.ndarray], classe
         "iou": ious,
         "accuracy": accuracies,
     }
+
+
+@pytest.mark.parametrize("decor", [False, True])
+def test_muon_trains_a_segmenter_with_the_same_rates_by_layer(decor):
+    encoder = create_vit(Architecture("mae_vit_tiny", 32, SIZES | {"depth": 2}), dynamic_img_size=True)
+    model = SegmentationModel(encoder, 3, width=8)
+    arguments = ["--out=x", "--head=linear", "--optim.name=muon", f"--decor.enable={str(decor).lower()}"]
+    config = segment.parse(arguments)
+    optimizer, held = segment.build_optimizers(config, model)
+    assert isinstance(optimizer, dbpkern.DecorMuon)
+    assert (held is optimizer, optimizer.engine is not None) == (decor, decor)
+    assert {group["momentum"] for group in optimizer.param_groups} == {config.optim.betas[0]}
+    assert len({group["initial_lr"] for group in optimizer.param_groups}) == 4
 
 
 @pytest.mark.parametrize("case", ["random", "absent", "predicted alone", "ignored", "perfect"])

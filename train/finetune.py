@@ -35,7 +35,7 @@ from train import plots, transfer
 from train.labelled import AugmentConfig, LabelledConfig, LabelledSet, Mixer, build_labelled, collate
 from train.loop import Loop, moved
 from train.processes import Processes, progress
-from train.run import build_adamw, open_run, parse_config, plot_correlations, run_script, summary_of
+from train.run import build_optimizer, open_run, parse_config, plot_correlations, run_script, summary_of
 from train.run_folder import to_json, write_atomically
 
 
@@ -44,12 +44,12 @@ class OptimConfig(transfer.OptimConfig):
     """The optimizer of the weights and its schedule; by default as in MAE's fine-tuning of ViT-B.
 
     Args:
-        name: "adamw", or "lars" for linear probes.
+        name: "adamw", "muon" (dbpkern.DecorMuon, AdamW for vectors and tokens), or "lars" for linear probes.
         weight_decay: Of weights with two or more dimensions; biases, norms, tokens and positions have none.
-        betas: Of AdamW; the first is the momentum of LARS.
+        betas: Of AdamW; the first is the momentum of Muon and of LARS.
     """
 
-    name: Literal["adamw", "lars"] = "adamw"
+    name: Literal["adamw", "muon", "lars"] = "adamw"
     _: KW_ONLY
     blr: float = 5e-4
     min_lr: float = 1e-6
@@ -98,12 +98,12 @@ class Config(transfer.TransferConfig):
         if self.linear and self.decor.enable:
             raise ValueError("decor.enable: a linear probe trains no layer that has an R; expected false")
         if self.optim.name == "lars" and not self.linear and self.steps != 0:
-            raise ValueError("optim.name: lars is for linear probes; expected adamw, or --linear true")
+            raise ValueError("optim.name: lars is for linear probes; expected another, or --linear true")
 
 
 def build_optimizers(
     config: Config, model: nn.Module
-) -> tuple[torch.optim.Optimizer, dbpkern.DecorAdamW | None]:
+) -> tuple[torch.optim.Optimizer, dbpkern.DecorAdamW | dbpkern.DecorMuon | None]:
     """The optimizer of the weights, and what moves R where the run decorrelates: the same one.
 
     Rates are those of `parameter_groups`. timm puts a final norm of all tokens, which the read-outs "class"
@@ -111,8 +111,10 @@ def build_optimizers(
     """
     c = config.optim
     groups, peak = transfer.parameter_groups(config, model), config.peak_lr
-    if c.name == "adamw":
-        return build_adamw(config, model, groups, peak)
+    if c.name != "lars":
+        rule = config.decor.rule(model, config.seed) if config.decor.enable else None
+        optimizer = build_optimizer(config, groups, peak, model, rule)
+        return optimizer, None if rule is None else optimizer
     # As MAE's: the trust ratio is for weights, not for biases.
     groups = [group | {"always_adapt": group["params"][0].ndim > 1} for group in groups]
     return Lars(groups, lr=peak, momentum=c.betas[0]), None

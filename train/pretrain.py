@@ -26,7 +26,7 @@ from train import config as shared
 from train.data import DataConfig, StepSampler, TrainingSet, build_data, build_loader, to_images
 from train.loop import HoldsR, Loop, moved
 from train.processes import Processes, progress
-from train.run import open_run, parse_config, plot_correlations, run_script, summary_of
+from train.run import build_optimizer, open_run, parse_config, plot_correlations, run_script, summary_of
 from train.run_folder import RunFolder, to_json, write_atomically
 from train.tasks import COUNT, FAMILIES, DarlConfig, DvaeConfig, Rows, Task, task_of
 
@@ -173,22 +173,16 @@ def build_optimizers(
     With a plan, `ranks` are its layers.
     """
     groups = param_groups_weight_decay(model, config.optim.weight_decay)
-    peak, betas, decor = config.peak_lr, config.optim.betas, config.decor
+    peak, decor = config.peak_lr, config.decor
     rule = decor.rule(model, config.seed, ranks) if decor.enable else None
-    inside = {"model": model, "decor": rule} if decor.enable and decor.mode == "optimizer" else {}
-    if config.optim.name == "adamw":
-        # Without a model DecorAdamW is AdamW, bit for bit on a CPU; the baseline is PyTorch's all the same.
-        make = dbpkern.DecorAdamW if inside else torch.optim.AdamW
-        optimizer = make(groups, lr=peak, betas=betas, **inside)
-    elif config.optim.name == "muon":
-        # Without a model it is Muon. timm's is in bf16, which takes ten times as long without bf16 units.
-        optimizer = dbpkern.DecorMuon(groups, lr=peak, momentum=betas[0], betas=betas, **inside)
-    else:
-        inside = {}
+    inside = decor.enable and decor.mode == "optimizer" and config.optim.name != "kron"
+    if config.optim.name == "kron":
         optimizer = kron.Kron(groups, lr=peak, decoupled_decay=True, deterministic=True)
         # Compiled, as timm has them, its contractions of a 384 x 128 weight ask for 9 GB.
         for name in ("_calc_A_and_conjB", "_q_terms", "_precond_grad", "_balance_Q"):
             setattr(optimizer, name, getattr(kron, name))
+    else:
+        optimizer = build_optimizer(config, groups, peak, model, rule if inside else None)
     for group in optimizer.param_groups:
         group["initial_lr"] = peak
     if not decor.enable:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 import dbpkern
+from dbpkern import Decor
 from dbpkern.env import collect
 from train import checkpoint, plots, processes
 from train.config import RunConfig
@@ -103,22 +104,30 @@ def open_run(
     return run, (path, state)
 
 
-def build_adamw(
-    config: RunConfig, model: nn.Module, groups: list[dict], lr: float
-) -> tuple[torch.optim.Optimizer, dbpkern.DecorAdamW | None]:
-    """AdamW, and what holds R where the run decorrelates: the same optimizer.
+def build_optimizer(
+    config: RunConfig,
+    groups: list[dict],
+    lr: float,
+    model: nn.Module | None = None,
+    rule: Decor | None = None,
+) -> torch.optim.Optimizer:
+    """AdamW or Muon, as `optim.name` says; with a rule one that holds R.
 
     Args:
         config: What is asked for.
-        model: Whose layers are decorrelated.
-        groups: Of its parameters.
+        groups: Of the parameters.
         lr: The peak rate.
+        model: Whose layers are decorrelated, by a rule.
+        rule: Of R; None for none.
     """
-    if not config.decor.enable:
-        return torch.optim.AdamW(groups, lr=lr, betas=config.optim.betas), None
-    rule = config.decor.rule(model, config.seed)
-    optimizer = dbpkern.DecorAdamW(groups, lr=lr, betas=config.optim.betas, model=model, decor=rule)
-    return optimizer, optimizer
+    betas = config.optim.betas
+    inside = {} if rule is None else {"model": model, "decor": rule}
+    if config.optim.name == "muon":
+        # Without a model it is Muon. timm's is in bf16, which takes ten times as long without bf16 units.
+        return dbpkern.DecorMuon(groups, lr=lr, momentum=betas[0], betas=betas, **inside)
+    # Without a model DecorAdamW is AdamW, bit for bit on a CPU; the baseline is PyTorch's all the same.
+    make = dbpkern.DecorAdamW if inside else torch.optim.AdamW
+    return make(groups, lr=lr, betas=betas, **inside)
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:

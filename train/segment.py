@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass, field
 from itertools import groupby
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +40,7 @@ from train import plots, transfer
 from train.data import DataError
 from train.loop import Loop, moved
 from train.processes import Processes, progress
-from train.run import build_adamw, open_run, parse_config, plot_correlations, run_script, summary_of
+from train.run import build_optimizer, open_run, parse_config, plot_correlations, run_script, summary_of
 from train.run_folder import to_json, write_atomically
 from train.schedule import warmup_linear
 from train.segmented import (
@@ -60,12 +60,15 @@ LEAST_SIDE = 128  # of their pictures, in pixels
 
 @dataclass
 class OptimConfig(transfer.OptimConfig):
-    """AdamW and its schedule, a linear decay; by default as in MAE's evaluation of ViT-B on ADE20K.
+    """The optimizer and its schedule, a linear decay; by default as in MAE's evaluation of ViT-B on ADE20K.
 
     Args:
+        name: "adamw", or "muon" (dbpkern.DecorMuon, AdamW for vectors and tokens).
         weight_decay: Of weights with two or more dimensions; biases, norms, tokens and positions have none.
+        betas: Of AdamW; the first is the momentum of Muon.
     """
 
+    name: Literal["adamw", "muon"] = "adamw"
     _: KW_ONLY
     blr: float = 1.6e-3  # 1e-4 at 16 images a step
     warmup_epochs: float = 0
@@ -247,9 +250,12 @@ def synchronise(model: nn.Module, procs: Processes) -> nn.Module:
 
 def build_optimizers(
     config: Config, model: nn.Module
-) -> tuple[torch.optim.Optimizer, dbpkern.DecorAdamW | None]:
-    """AdamW, with the rates of `parameter_groups`, and what moves R where the run decorrelates: the same."""
-    return build_adamw(config, model, transfer.parameter_groups(config, model), config.peak_lr)
+) -> tuple[torch.optim.Optimizer, dbpkern.DecorAdamW | dbpkern.DecorMuon | None]:
+    """The optimizer, with the rates of `parameter_groups`, and what moves R if the run decorrelates: it."""
+    rule = config.decor.rule(model, config.seed) if config.decor.enable else None
+    groups = transfer.parameter_groups(config, model)
+    optimizer = build_optimizer(config, groups, config.peak_lr, model, rule)
+    return optimizer, None if rule is None else optimizer
 
 
 class Scores(NamedTuple):
