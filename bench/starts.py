@@ -42,12 +42,14 @@ class Start:
         pretraining: preset and arm of the convergence matrix; None for scratch.
         length: of pre-training: "steps" for as many as AdamW's, "seconds" for those that take as long as all
             of AdamW's, "none" for the weights that pre-training starts from.
+        rates: peak learning rates to try in place of the preset's, where another optimizer fine-tunes.
     """
 
     title: str
     settings: Mapping[str, object]
     pretraining: tuple[str, str] | None = None
     length: Literal["steps", "seconds", "none"] = "steps"
+    rates: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,10 @@ class Preset:
     rates: tuple[float, ...]
     evaluations: int = 5
     needs_source: bool = False
+
+    def rates_of(self, start: str) -> tuple[float, ...]:
+        """Peak learning rates that a start is tried at."""
+        return self.starts[start].rates or self.rates
 
     @property
     def on_gpu(self) -> bool:
@@ -101,6 +107,21 @@ _DIGITS = {
     "steps": 225,  # 5 epochs
     "batch_size": 32,
     "optim.warmup_steps": 45,
+    "optim.layer_decay": 0.75,
+    "device": "cpu",
+    "precision": "fp32",
+}
+_CIFAR = {
+    "data.crop_padding": 4,
+    "data.crop_pct": 1.0,
+    "data.cache": "auto",
+    "augment.policy": None,
+    "augment.erase": 0.0,
+    "augment.mixup": 0.0,
+    "augment.cutmix": 0.0,
+    "img_size": 32,
+    "drop_path": 0.0,
+    "batch_size": 64,
     "optim.layer_decay": 0.75,
     "device": "cpu",
     "precision": "fp32",
@@ -144,6 +165,32 @@ def _mae_starts(preset: str, scratch: Mapping[str, object]) -> dict[str, Start]:
     }
 
 
+_TINY_CIFAR = {"model": "mae_vit_tiny", "model_args": _SIZES | {"patch_size": 4}}
+
+
+def _by_optimizer(preset: str) -> dict[str, Start]:
+    """An MAE's encoder untrained, and pre-trained by each of the optimizers in as many steps."""
+    return {
+        "untrained": Start("random, as pre-training starts", {}, (preset, "adamw"), "none"),
+        "adamw": Start("AdamW", {}, (preset, "adamw")),
+        "muon": Start("Muon", {}, (preset, "muon")),
+        "decor-adamw": Start("DecorAdamW", {}, (preset, "decor-adamw")),
+        "decor-muon": Start("DecorMuon", {}, (preset, "decor-muon")),
+    }
+
+
+def _of_cifar(fraction: float, steps: int, warmup: int, rates: tuple[float, ...]) -> Preset:
+    """Fine-tuning on a part of CIFAR-10's labels; accuracy on its test images."""
+    settings = _CIFAR | {"data.fraction": fraction, "steps": steps, "optim.warmup_steps": warmup}
+    starts = {"scratch": Start("random, as timm has it", _TINY_CIFAR)} | _by_optimizer("cifar10")
+    return Preset(CLASSIFICATION, settings, starts, rates, evaluations=2, needs_source=True)
+
+
+def _supervised(name: str, title: str, decor: bool, rates: tuple[float, ...]) -> Start:
+    settings = _TINY_CIFAR | {"optim.name": name, "decor.enable": decor}
+    return Start(title, settings, rates=rates)
+
+
 PRESETS = {
     "digits": Preset(
         CLASSIFICATION,
@@ -166,6 +213,40 @@ PRESETS = {
             "darl-dbp": Start("DARL with DBP", _DARL, ("darl", "dbp")),
         },
         (1e-3, 3e-3, 6e-3),
+    ),
+    "cifar10": _of_cifar(1.0, 1500, 150, (1e-3, 2e-3, 4e-3)),
+    "cifar10-tenth": _of_cifar(0.1, 800, 80, (1e-3, 2e-3, 4e-3)),
+    "cifar10-hundredth": _of_cifar(0.01, 300, 30, (1e-3, 2e-3, 4e-3)),
+    "cifar10-linear": Preset(
+        CLASSIFICATION,
+        _CIFAR
+        | {
+            "linear": True,
+            "steps": 1500,
+            "batch_size": 128,
+            "optim.name": "lars",
+            "optim.weight_decay": 0.0,
+            "optim.layer_decay": 1.0,
+            "optim.warmup_steps": 50,
+            "augment.smoothing": 0.0,
+        },
+        _by_optimizer("cifar10"),
+        (0.3, 1.0, 3.0),
+        evaluations=2,
+        needs_source=True,
+    ),
+    "cifar10-supervised": Preset(
+        CLASSIFICATION,
+        _CIFAR | {"steps": 1500, "optim.warmup_steps": 150, "optim.layer_decay": 1.0},
+        {
+            "adamw": _supervised("adamw", "AdamW", False, (1e-3, 2e-3, 4e-3)),
+            "muon": _supervised("muon", "Muon", False, (4e-3, 8e-3, 1.6e-2)),
+            "decor-adamw": _supervised("adamw", "DecorAdamW", True, (1e-3, 2e-3, 4e-3)),
+            "decor-muon": _supervised("muon", "DecorMuon", True, (4e-3, 8e-3, 1.6e-2)),
+        },
+        (),
+        evaluations=3,
+        needs_source=True,
     ),
     "scenes": Preset(
         SEGMENTATION,

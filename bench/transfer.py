@@ -210,7 +210,7 @@ class Comparison:
         return self.folder / "runs" / f"{run.name}.json"
 
     def _sweep(self, start: str) -> list[Run]:
-        return [Run(self.name, start, rate, SEEDS[0]) for rate in self.preset.rates]
+        return [Run(self.name, start, rate, SEEDS[0]) for rate in self.preset.rates_of(start)]
 
     def best_rate(self, start: str) -> float | None:
         """The best of the rates with the first seed; None before all are there, or if all diverged."""
@@ -340,10 +340,11 @@ def rows(comparison: Comparison) -> list[dict[str, object]]:
             encoders = [r.pretraining for r in runs if r.pretraining]
             lost = [e["final_loss"] for e in encoders if e["final_loss"] is not None]
             steps = [e["step"] for e in runs[0].evals]
-            sweep = {r: comparison.results[Run(comparison.name, name, r, SEEDS[0])] for r in preset.rates}
+            rates = preset.rates_of(name)
+            sweep = {r: comparison.results[Run(comparison.name, name, r, SEEDS[0])] for r in rates}
             row |= {
                 "rate": rate,
-                "edge": edge_of(rate, preset.rates),
+                "edge": edge_of(rate, rates),
                 "seeds": [r.run.seed for r in runs],
                 "diverged": [r.run.seed for r in every if r.outcome != FINISHED],
                 "images": encoders[0]["steps"] * encoders[0]["settings"]["batch_size"] if encoders else None,
