@@ -116,6 +116,7 @@ _CIFAR = _PHOTOS | {
     "optim.warmup_steps": 150,
     "data.cache": "auto",
 }
+_SHORT = {"steps": 1200, "batch_size": 64, "optim.warmup_steps": 80}
 _LARGE = {"batch_size": 256, "steps": 300, "optim.warmup_steps": 24}
 _IMAGENET = {
     "img_size": 224,
@@ -128,23 +129,19 @@ _IMAGENET = {
     "device": "cuda",
     "precision": "bf16",
 }
+_CIFAR_RATES = {
+    "muon": (8e-3, 1.2e-2, 1.6e-2, 2.4e-2),
+    "decor-adamw": (5e-3, 8e-3, 1.2e-2),
+    "decor-muon": (8e-3, 1.2e-2, 1.6e-2, 2.4e-2),
+}
 PRESETS = {
     "photos": Preset(_PHOTOS),
     "photos-large": Preset(_PHOTOS | _LARGE, evaluations=3),
     "photos-long": Preset(_PHOTOS | _LONG, evaluations=10, probe=0),
     "darl": Preset(_DARL),
     "darl-diffusion": Preset(_DARL | {"darl.objective": "diffusion"}),
-    "cifar10": Preset(
-        _CIFAR,
-        evaluations=12,
-        probe=2000,
-        needs_source=True,
-        rates={
-            "muon": (8e-3, 1.2e-2, 1.6e-2, 2.4e-2),
-            "decor-adamw": (5e-3, 8e-3, 1.2e-2),
-            "decor-muon": (8e-3, 1.2e-2, 1.6e-2, 2.4e-2),
-        },
-    ),
+    "cifar10": Preset(_CIFAR, evaluations=12, probe=2000, needs_source=True, rates=_CIFAR_RATES),
+    "cifar10-short": Preset(_CIFAR | _SHORT, evaluations=12, probe=0, needs_source=True, rates=_CIFAR_RATES),
     "vit-s": Preset(_IMAGENET | {"model": "mae_vit_small"}, evaluations=10, probe=0, needs_source=True),
     "vit-b": Preset(_IMAGENET | {"model": "mae_vit_base"}, evaluations=10, probe=0, needs_source=True),
 }
