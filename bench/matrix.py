@@ -116,7 +116,16 @@ _CIFAR = _PHOTOS | {
     "optim.warmup_steps": 150,
     "data.cache": "auto",
 }
+_CAMVID = _PHOTOS | {
+    "img_size": 96,
+    "steps": 1500,
+    "optim.warmup_steps": 100,
+    "data.cache": "auto",
+}
 _SHORT = {"steps": 1200, "batch_size": 64, "optim.warmup_steps": 80}
+_CIFAR_DARL = (
+    _CIFAR | _SHORT | {"model": "darl_vit_tiny", "model_args": _DARL["model_args"] | {"patch_size": 4}}
+)
 _LARGE = {"batch_size": 256, "steps": 300, "optim.warmup_steps": 24}
 _IMAGENET = {
     "img_size": 224,
@@ -142,6 +151,11 @@ PRESETS = {
     "darl-diffusion": Preset(_DARL | {"darl.objective": "diffusion"}),
     "cifar10": Preset(_CIFAR, evaluations=12, probe=2000, needs_source=True, rates=_CIFAR_RATES),
     "cifar10-short": Preset(_CIFAR | _SHORT, evaluations=12, probe=0, needs_source=True, rates=_CIFAR_RATES),
+    "cifar10-darl": Preset(_CIFAR_DARL, 6, 2000, True, _CIFAR_RATES),
+    "cifar10-darl-diffusion": Preset(
+        _CIFAR_DARL | {"darl.objective": "diffusion"}, 6, 2000, True, _CIFAR_RATES
+    ),
+    "camvid": Preset(_CAMVID, evaluations=6, probe=0, needs_source=True, rates=_CIFAR_RATES),
     "vit-s": Preset(_IMAGENET | {"model": "mae_vit_small"}, evaluations=10, probe=0, needs_source=True),
     "vit-b": Preset(_IMAGENET | {"model": "mae_vit_base"}, evaluations=10, probe=0, needs_source=True),
 }

@@ -138,6 +138,17 @@ _SCENES = {
     "device": "cpu",
     "precision": "fp32",
 }
+_CAMVID = _SCENES | {
+    "data.ignored": 11,
+    "data.split": "test",
+    "data.short_side": 144,
+    "data.scale": (0.75, 1.5),
+    "img_size": 96,
+    "steps": 800,
+    "optim.warmup_steps": 80,
+    "head": "linear",
+}
+del _CAMVID["data.source"]
 _ADE20K = {  # a tenth of the images, as in the DBP paper, for as many passes as MAE's recipe
     "data.fraction": 0.1,
     "data.short_side": 512,
@@ -261,6 +272,20 @@ PRESETS = {
         _mae_starts("photos", _TINY_MAE),
         (1e-3, 3e-3, 6e-3, 1.2e-2),
         evaluations=4,
+    ),
+    "camvid": Preset(
+        SEGMENTATION,
+        _CAMVID,
+        {
+            "scratch": Start("random, as timm has it", _TINY_MAE),
+            **_by_optimizer("camvid"),
+            "decor-adamw-seconds": Start(
+                "DecorAdamW, in AdamW's seconds", {}, ("camvid", "decor-adamw"), "seconds"
+            ),
+        },
+        (1e-3, 3e-3, 6e-3),
+        evaluations=2,
+        needs_source=True,
     ),
     "ade20k": Preset(
         SEGMENTATION,
