@@ -235,8 +235,8 @@ def _adamw(s: Sizes, low: bool = False) -> tuple:
         g = g + held(_deviation(p, g, own, True))
         m, v = m.lerp(g, 1 - STEP["beta1"]), v.lerp(g * g, 1 - STEP["beta2"])
         first, second = m / (1 - STEP["beta1"] ** step), v / (1 - STEP["beta2"] ** step)
-        D = first / (second.sqrt() + STEP["eps"]) + STEP["weight_decay"] * V
-        return V - STEP["lr"] * (D + held(_deviation(p, D, own))), m, v
+        D = first / (second.sqrt() + STEP["eps"])
+        return V - STEP["lr"] * (D + held(_deviation(p, D, own)) + STEP["weight_decay"] * V), m, v
 
     steps = [torch.tensor(7.0, device=s.device) for _ in range(s.L)]
     squares = [t.square() for t in s.weights()]

@@ -48,14 +48,14 @@ def adamw(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """AdamW between the two maps: the new V, first and second moments, all `[o, d]`; `step` counts from 1.
 
-    The decay pulls V itself towards zero, and is mapped with the rest of the change.
+    The decay is of V itself, which it is where W decays in `V = W R`.
     """
     g = map_gradient(g, R)
     exp_avg = beta1 * exp_avg + (1 - beta1) * g
     exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * g**2
     m, v = exp_avg / (1 - beta1**step), exp_avg_sq / (1 - beta2**step)
-    D = m / (v.sqrt() + eps) + weight_decay * V
-    return map_change(V - lr * D, V, R), exp_avg, exp_avg_sq
+    D = m / (v.sqrt() + eps)
+    return (1 - lr * weight_decay) * V - lr * D @ R, exp_avg, exp_avg_sq
 
 
 def correlation(z: Tensor, kappa: float = 0.0, scale_free: bool = False) -> tuple[Tensor, Tensor, Tensor]:

@@ -70,12 +70,12 @@ def train(model, optimizer, steps, start=0, closure=False, scheduler=None, set_t
     return losses
 
 
-def groups(model):
+def groups(model, decay=0.1):
     """Matrices and vectors, with options of their own."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]
     return [
-        {"params": matrices, "weight_decay": 0.1},
+        {"params": matrices, "weight_decay": decay},
         {"params": vectors, "weight_decay": 0.0, "lr": 0.02, "betas": (0.8, 0.9)},
     ]
 
@@ -150,8 +150,9 @@ def test_without_a_model_DecorAdamW_is_AdamW_bit_for_bit(dtype, closure):
 def test_DecorAdamW_is_AdamW_between_the_maps(rule, dtype, tolerance):
     models = network(dtype), network(dtype)
     start = parameters(models[0])
-    whole = adamw(models[0], RULES[rule])
-    plain = torch.optim.AdamW(groups(models[1]), 0.01)
+    # Hooks cannot tell an optimizer's decay from its step, and map it, too.
+    whole = DecorAdamW(groups(models[0], 0.0), 0.01, model=models[0], decor=RULES[rule])
+    plain = torch.optim.AdamW(groups(models[1], 0.0), 0.01)
     around = DecorPreconditioner(models[1], plain, RULES[rule])
     for model, optimizer in zip(models, (whole, plain), strict=True):
         train(model, optimizer, 20, scheduler=torch.optim.lr_scheduler.StepLR(optimizer, 5, 0.7))
@@ -170,8 +171,8 @@ def test_vision_transformers_step_as_between_the_maps(kind):
     models = models[0], copy.deepcopy(models[0])
     sites = ("patch_embed", "qkv", "fc1", "fc2")
     decor = Decor(sites=sites, eta=0.2)
-    whole = DecorAdamW(models[0].parameters(), 0.01, weight_decay=0.1, model=models[0], decor=decor)
-    plain = torch.optim.AdamW(models[1].parameters(), 0.01, weight_decay=0.1)
+    whole = DecorAdamW(models[0].parameters(), 0.01, weight_decay=0.0, model=models[0], decor=decor)
+    plain = torch.optim.AdamW(models[1].parameters(), 0.01, weight_decay=0.0)
     around = DecorPreconditioner(models[1], plain, decor)
     for model, optimizer in zip(models, (whole, plain), strict=True):
         for step in range(4):
@@ -200,8 +201,8 @@ def muon_by_hand(model, layers, step, memory, lr, decay, momentum, nesterov, sca
         update = (1 - momentum) * g + momentum * m if nesterov else m
         o, d = V.shape
         factor = max(1, o / d) ** 0.5 if scale == "original" else 0.2 * max(o, d) ** 0.5
-        change = -lr * (decay * V + factor * orthogonalized(update))
-        V.copy_(reference.map_change(V + change, V, R))
+        change = -lr * factor * orthogonalized(update)
+        V.copy_(reference.map_change(V + change, V, R) - lr * decay * V)
 
 
 @pytest.mark.parametrize("scale", ["original", "match_rms_adamw"])
@@ -232,6 +233,24 @@ def test_DecorMuon_by_hand(rule, nesterov, scale):
         )
 
 
+@BOTH
+def test_weights_decay_whatever_R_is(make_optimizer):
+    """Mapped by an R that turns directions round, the decay would make them grow."""
+    model = network()
+    optimizer = make_optimizer(model, RULES["full"])
+    chosen = {name: layer.weight for name, layer in optimizer.engine.layers.items()}
+    for layer in optimizer.engine.layers.values():
+        with torch.no_grad():
+            layer.factors[0].neg_()
+    before = {name: weight.detach().clone() for name, weight in chosen.items()}
+    for weight in model.parameters():
+        weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    assert chosen
+    for name, weight in chosen.items():
+        torch.testing.assert_close(weight.detach(), before[name] * (1 - 0.01 * 0.1), rtol=1e-12, atol=0)
+
+
 @pytest.fixture
 def exact_timm(monkeypatch):
     """timm's Newton-Schulz iteration in fp64 instead of bf16."""
@@ -254,7 +273,8 @@ def test_DecorMuon_is_timms_Muon_between_the_maps(exact_timm, rule, nesterov, sc
     theirs = {"adjust_lr_fn": scale, "ns_coefficients": "original"}
 
     def split(model):
-        return [{k: v for k, v in group.items() if k != "betas"} for group in groups(model)]
+        made = groups(model, 0.0 if rule else 0.1)
+        return [{k: v for k, v in group.items() if k != "betas"} for group in made]
 
     ours = DecorMuon(
         split(models[0]), 0.01, scale=scale, model=rule and models[0], decor=RULES.get(rule), **options
@@ -513,7 +533,8 @@ def test_a_run_can_be_resumed_before_its_first_step():
 
 def test_DecorAdamW_and_DecorPreconditioner_take_each_others_state():
     model, other = network(), network()
-    whole, plain = adamw(model), torch.optim.AdamW(groups(other), 0.01)
+    whole = DecorAdamW(groups(model, 0.0), 0.01, model=model, decor=RULE)
+    plain = torch.optim.AdamW(groups(other, 0.0), 0.01)
     around = DecorPreconditioner(other, plain, RULE)
     train(model, whole, 3)
     other.load_state_dict(model.state_dict())

@@ -40,10 +40,10 @@ def corrections(table, weight, count, log_beta1, log_beta2, COLUMN: tl.constexpr
 
 @jit
 def direction(
-    V, exp_avg, exp_avg_sq, inside, mapped, weight1, weight2, correction1, correction2, eps, weight_decay,
+    exp_avg, exp_avg_sq, inside, mapped, weight1, weight2, correction1, correction2, eps,
     FIRST: tl.constexpr, DTYPE: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """A tile of V and of what AdamW subtracts from it, divided by lr; zero outside.
+    """A tile of what AdamW subtracts beside the decay, divided by lr; zero outside.
 
     The FIRST time the moments take the mapped gradient, and count as they are stored.
     """
@@ -56,9 +56,8 @@ def direction(
         tl.store(exp_avg_sq, square, mask=inside)
         mean = mean.to(tl.float32)
         square = square.to(tl.float32)
-    old = load_tile(V, inside)
     denominator = tl.sqrt(square) / tl.sqrt(correction2) + eps
-    return old, tl.where(inside, mean / correction1 / denominator + weight_decay * old, 0.0)
+    return tl.where(inside, mean / correction1 / denominator, 0.0)
 
 
 @jit
@@ -111,22 +110,22 @@ def adamw_kernel(
             inside = m_in & (n < D - start)
             held = product + start + (m * padded + n)
             mapped = load_tile(g + start + (m * g_m + n), inside) + tl.load(held).to(tl.float32)
-            _, change = direction(
-                V + start + (m * V_m + n), exp_avg + start + (m * exp_avg_m + n),
-                exp_avg_sq + start + (m * exp_avg_sq_m + n), inside, mapped, weight1, weight2,
-                correction1, correction2, eps, weight_decay, True, DTYPE, EMULATE,
+            change = direction(
+                exp_avg + start + (m * exp_avg_m + n), exp_avg_sq + start + (m * exp_avg_sq_m + n), inside,
+                mapped, weight1, weight2, correction1, correction2, eps, True, DTYPE, EMULATE,
             )  # fmt: skip
             tl.store(held, rounded(change, tl.bfloat16, EMULATE))
         strip_times(product, R, strip, padded, False, EMULATE, BLOCK_M, BLOCK_N, BLOCK_K)
         for start in range(0, padded, HALF):
             inside = m_in & (n < D - start)
-            old, change = direction(
-                V + start + (m * V_m + n), exp_avg + start + (m * exp_avg_m + n),
-                exp_avg_sq + start + (m * exp_avg_sq_m + n), inside, None, weight1, weight2,
-                correction1, correction2, eps, weight_decay, False, DTYPE, EMULATE,
+            change = direction(
+                exp_avg + start + (m * exp_avg_m + n), exp_avg_sq + start + (m * exp_avg_sq_m + n), inside,
+                None, weight1, weight2, correction1, correction2, eps, False, DTYPE, EMULATE,
             )  # fmt: skip
             change += tl.load(strip + start + (m * padded + n)).to(tl.float32)
-            tl.store(V + start + (m * V_m + n), rounded(old - rate * change, DTYPE, EMULATE), mask=inside)
+            old = load_tile(V + start + (m * V_m + n), inside)
+            new = old - rate * (change + weight_decay * old)
+            tl.store(V + start + (m * V_m + n), rounded(new, DTYPE, EMULATE), mask=inside)
         tl.debug_barrier()  # the next block overwrites the strips
 
 
@@ -163,24 +162,25 @@ def lowrank_adamw_kernel(
         factor = load_factor(Q, q_d, start, n, D, rank, RANK, EMULATE)
         mapped = load_tile(g + start + (m * g_m + n[None, :]), inside)
         mapped = dot(t, tl.trans(factor), mapped, tl.bfloat16, "ieee", EMULATE)
-        _, change = direction(
-            V + start + (m * V_m + n[None, :]), exp_avg + start + (m * exp_avg_m + n[None, :]),
+        change = direction(
+            exp_avg + start + (m * exp_avg_m + n[None, :]),
             exp_avg_sq + start + (m * exp_avg_sq_m + n[None, :]), inside, mapped, weight1, weight2,
-            correction1, correction2, eps, weight_decay, True, DTYPE, EMULATE,
+            correction1, correction2, eps, True, DTYPE, EMULATE,
         )  # fmt: skip
         p = dot(change, factor, p, tl.bfloat16, "ieee", EMULATE)
     p = times_S(p, table, weight, count, RANK, 5, False, ALIGNED, EMULATE, BLOCK_R)
     tl.debug_barrier()  # the moments are written
     for start in range(0, D, BLOCK_N):
         inside = m_in & (n < D - start)[None, :]
-        old, change = direction(
-            V + start + (m * V_m + n[None, :]), exp_avg + start + (m * exp_avg_m + n[None, :]),
+        change = direction(
+            exp_avg + start + (m * exp_avg_m + n[None, :]),
             exp_avg_sq + start + (m * exp_avg_sq_m + n[None, :]), inside, None, weight1, weight2,
-            correction1, correction2, eps, weight_decay, False, DTYPE, EMULATE,
+            correction1, correction2, eps, False, DTYPE, EMULATE,
         )  # fmt: skip
         factor = load_factor(Q, q_d, start, n, D, rank, RANK, EMULATE)
         change = dot(p, tl.trans(factor), change, tl.bfloat16, "ieee", EMULATE)
-        new = rounded(old - rate * change, DTYPE, EMULATE)
+        old = load_tile(V + start + (m * V_m + n[None, :]), inside)
+        new = rounded(old - rate * (change + weight_decay * old), DTYPE, EMULATE)
         tl.store(V + start + (m * V_m + n[None, :]), new, mask=inside)
 
 
@@ -193,19 +193,20 @@ def _adamw(
     as_tensor = lr.device == weights[0].device
 
     def eager(i: int, own: list[Tensor]) -> None:
-        """PyTorch's AdamW without decay, of the change that the decay makes: V's digits do not hide it."""
+        """PyTorch's AdamW of a weight that is zero: V's digits do not hide its change."""
         V, moments, compute = weights[i], (exp_avgs[i], exp_avg_sqs[i]), own[0].dtype
         g = gradients[i].flatten(1).to(compute, copy=True)
         g = add_deviation_(g, g, transposed(own)).view(V.shape).to(moments[0].dtype)
-        change = (V * (-weight_decay * lr)).to(g.dtype)
         # It takes elements as they lie in memory.
-        change, g, *dense = (t.contiguous() for t in (change, g, *moments))
+        g, *dense = (t.contiguous() for t in (g, *moments))
+        change = torch.zeros_like(g)
         torch._fused_adamw_(
             [change], [g], *([t] for t in dense), [], [steps[i].to(V.device)],
             lr=lr if as_tensor else float(lr), beta1=beta1, beta2=beta2, weight_decay=0.0, eps=eps,
             amsgrad=False, maximize=False,
         )  # fmt: skip
         new, change = V.flatten(1).to(compute), change.flatten(1).to(compute)
+        new.mul_(1 - weight_decay * lr)
         add_deviation_(new.add_(change), change, own)
         for out, value in zip((V, *moments), (new, *dense), strict=True):
             if value is not out:  # perhaps a view of it
@@ -242,8 +243,9 @@ def adamw_(
 ) -> None:  # fmt: skip
     """One step of AdamW on fused weights in place, with the maps of DBP before and after it.
 
-    The same as `map_gradients_`, `torch.optim.AdamW` and `map_changes_`, but for what these round in between:
-    `g <- g R^T`, both moments, `D = m_hat / (sqrt(v_hat) + eps) + weight_decay V`, `V <- V - lr D R`.
+    The same as `map_gradients_`, `torch.optim.AdamW` and `map_changes_`, but for what these round in between,
+    and for the decay, which is of V itself, as if W decayed in `V = W R`:
+    `g <- g R^T`, both moments, `D = m_hat / (sqrt(v_hat) + eps)`, `V <- (1 - lr weight_decay) V - lr D R`.
 
     Args:
         weights: V, `[o, ...]` each, taken as `[o, d]`; moments are of the same shapes and dtypes, gradients

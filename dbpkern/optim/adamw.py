@@ -16,8 +16,8 @@ class DecorAdamW(DecorOptimizer):
         loss.backward(); optimizer.step()
 
     The weights of chosen layers are stepped by `ops.adamw_`: their gradient is mapped by R, the moments are
-    those of the mapped gradient, and the change is mapped back, with the decay of V in it: V decays by
-    `lr weight_decay V R`. All other parameters are stepped by PyTorch's AdamW. Then R makes its step.
+    those of the mapped gradient, and the change is mapped back, but for the decay, which is of V itself. All
+    other parameters are stepped by PyTorch's AdamW. Then R makes its step.
 
     Args:
         params: parameters or groups of them; groups may have an lr, betas, eps and weight_decay of their own.

@@ -28,7 +28,7 @@ class DecorMuon(DecorOptimizer):
     dimensions, none of the first two of length 1, taken as `[o, d]`; a group with `use_muon` says so itself.
     Matrices of equal shape are orthogonalised together, in bf16 on GPUs and in their own dtype elsewhere: on
     a CPU without bf16 units bf16 takes ten times as long. The gradients of chosen layers are mapped by R
-    before, the changes after, with the decay of V in them, as `DecorAdamW` does. Then R makes its step.
+    before, the changes after, but for the decay, which is of V itself. Then R makes its step.
 
     Args:
         params: parameters or groups of them; groups may have options of their own.
@@ -79,6 +79,9 @@ class DecorMuon(DecorOptimizer):
     @torch.compiler.disable
     def _step_weights(self) -> None:
         groups = self._trained()
+        for group, trained in groups:
+            if trained and group["weight_decay"]:  # of V itself, before its change is mapped
+                torch._foreach_mul_([local(p) for p in trained], 1 - group["lr"] * group["weight_decay"])
         maps = None if self.engine is None else self._maps
         if maps is not None:
             maps.enter(self)
@@ -93,7 +96,7 @@ class DecorMuon(DecorOptimizer):
                     others.append(parameter)
             for equal in matrices.values():
                 self._step_matrices(group, equal)
-            self._step_adamw(group, others)
+            self._step_adamw(group | {"weight_decay": 0.0}, others)
         if maps is not None:
             maps.leave()
 
@@ -114,7 +117,6 @@ class DecorMuon(DecorOptimizer):
         whole = [_gathered(u, p).reshape(o, d) for u, p in zip(updates, parameters, strict=True)]
         stack = ops.orthogonalize(torch.stack(whole).to(dtype), group["ns_steps"])
         changes = stack.to(weights[0].dtype) * (-group["lr"] * SCALES[group["scale"]](o, d))
-        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         parts = [_own(c.view(p.shape), p) for c, p in zip(changes.unbind(), parameters, strict=True)]
         torch._foreach_add_(weights, parts)
 

@@ -26,7 +26,8 @@ class DecorPreconditioner(Decorrelates):
 
     `step(closure)` works with optimizers that evaluate the closure once, before they step.
 
-    The optimizer's weight decay is mapped like the rest of its change: V decays by `lr wd V R`.
+    The optimizer's weight decay is mapped like the rest of its change: V decays by `lr wd V R`. `DecorAdamW`
+    and `DecorMuon`, which know their decay, take it off V itself: prefer them where it is strong.
 
     Args:
         model: any model; layers that share an input, like separate q, k and v projections, share R.

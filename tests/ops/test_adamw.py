@@ -55,8 +55,9 @@ def peer(V, g, exp_avg, exp_avg_sq, own, step, dtype):
     exp_avg = exp_avg.float().lerp(g, 1 - RULE["beta1"]).to(dtype)
     exp_avg_sq = exp_avg_sq.float().lerp(g * g, 1 - RULE["beta2"]).to(dtype)
     m, v = exp_avg.float() / (1 - RULE["beta1"] ** step), exp_avg_sq.float() / (1 - RULE["beta2"] ** step)
-    D = m / (v.sqrt() + RULE["eps"]) + RULE["weight_decay"] * V.float()
-    return (V.float() - RULE["lr"] * (D + held(rounded_deviation(D, own)))).to(dtype), exp_avg, exp_avg_sq
+    D = m / (v.sqrt() + RULE["eps"])
+    change = D + held(rounded_deviation(D, own)) + RULE["weight_decay"] * V.float()
+    return (V.float() - RULE["lr"] * change).to(dtype), exp_avg, exp_avg_sq
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -80,13 +81,11 @@ def test_kernels(rows, d, r, dtype):
 
 
 @pytest.mark.parametrize("r", [0, 3])
-def test_eager_is_AdamW_between_the_maps(r):
+def test_eager_is_AdamW_between_the_maps_but_for_the_decay(r):
     V = tensor(6, 2, 5, dtype=torch.float64).requires_grad_()
     own = [tuple(f.double() for f in factors(10, r))]
     lr, beta1, beta2, eps, weight_decay = RULE.values()
-    optimizer = torch.optim.AdamW(
-        [V], lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, foreach=False
-    )
+    optimizer = torch.optim.AdamW([V], lr, betas=(beta1, beta2), eps=eps, weight_decay=0.0, foreach=False)
     found = V.detach().clone()
     moments = [torch.zeros_like(found), torch.zeros_like(found)]
     for step in range(1, 5):
@@ -98,6 +97,7 @@ def test_eager_is_AdamW_between_the_maps(r):
         optimizer.step()
         with torch.no_grad():
             ops.map_changes_([V], kept, own)
+            V -= lr * weight_decay * before
         old = [t.flatten(1).clone() for t in moments]
         ops.adamw_([found], [g], *([t] for t in moments), [number(step)], own, **RULE)
         expected = [V.detach(), *(optimizer.state[V][key] for key in ("exp_avg", "exp_avg_sq"))]
