@@ -35,7 +35,7 @@ CROWD = 8  # arms whose names still fit among their curves
 # tab20 has ten hues, dark and light: first the dark ones.
 COLOURS = {name: f"C{i}" if i < 10 else colormaps["tab20"](2 * i - 19) for i, name in enumerate(ARMS)}
 # Shown beside a family of ablations, black and silver: the arm that they change, and another.
-BESIDE = {"dbp-full": ("dbp-full", "dbp"), "decor-muon": ("decor-muon", "muon")}
+BESIDE = {"dbp-full": ("dbp-full", "dbp"), "decor-muon": ("decor-muon", "muon"), "adamw": ("adamw", "muon")}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -575,10 +575,10 @@ def _plot_loss(report: Report, names: Sequence[str]) -> Callable[[Figure], None]
     return lambda figure: _draw_curves(figure, report, names, COLOURS)
 
 
-def _plot_family(report: Report, names: Sequence[str]) -> Callable[[Figure], None]:
+def _plot_family(report: Report, names: Sequence[str], near: Sequence[str]) -> Callable[[Figure], None]:
     many = colormaps["tab20"].colors
     colours = {name: many[i % len(many)] for i, name in enumerate(names)}
-    colours |= dict(zip(BESIDE[tuned(names[-1])], ("black", "silver"), strict=True))
+    colours |= dict(zip(near, ("black", "silver"), strict=True))
     return lambda figure: _draw_curves(figure, report, names, colours)
 
 
@@ -638,7 +638,7 @@ def plots(report: Report, folder: Path) -> dict[str, str]:
         near = BESIDE[tuned(names[0])]
         chosen = [n for n in (*near, *names) if n in report.arms and report.arms[n].curve is not None]
         if chosen:
-            drawn[f"ablation_{family}"] = _plot_family(report, chosen)
+            drawn[f"ablation_{family}"] = _plot_family(report, chosen, near)
     for name, draw in drawn.items():
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         draw(figure)

@@ -30,6 +30,7 @@ class Preset:
         probe: how many labelled images the probe learns from, see `bench.probe`; 0 for no probe.
         needs_source: whether the images must be named; otherwise they are the photographs.
         rates: peak learning rates to try, by arm, where they are not the arm's own.
+        own: settings by main arm, tuned for it; they hold for its ablations, too.
     """
 
     settings: Mapping[str, object]
@@ -37,6 +38,7 @@ class Preset:
     probe: int = 400
     needs_source: bool = False
     rates: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    own: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
 
     @property
     def steps(self) -> int:
@@ -143,14 +145,34 @@ _CIFAR_RATES = {
     "decor-adamw": (5e-3, 8e-3, 1.2e-2),
     "decor-muon": (8e-3, 1.2e-2, 1.6e-2, 2.4e-2),
 }
+
+
+def _decay(**by_arm: float) -> dict[str, dict[str, float]]:
+    return {arm.replace("_", "-"): {"optim.weight_decay": decay} for arm, decay in by_arm.items()}
+
+
 PRESETS = {
     "photos": Preset(_PHOTOS),
     "photos-large": Preset(_PHOTOS | _LARGE, evaluations=3),
     "photos-long": Preset(_PHOTOS | _LONG, evaluations=10, probe=0),
     "darl": Preset(_DARL),
     "darl-diffusion": Preset(_DARL | {"darl.objective": "diffusion"}),
-    "cifar10": Preset(_CIFAR, evaluations=12, probe=2000, needs_source=True, rates=_CIFAR_RATES),
-    "cifar10-short": Preset(_CIFAR | _SHORT, evaluations=12, probe=0, needs_source=True, rates=_CIFAR_RATES),
+    "cifar10": Preset(
+        _CIFAR,
+        evaluations=12,
+        probe=2000,
+        needs_source=True,
+        rates=_CIFAR_RATES,
+        own=_decay(adamw=0.2, muon=0.1, decor_adamw=0.2, decor_muon=0.1),
+    ),
+    "cifar10-short": Preset(
+        _CIFAR | _SHORT,
+        evaluations=12,
+        probe=0,
+        needs_source=True,
+        rates=_CIFAR_RATES,
+        own=_decay(adamw=0.5, muon=0.1, decor_adamw=0.5, decor_muon=0.1),
+    ),
     "cifar10-darl": Preset(_CIFAR_DARL, 6, 2000, True, _CIFAR_RATES),
     "cifar10-darl-diffusion": Preset(
         _CIFAR_DARL | {"darl.objective": "diffusion"}, 6, 2000, True, _CIFAR_RATES
@@ -294,6 +316,20 @@ ABLATIONS = {
             ("kappa", "towards unit variances, kappa 0.5", {"decor.kappa": 0.5}),
         )
     },
+    "decay": {
+        f"{arm}-decay-{decay:g}": Arm(
+            f"{ARMS[arm].title}, weight decay {decay:g}",
+            ARMS[arm].settings | {"optim.weight_decay": decay},
+            like=arm,
+        )
+        for arm, decays in (
+            ("adamw", (0.05, 0.1, 0.2, 0.5, 1.0)),
+            ("decor-adamw", (0.05, 0.1, 0.2, 0.5)),
+            ("muon", (0.05, 0.1, 0.2, 0.4)),
+            ("decor-muon", (0.05, 0.1, 0.2)),
+        )
+        for decay in decays
+    },
     "schedule": {"follow": Arm("eta follows the learning rate", _FULL | {"decor.follow": True})},
     "scale": {
         "unscaled": Arm("not scale-free, eta 0.01", _FULL | {"decor.scale_free": False, "decor.eta": 1e-2}),
@@ -352,7 +388,8 @@ class Run:
             "eval_every": max(1, preset.steps // preset.evaluations),
             "checkpoint_every": preset.steps,
         }
-        for name, value in (preset.settings | common | dict(data) | dict(arm.settings)).items():
+        own = preset.own.get(tuned(self.arm), {})
+        for name, value in (preset.settings | common | dict(data) | own | arm.settings).items():
             assign(config, name, value)
         config.optim.blr = self.rate * 256 / config.batch_size
         return config
