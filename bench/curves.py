@@ -35,13 +35,19 @@ CROWD = 8  # arms whose names still fit among their curves
 # tab20 has ten hues, dark and light: first the dark ones.
 COLOURS = {name: f"C{i}" if i < 10 else colormaps["tab20"](2 * i - 19) for i, name in enumerate(ARMS)}
 # Shown beside a family of ablations, black and silver: the arm that they change, and another.
-BESIDE = {"dbp-full": ("dbp-full", "dbp"), "decor-muon": ("decor-muon", "muon"), "adamw": ("adamw", "muon")}
+BESIDE = {"dbp-full": ("dbp-full", "dbp"), "decor-muon": ("decor-muon", "muon")}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of `python -m bench curves`."""
     parser.add_argument("results", type=Path, metavar="FOLDER/PRESET", help="what convergence has filled")
     parser.add_argument("--out", type=Path, metavar="DIR", help="of the report (default: beside the results)")
+
+
+def _beside(names: Sequence[str]) -> tuple[str, str]:
+    """What a family is shown beside: by default the first rival that is not the changed arm itself."""
+    changed = tuned(names[0])
+    return BESIDE.get(changed, (changed, next(rival for rival in RIVALS if rival != changed)))
 
 
 def reach(curve: Sequence[float], target: float, stride: int = 1) -> int | None:
@@ -518,7 +524,7 @@ def markdown(report: Report, pictures: Mapping[str, str]) -> str:
             text = f"Accuracy on {_probed(report)} that it did not learn from, step by step."
             section(title, probe, text, table)
     for family, names in _families(report).items():
-        shown = [name for name in BESIDE[tuned(names[0])] if name in report.arms]
+        shown = [name for name in _beside(names) if name in report.arms]
         section(f"Ablation: {family}", f"ablation_{family}", losses_table(report, [*shown, *names]))
     if report.diverged:
         lines = [f"- {r.run.name}: {r.outcome}" for r in report.diverged]
@@ -635,7 +641,7 @@ def plots(report: Report, folder: Path) -> dict[str, str]:
             label = f"{title}, accuracy on {_probed(report)}"
             drawn[probe] = partial(_plot_evals, report=report, key=probe, label=label)
     for family, names in _families(report).items():
-        near = BESIDE[tuned(names[0])]
+        near = _beside(names)
         chosen = [n for n in (*near, *names) if n in report.arms and report.arms[n].curve is not None]
         if chosen:
             drawn[f"ablation_{family}"] = _plot_family(report, chosen, near)

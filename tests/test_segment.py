@@ -22,7 +22,7 @@ from torchmetrics.classification import MulticlassJaccardIndex
 import dbpkern
 from models.classifier import Architecture, create_vit
 from models.segmentation import Segmentation, SegmentationModel, load_segmenter, multiscale_logits
-from train import plots, predict, processes, segment
+from train import plots, predict, processes, segment, transfer
 from train.data import choose_subset
 from train.processes import Processes
 from train.run_folder import RunFolder
@@ -129,7 +129,7 @@ def test_muon_trains_a_segmenter_with_the_same_rates_by_layer(decor):
     model = SegmentationModel(encoder, 3, width=8)
     arguments = ["--out=x", "--head=linear", "--optim.name=muon", f"--decor.enable={str(decor).lower()}"]
     config = segment.parse(arguments)
-    optimizer, held = segment.build_optimizers(config, model)
+    optimizer, held = transfer.build_optimizers(config, model)
     assert isinstance(optimizer, dbpkern.DecorMuon)
     assert (held is optimizer, optimizer.engine is not None) == (decor, decor)
     assert {group["momentum"] for group in optimizer.param_groups} == {config.optim.betas[0]}
@@ -214,7 +214,7 @@ def test_rates_decay_over_the_encoder_alone():
     config = segment.parse(["--out=x"])
     assert config.peak_lr == pytest.approx(1e-4)
     assert (config.head, config.steps, config.optim.warmup_steps) == ("upernet", 160_000, 1500)
-    optimizer, _ = segment.build_optimizers(config, model)
+    optimizer, _ = transfer.build_optimizers(config, model)
     names = {id(p): name for name, p in model.named_parameters()}
     found = {names[id(p)]: group for group in optimizer.param_groups for p in group["params"]}
     assert set(found) == set(names.values())

@@ -35,7 +35,7 @@ from train import plots, transfer
 from train.labelled import AugmentConfig, LabelledConfig, LabelledSet, Mixer, build_labelled, collate
 from train.loop import Loop, moved
 from train.processes import Processes, progress
-from train.run import build_optimizer, open_run, parse_config, plot_correlations, run_script, summary_of
+from train.run import open_run, parse_config, plot_correlations, run_script, summary_of
 from train.run_folder import to_json, write_atomically
 
 
@@ -109,15 +109,12 @@ def build_optimizers(
     Rates are those of `parameter_groups`. timm puts a final norm of all tokens, which the read-outs "class"
     and "last" have, with the last block.
     """
-    c = config.optim
-    groups, peak = transfer.parameter_groups(config, model), config.peak_lr
-    if c.name != "lars":
-        rule = config.decor.rule(model, config.seed) if config.decor.enable else None
-        optimizer = build_optimizer(config, groups, peak, model, rule)
-        return optimizer, None if rule is None else optimizer
+    if config.optim.name != "lars":
+        return transfer.build_optimizers(config, model)
     # As MAE's: the trust ratio is for weights, not for biases.
+    groups = transfer.parameter_groups(config, model)
     groups = [group | {"always_adapt": group["params"][0].ndim > 1} for group in groups]
-    return Lars(groups, lr=peak, momentum=c.betas[0]), None
+    return Lars(groups, lr=config.peak_lr, momentum=config.optim.betas[0]), None
 
 
 class Evaluator:

@@ -21,7 +21,6 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torchvision.utils import save_image
 
-import dbpkern
 from dbpkern import diagnostics
 from dbpkern.sites import select
 from models.classifier import Architecture, Vit
@@ -40,7 +39,7 @@ from train import plots, transfer
 from train.data import DataError
 from train.loop import Loop, moved
 from train.processes import Processes, progress
-from train.run import build_optimizer, open_run, parse_config, plot_correlations, run_script, summary_of
+from train.run import open_run, parse_config, plot_correlations, run_script, summary_of
 from train.run_folder import to_json, write_atomically
 from train.schedule import warmup_linear
 from train.segmented import (
@@ -246,16 +245,6 @@ def synchronise(model: nn.Module, procs: Processes) -> nn.Module:
         if isinstance(module, nn.BatchNorm2d):
             module.register_forward_hook(transfer.average_statistics)
     return model
-
-
-def build_optimizers(
-    config: Config, model: nn.Module
-) -> tuple[torch.optim.Optimizer, dbpkern.DecorAdamW | dbpkern.DecorMuon | None]:
-    """The optimizer, with the rates of `parameter_groups`, and what moves R if the run decorrelates: it."""
-    rule = config.decor.rule(model, config.seed) if config.decor.enable else None
-    groups = transfer.parameter_groups(config, model)
-    optimizer = build_optimizer(config, groups, config.peak_lr, model, rule)
-    return optimizer, None if rule is None else optimizer
 
 
 class Scores(NamedTuple):
@@ -494,7 +483,7 @@ def prepare(config: Config, procs: Processes) -> tuple[Loop, Evaluator, Iterator
         )
     select(model, config.decor.present(model), config.decor.accepts)  # raises now: evaluation observes them
     model = synchronise(model.to(procs.device), procs)
-    optimizer, decor = build_optimizers(config, model)
+    optimizer, decor = transfer.build_optimizers(config, model)
 
     total, rate = config.schedule(len(training))
     files = [

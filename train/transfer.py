@@ -3,16 +3,19 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 import torch.distributed as dist
 from timm.optim import param_groups_layer_decay
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset
 
+import dbpkern
 from models.classifier import Architecture, Loaded, create_vit, load_encoder
 from train import config as shared
 from train.data import StepSampler, build_loader
 from train.processes import Processes
+from train.run import build_optimizer
 
 
 @dataclass(kw_only=True)
@@ -106,6 +109,15 @@ def parameter_groups(config: TransferConfig, model: nn.Module) -> list[dict]:
         model, c.weight_decay, model.no_weight_decay(), layer_decay=c.layer_decay
     )
     return [group | {"initial_lr": config.peak_lr * group["lr_scale"]} for group in groups]
+
+
+def build_optimizers(
+    config: TransferConfig, model: nn.Module
+) -> tuple[torch.optim.Optimizer, dbpkern.DecorAdamW | dbpkern.DecorMuon | None]:
+    """The optimizer, with the rates of `parameter_groups`, and what moves R if the run decorrelates: it."""
+    rule = config.decor.rule(model, config.seed) if config.decor.enable else None
+    optimizer = build_optimizer(config, parameter_groups(config, model), config.peak_lr, model, rule)
+    return optimizer, None if rule is None else optimizer
 
 
 def training_batches(
