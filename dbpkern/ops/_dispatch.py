@@ -210,7 +210,8 @@ TILES: dict[tuple[str, str], dict[tuple[int, int], Tiles]] = {
     ("lowrank_adamw", "16bit"): {
         (0, 1): Tiles(32, 32, 32, 8, 2),
         (0, 8): Tiles(32, 32, 32, 4, 3),
-        (65, 1): Tiles(16, 16, 32, 8, 2),
+        (33, 8): Tiles(32, 16, 32, 4, 3),
+        (65, 1): Tiles(16, 16, 16, 8, 2),
         (65, 8): Tiles(32, 32, 32, 8, 2),
     },
     ("fused", "16bit"): _TENSOR_CORES,

@@ -89,6 +89,7 @@ def adamw_kernel(
     direction, whose product comes back.
     """
     rate = tl.load(lr).to(tl.float32) if LR_TENSOR else lr
+    kept = 1.0 - rate * weight_decay
     HALF: tl.constexpr = BLOCK_K // 2  # few columns at a time, for there are four matrices
     m = tl.arange(0, BLOCK_M)[:, None]
     n = tl.arange(0, HALF)[None, :]
@@ -124,8 +125,7 @@ def adamw_kernel(
             )  # fmt: skip
             change += tl.load(strip + start + (m * padded + n)).to(tl.float32)
             old = load_tile(V + start + (m * V_m + n), inside)
-            new = old - rate * (change + weight_decay * old)
-            tl.store(V + start + (m * V_m + n), rounded(new, DTYPE, EMULATE), mask=inside)
+            tl.store(V + start + (m * V_m + n), rounded(kept * old - rate * change, DTYPE, EMULATE), mask=inside)
         tl.debug_barrier()  # the next block overwrites the strips
 
 
@@ -142,6 +142,7 @@ def lowrank_adamw_kernel(
     in reverse, so that it begins with what the first read last.
     """
     rate = tl.load(lr).to(tl.float32) if LR_TENSOR else lr
+    kept = 1.0 - rate * weight_decay
     weight, row, m_in = locate(table, tl.program_id(0), count, SPAN, BLOCK_M)
     V, V_m = matrix(table, weight, count, row, 0, DTYPE, ALIGNED)
     g, g_m = matrix(table, weight, count, row, 1, OTHER, ALIGNED)
@@ -180,7 +181,7 @@ def lowrank_adamw_kernel(
         factor = load_factor(Q, q_d, start, n, D, rank, RANK, EMULATE)
         change = dot(p, tl.trans(factor), change, tl.bfloat16, "ieee", EMULATE)
         old = load_tile(V + start + (m * V_m + n[None, :]), inside)
-        new = rounded(old - rate * (change + weight_decay * old), DTYPE, EMULATE)
+        new = rounded(kept * old - rate * change, DTYPE, EMULATE)
         tl.store(V + start + (m * V_m + n[None, :]), new, mask=inside)
 
 
