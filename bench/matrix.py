@@ -147,8 +147,8 @@ _CIFAR_RATES = {
 }
 
 
-def _decay(**by_arm: float) -> dict[str, dict[str, float]]:
-    return {arm.replace("_", "-"): {"optim.weight_decay": decay} for arm, decay in by_arm.items()}
+def _decay(by_arm: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    return {arm: {"optim.weight_decay": decay} for arm, decay in by_arm.items()}
 
 
 PRESETS = {
@@ -163,7 +163,7 @@ PRESETS = {
         probe=2000,
         needs_source=True,
         rates=_CIFAR_RATES,
-        own=_decay(adamw=0.2, muon=0.1, decor_adamw=0.2, decor_muon=0.1),
+        own=_decay({"adamw": 0.2, "muon": 0.1, "decor-adamw": 0.2, "decor-muon": 0.1}),
     ),
     "cifar10-short": Preset(
         _CIFAR | _SHORT,
@@ -171,7 +171,7 @@ PRESETS = {
         probe=0,
         needs_source=True,
         rates=_CIFAR_RATES,
-        own=_decay(adamw=0.5, muon=0.1, decor_adamw=0.5, decor_muon=0.1),
+        own=_decay({"adamw": 0.5, "muon": 0.1, "decor-adamw": 0.5, "decor-muon": 0.1}),
     ),
     "cifar10-darl": Preset(_CIFAR_DARL, 6, 2000, True, _CIFAR_RATES),
     "cifar10-darl-diffusion": Preset(

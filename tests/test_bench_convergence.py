@@ -323,6 +323,16 @@ def test_ablations_stand_in_families_under_dbp_and_every_plot_is_drawn(tmp_path)
     assert not (tmp_path / "made" / "ablation_every.png").exists()
 
 
+def test_a_family_stands_beside_the_arm_that_it_changes_and_a_rival(tmp_path):
+    write_two_arms(tmp_path)
+    write_result(tmp_path, "muon", drop(150), rate=8e-3)
+    write_result(tmp_path, "muon-decay-0.4", drop(160), rate=8e-3)
+    text, _ = report_of(tmp_path)
+    section = text[text.index("## Ablation: decay") :]
+    rows = [row.split("|")[1].strip() for row in section.split("\n\n")[1].splitlines()]
+    assert rows[2:] == ["Muon", "AdamW", "Muon, weight decay 0.4"]
+
+
 def test_kept_means_leave_the_curve_as_it_is(monkeypatch, tmp_path):
     monkeypatch.setattr(matrix, "KEPT", 40)
     assert MADE.stride == 5
