@@ -187,7 +187,12 @@ def differences(result: Result, data: Mapping[str, object]) -> list[str]:
     """
     source = {"data.source": result.settings.get("data.source")}
     now = result.run.settings(source | dict(data))
-    return changes(result.settings, now, flat(asdict(Config(""))))
+    return changes(result.settings, now, _defaults())
+
+
+def _defaults() -> dict[str, object]:
+    """Every setting by default, by dotted name."""
+    return flat(asdict(Config("")))
 
 
 def best(sweep: Iterable[Result]) -> Result | None:
@@ -270,8 +275,8 @@ class Matrix:
             for name, item in timing["arms"].items():
                 for key in ("seconds", "ratio"):
                     float(item[key]["low"]), float(item[key]["median"]), float(item[key]["high"])
-                known = name in every_arm()
-                if not known or Run(self.preset, name, 1e-3, 0).settings(data) != item["settings"]:
+                run = Run(self.preset, name, 1e-3, 0) if name in every_arm() else None
+                if run is None or changes(item["settings"], run.settings(data), _defaults()):
                     changed.append(name)
             record.machine_line(timing)
         except (ValueError, LookupError, TypeError, AttributeError):

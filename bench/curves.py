@@ -35,7 +35,7 @@ CROWD = 8  # arms whose names still fit among their curves
 # tab20 has ten hues, dark and light: first the dark ones.
 COLOURS = {name: f"C{i}" if i < 10 else colormaps["tab20"](2 * i - 19) for i, name in enumerate(ARMS)}
 # Shown beside a family of ablations, black and silver: the arm that they change, and another.
-BESIDE = {"dbp-full": ("dbp-full", "dbp"), "decor-muon": ("decor-muon", "muon")}
+BESIDE = {"decor-muon": ("decor-muon", "muon")}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

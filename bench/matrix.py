@@ -73,14 +73,14 @@ class Arm:
         settings: of `train.pretrain.Config`, by dotted name.
         rates: peak learning rates to try; none for an ablation.
         published: whether R is served by `bench.baselines`, the published rule as published.
-        like: the main arm whose best rate an ablation runs at.
+        like: the main arm that an ablation changes, and whose best rate it runs at.
     """
 
     title: str
     settings: Mapping[str, object] = field(default_factory=dict)
     rates: tuple[float, ...] = ()
     published: bool = False
-    like: str = "dbp-full"
+    like: str = ""
 
 
 _PHOTOS = {
@@ -95,15 +95,6 @@ _PHOTOS = {
     "optim.warmup_steps": 40,
     "device": "cpu",
     "precision": "fp32",
-}  # fmt: skip
-_LONG = {
-    "model_args": {
-        "patch_size": 8, "embed_dim": 96, "depth": 4, "num_heads": 3,
-        "decoder_embed_dim": 48, "decoder_depth": 1, "decoder_num_heads": 3,
-    },
-    "steps": 5000,
-    "batch_size": 32,
-    "optim.warmup_steps": 100,
 }  # fmt: skip
 _DARL = _PHOTOS | {  # an image has four times the tokens of one that is masked, and a loss for each
     "batch_size": 32,
@@ -128,7 +119,6 @@ _SHORT = {"steps": 1200, "batch_size": 64, "optim.warmup_steps": 80}
 _CIFAR_DARL = (
     _CIFAR | _SHORT | {"model": "darl_vit_tiny", "model_args": _DARL["model_args"] | {"patch_size": 4}}
 )
-_LARGE = {"batch_size": 256, "steps": 300, "optim.warmup_steps": 24}
 _IMAGENET = {
     "img_size": 224,
     "decoder": "dbp",
@@ -153,8 +143,6 @@ def _decay(by_arm: Mapping[str, float]) -> dict[str, dict[str, float]]:
 
 PRESETS = {
     "photos": Preset(_PHOTOS),
-    "photos-large": Preset(_PHOTOS | _LARGE, evaluations=3),
-    "photos-long": Preset(_PHOTOS | _LONG, evaluations=10, probe=0),
     "darl": Preset(_DARL),
     "darl-diffusion": Preset(_DARL | {"darl.objective": "diffusion"}),
     "cifar10": Preset(
@@ -184,20 +172,22 @@ PRESETS = {
 
 _RATES = (2e-3, 3e-3, 5e-3, 8e-3)
 _HIGHER = (5e-3, 8e-3, 1.2e-2)  # decorrelated, the best rate lies higher
-# Around PyTorch's AdamW; DecorAdamW computes the same, to rounding.
-_DEFAULT = {"decor.enable": True, "decor.mode": "preconditioner"}
-_FULL = _DEFAULT | {"decor.sites": "all", "decor.rank": None, "decor.every": 1, "decor.sample": 0.1}
-_LAYERS = _FULL | {
+_DECOR = {"decor.enable": True}
+_MUON = {"optim.name": "muon"}
+_LAYERS = _DECOR | {
     "decor.mode": "layers",
+    "decor.sites": "all",
+    "decor.rank": None,
+    "decor.every": 1,
     "decor.scale_free": False,
     "decor.eta": 1e-2,
     "decor.follow": True,
 }
-_SUBLAYERS = _DEFAULT | {"decor.rank": {"proj": 1 / 12, "fc2": 1 / 48}}
-_MUON = {"optim.name": "muon"}
 # Spelled out, as runs that are finished say what they were: the preset of this name may change.
-_LOW = {"patch_embed": 1 / 12, "qkv": 1 / 12, "proj": 1 / 12, "fc1": 1 / 12, "fc2": 1 / 48}
-_DECOR_MUON = {"decor.enable": True} | _MUON
+_SUBLAYERS = {"proj": 1 / 12, "fc2": 1 / 48}
+_WIDE = _CIFAR["model_args"] | {
+    "embed_dim": 256, "num_heads": 8, "decoder_embed_dim": 128, "decoder_num_heads": 8,
+}  # fmt: skip
 
 ARMS = {
     "adamw": Arm("AdamW", {}, _RATES),
@@ -215,113 +205,72 @@ ARMS = {
         _RATES[1:],
         published=True,
     ),
-    "dbp": Arm("DBP", _DEFAULT, (3e-3, *_HIGHER)),
-    "dbp-low": Arm("DBP, low rank", _DEFAULT | {"decor.rank": "low"}, (3e-3, *_HIGHER)),
-    "dbp-sublayers": Arm("DBP, full R in front of sublayers", _SUBLAYERS, (3e-3, *_HIGHER)),
-    "dbp-full": Arm("DBP, full R everywhere", _FULL, (2e-3, 3e-3, *_HIGHER)),
-    "dbp-auto": Arm("DBP, sites by measurement", _DEFAULT | {"decor.sites": "auto"}, _HIGHER[:2]),
+    # Around PyTorch's AdamW; DecorAdamW computes the same, but for the decay and rounding.
+    "dbp": Arm("DecorPreconditioner", _DECOR | {"decor.mode": "preconditioner"}, (3e-3, *_HIGHER)),
     "dbp-layers": Arm("DBP in the layers", _LAYERS, _HIGHER),
-    "dbp-muon": Arm("DBP with Muon", _DEFAULT | _MUON, (*_HIGHER, 2e-2)),
-    "decor-adamw": Arm("DecorAdamW", {"decor.enable": True}, (5e-3,)),
-    "decor-muon": Arm("DecorMuon", _DECOR_MUON, (8e-3,)),
+    "decor-adamw": Arm("DecorAdamW", _DECOR, _HIGHER),
+    "decor-muon": Arm("DecorMuon", _DECOR | _MUON, (*_HIGHER, 2e-2)),
 }
 
+
+def _changes(arm: str, *changes: tuple[str, str, Mapping[str, object]]) -> dict[str, Arm]:
+    """Ablations of a main arm from (name, title, settings)."""
+    main = ARMS[arm]
+    return {
+        f"{arm}-{name}": Arm(f"{main.title}, {title}", main.settings | settings, like=arm)
+        for name, title, settings in changes
+    }
+
+
 ABLATIONS = {
-    "sample": {
-        f"sample-{share}": Arm(f"sample {share} %", _FULL | {"decor.sample": share / 100})
-        for share in (2, 5, 20)
-    },
-    "every": {f"every-{k}": Arm(f"every {k} steps", _FULL | {"decor.every": k}) for k in (2, 4, 10)},
-    "sites": {
-        "sublayers": Arm("sublayer sites", _FULL | {"decor.sites": "sublayers"}),
-        "without-proj": Arm("without proj", _FULL | {"decor.sites": ["patch_embed", "qkv", "fc1", "fc2"]}),
-        "without-fc2": Arm("without fc2", _FULL | {"decor.sites": ["patch_embed", "qkv", "proj", "fc1"]}),
-        "encoder": Arm("encoder alone", _FULL | {"decor.decoder": False}),
-        "encoder-sublayers": Arm(
-            "encoder alone, sublayer sites", _FULL | {"decor.decoder": False, "decor.sites": "sublayers"}
-        ),
-    },
-    "one-site": {
-        f"only-{site}": Arm(
-            f"{site} alone, low rank, every 2 steps",
-            _FULL | {"decor.sites": [site], "decor.rank": rank, "decor.every": 2},
-        )
-        for site, rank in _LOW.items()
-    },
-    "rank": {
-        "rank-8": Arm("rank 8", _FULL | {"decor.rank": 8}),
-        "rank-twelfth": Arm("rank 1/12 of the width", _FULL | {"decor.rank": 1 / 12}),
-        "rank-eighth": Arm("rank 1/8 of the width", _FULL | {"decor.rank": 0.125}),
-        "rank-quarter": Arm("rank 1/4 of the width", _FULL | {"decor.rank": 0.25}),
-    },
-    "cheap": {
-        "eighth-every-4": Arm("rank 1/8, every 4 steps", _FULL | {"decor.rank": 0.125, "decor.every": 4}),
-        "quarter-every-4": Arm("rank 1/4, every 4 steps", _FULL | {"decor.rank": 0.25, "decor.every": 4}),
-        "mixed-every-4": Arm(
-            "sublayers full, others rank 1/8, every 4 steps",
-            _FULL | {"decor.rank": {"proj": 0.125, "fc2": 0.125}, "decor.every": 4},
-        ),
-        **{
-            f"mixed-16-every-{k}": Arm(
-                f"sublayers full, others rank 16, every {k} steps",
-                _FULL | {"decor.rank": {"proj": 16, "fc2": 16}, "decor.every": k},
-            )
-            for k in (2, 4)
-        },
-        "fc1-full": Arm(
-            "fc1 full, others low, every 2 steps",
-            _FULL | {"decor.rank": {k: r for k, r in _LOW.items() if k != "fc1"}, "decor.every": 2},
-        ),
-        "all-but-fc2": Arm(
-            "full R but for fc2, every 2 steps", _DEFAULT | {"decor.rank": {"fc2": _LOW["fc2"]}}
-        ),
-        **{
-            f"fc2-{part}th": Arm(
-                f"as by default, but rank 1/{part} for fc2",
-                _DEFAULT | {"decor.rank": {k: r for k, r in _LOW.items() if k != "qkv"} | {"fc2": 1 / part}},
-            )
-            for part in (16, 24)
-        },
-        "all-but-fc2-16th": Arm(
-            "full R but for fc2 with rank 1/16, every 2 steps", _DEFAULT | {"decor.rank": {"fc2": 1 / 16}}
-        ),
-        "low-every-1": Arm("low rank, every step", _FULL | {"decor.rank": _LOW}),
-        "sublayers-every-4": Arm(
-            "sublayer sites, every 4 steps", _FULL | {"decor.sites": "sublayers", "decor.every": 4}
-        ),
-    },
-    "rate": {f"eta-{eta:g}": Arm(f"eta {eta:g}", _FULL | {"decor.eta": eta}) for eta in (0.02, 0.15)},
-    "limit": {
-        f"unlimited-{eta:g}": Arm(
-            f"in the layers, eta {eta:g}, constant and without limiter",
-            _LAYERS | {"decor.eta": eta, "decor.limit": None, "decor.follow": False},
-        )
-        for eta in (1e-2, 2e-2, 3e-2)
-    },
-    "beside-muon": {
-        f"muon-{name}": Arm(f"DecorMuon, {title}", _DECOR_MUON | settings, like="decor-muon")
-        for name, title, settings in (
-            ("follow", "eta follows the learning rate", {"decor.follow": True}),
-            ("eta-0.02", "eta 0.02", {"decor.eta": 0.02}),
-            ("eta-0.005", "eta 0.005", {"decor.eta": 0.005}),
-            ("low", "low rank", {"decor.rank": "low"}),
-            ("full", "full R everywhere", {"decor.rank": None}),
-            ("qkv", "qkv alone", {"decor.sites": ["qkv"]}),
-            (
-                "patches",
-                "patch embedding alone",
-                {"decor.sites": ["patch_embed"], "decor.rank": None},
-            ),
-            ("encoder", "encoder alone", {"decor.decoder": False}),
-            ("kappa", "towards unit variances, kappa 0.5", {"decor.kappa": 0.5}),
-        )
-    },
+    "rank": _changes(
+        "decor-adamw",
+        ("low", "low rank", {"decor.rank": "low"}),
+        ("full", "full R everywhere", {"decor.rank": None}),
+        ("sublayers-full", "full R in front of sublayers", {"decor.rank": _SUBLAYERS}),
+        ("rank-8", "rank 8", {"decor.rank": 8}),
+        ("rank-quarter", "rank 1/4 of the width", {"decor.rank": 0.25}),
+    ),
+    "sites": _changes(
+        "decor-adamw",
+        ("sublayers", "sublayer sites", {"decor.sites": "sublayers"}),
+        ("without-proj", "without proj", {"decor.sites": ["patch_embed", "qkv", "fc1", "fc2"]}),
+        ("without-fc2", "without fc2", {"decor.sites": ["patch_embed", "qkv", "proj", "fc1"]}),
+        ("encoder", "encoder alone", {"decor.decoder": False}),
+        ("auto", "sites by measurement", {"decor.sites": "auto"}),
+    ),
+    "rate": _changes(
+        "decor-adamw", *((f"eta-{eta:g}", f"eta {eta:g}", {"decor.eta": eta}) for eta in (0.01, 0.02, 0.15))
+    ),
+    "sample": _changes(
+        "decor-adamw",
+        *((f"sample-{k}", f"sample {k} %", {"decor.sample": k / 100}) for k in (1, 2, 5, 20)),
+    ),
+    "every": _changes(
+        "decor-adamw", *((f"every-{k}", f"every {k} steps", {"decor.every": k}) for k in (1, 4, 10))
+    ),
+    "rule": _changes(
+        "decor-adamw",
+        ("unscaled", "not scale-free, eta 0.01", {"decor.scale_free": False, "decor.eta": 1e-2}),
+        ("unlimited", "no limiter", {"decor.limit": None}),
+        ("kappa", "towards unit variances, kappa 0.5", {"decor.kappa": 0.5}),
+        ("follow", "eta follows the learning rate", {"decor.follow": True}),
+    ),
+    "beside-muon": _changes(
+        "decor-muon",
+        ("low", "low rank", {"decor.rank": "low"}),
+        ("full", "full R everywhere", {"decor.rank": None}),
+        ("qkv", "qkv alone", {"decor.sites": ["qkv"]}),
+        ("patches", "patch embedding alone", {"decor.sites": ["patch_embed"], "decor.rank": None}),
+        ("encoder", "encoder alone", {"decor.decoder": False}),
+        ("eta-0.02", "eta 0.02", {"decor.eta": 0.02}),
+        ("eta-0.005", "eta 0.005", {"decor.eta": 0.005}),
+        ("unscaled", "not scale-free, eta 0.01", {"decor.scale_free": False, "decor.eta": 1e-2}),
+        ("kappa", "towards unit variances, kappa 0.5", {"decor.kappa": 0.5}),
+        ("follow", "eta follows the learning rate", {"decor.follow": True}),
+    ),
     "decay": {
-        f"{arm}-decay-{decay:g}": Arm(
-            f"{ARMS[arm].title}, weight decay {decay:g}",
-            ARMS[arm].settings | {"optim.weight_decay": decay},
-            like=arm,
-        )
+        name: changed
         for arm, decays in (
             ("adamw", (0.05, 0.1, 0.2, 0.5, 1.0)),
             ("decor-adamw", (0.05, 0.1, 0.2, 0.5)),
@@ -329,20 +278,20 @@ ABLATIONS = {
             ("decor-muon", (0.05, 0.1, 0.2)),
         )
         for decay in decays
+        for name, changed in _changes(
+            arm, (f"decay-{decay:g}", f"weight decay {decay:g}", {"optim.weight_decay": decay})
+        ).items()
     },
-    "schedule": {"follow": Arm("eta follows the learning rate", _FULL | {"decor.follow": True})},
-    "scale": {
-        "unscaled": Arm("not scale-free, eta 0.01", _FULL | {"decor.scale_free": False, "decor.eta": 1e-2}),
-        **{
-            f"default-unscaled-{eta:g}": Arm(
-                f"as by default, but not scale-free, eta {eta:g}",
-                _DEFAULT | {"decor.scale_free": False, "decor.eta": eta},
-            )
-            for eta in (1e-2, 2e-2)
-        },
-        "layers-scale-free": Arm(
-            "in the layers, scale-free", _FULL | {"decor.mode": "layers", "decor.follow": True}
-        ),
+    "batch": {
+        name: changed
+        for arm in ("adamw", "muon", "decor-adamw", "decor-muon")
+        for size in (256, 512)
+        for name, changed in _changes(arm, (f"batch-{size}", f"batch {size}", {"batch_size": size})).items()
+    },
+    "width": {
+        name: changed
+        for arm in ("adamw", "muon", "decor-adamw", "decor-muon")
+        for name, changed in _changes(arm, ("wide", "twice as wide", {"model_args": _WIDE})).items()
     },
 }
 

@@ -35,6 +35,7 @@ SMALL = {
     "device": "cpu",
     "precision": "fp32",
 }  # fmt: skip
+DBP = "DecorPreconditioner"  # the title of the arm dbp
 MADE = Preset(SMALL | {"steps": 200, "optim.warmup_steps": 4}, evaluations=2)
 TINY = Preset(SMALL | {"steps": 8, "optim.warmup_steps": 2}, evaluations=2, probe=20)
 HEADER = {
@@ -154,7 +155,7 @@ def test_steps_to_the_held_out_losses_of_the_rivals(tmp_path):
         "100%",
         "200, 200",
     ]
-    assert line_of(text, "DBP", "## Held out")[2:] == [
+    assert line_of(text, DBP, "## Held out")[2:] == [
         "-",
         "167, not reached",
         "-",
@@ -190,8 +191,8 @@ def test_report_has_the_steps_computed_by_hand(tmp_path):
     }
     assert found["arms"]["dbp"]["heldout_loss"] == {"mean": pytest.approx(0.5), "spread": pytest.approx(1)}
     assert found["arms"]["dbp"]["probe"]["100"] == {"mean": pytest.approx(0.65), "spread": pytest.approx(0.1)}
-    cells = ["DBP", "0.003", "2 (fewer than 3)", "0.5000 (0.0000)", "0.5000 (1.0000)", "0.750 (0.100)"]
-    assert line_of(text, "DBP") == [*cells, "138 (69%)", "130, 146"]
+    cells = [DBP, "0.003", "2 (fewer than 3)", "0.5000 (0.0000)", "0.5000 (1.0000)", "0.750 (0.100)"]
+    assert line_of(text, DBP) == [*cells, "138 (69%)", "130, 146"]
     assert "A processor, 1 threads; torch 2.9, timm 1.0; dbpkern 0.1, commit 0123456789ab; 4 runs" in text
 
 
@@ -201,7 +202,7 @@ def test_clocks_of_the_runs_are_no_result_and_missing_times_are_told(tmp_path):
     assert found["arms"]["dbp"]["seconds_to_target"] is None
     assert "There is no timing.json" in text
     assert "98765" not in text + json.dumps(found)
-    assert line_of(text, "DBP", "## Costs") == ["DBP", "138 (69%)", "-", "-", "-"]
+    assert line_of(text, DBP, "## Costs") == [DBP, "138 (69%)", "-", "-", "-"]
     assert "No joules: adamw_lr0.003_seed0 has none (cpu: no counter)." in text
 
 
@@ -222,12 +223,24 @@ def test_seconds_are_steps_times_the_median_of_timing_json(tmp_path):
     write_timing(tmp_path)
     text, found = report_of(tmp_path)
     assert found["arms"]["dbp"]["seconds_to_target"] == pytest.approx(138 * 0.012)
-    cells = ["DBP", "138 (69%)", "12 [11, 13]", "1.200 [1.100, 1.300]", "1.7 (83%)"]
-    assert line_of(text, "DBP", "## Costs") == cells
+    cells = [DBP, "138 (69%)", "12 [11, 13]", "1.200 [1.100, 1.300]", "1.7 (83%)"]
+    assert line_of(text, DBP, "## Costs") == cells
     write_timing(tmp_path, batch_size=7)
     text, found = report_of(tmp_path)
     assert found["arms"]["dbp"]["seconds_to_target"] is None
     assert "timing.json is of other settings for adamw, dbp." in text
+
+
+def test_times_from_before_a_setting_came_count_as_of_its_default(tmp_path):
+    write_two_arms(tmp_path)
+    write_timing(tmp_path)
+    path = tmp_path / "made" / "timing.json"
+    timing = json.loads(path.read_text())
+    for item in timing["arms"].values():
+        del item["settings"]["data.val"]
+    path.write_text(json.dumps(timing))
+    _, found = report_of(tmp_path)
+    assert found["arms"]["dbp"]["seconds_to_target"] == pytest.approx(138 * 0.012)
 
 
 def test_joules_need_a_counter_in_all_runs_and_one_run_at_a_time(tmp_path):
@@ -239,7 +252,7 @@ def test_joules_need_a_counter_in_all_runs_and_one_run_at_a_time(tmp_path):
     text, found = report_of(tmp_path)
     assert found["energy"] == {"kinds": ["gpu"], "reason": None}
     assert found["arms"]["dbp"]["joules_to_target"] == pytest.approx(120 * 130 / 200)
-    assert line_of(text, "DBP", "## Costs")[-1] == "78 (78%)"
+    assert line_of(text, DBP, "## Costs")[-1] == "78 (78%)"
     write_result(tmp_path, "dbp", drop(100), energy=energy(120.0), jobs=2)
     text, found = report_of(tmp_path)
     assert found["arms"]["dbp"]["joules_to_target"] is None
@@ -267,7 +280,7 @@ def test_not_reached_and_diverged_are_told(tmp_path):
     write_result(tmp_path, "kron", [], outcome=outcome)
     text, found = report_of(tmp_path)
     assert line_of(text, "AdamW")[2] == "3"
-    assert line_of(text, "DBP")[6:] == ["not reached", "not reached"]
+    assert line_of(text, DBP)[6:] == ["not reached", "not reached"]
     # A seed without an end leaves no average, but the other seeds their own steps.
     muon = line_of(text, "Muon")
     assert (muon[2], muon[6], muon[7]) == ("3 (1 diverged)", "not reached", "80, 76, not reached")
@@ -286,7 +299,7 @@ def test_not_reached_and_diverged_are_told(tmp_path):
 def test_best_rate_is_that_of_the_first_seed_and_its_edge_is_marked(tmp_path):
     for rate, level in ((2e-3, 0.9), (3e-3, 0.8), (5e-3, 0.7), (8e-3, 0.75), (1.2e-2, 0.8)):
         write_result(tmp_path, "muon", [level] * 200, rate=rate)
-        write_result(tmp_path, "dbp-muon", [level - 100 * rate] * 200, rate=rate)
+        write_result(tmp_path, "decor-muon", [level - 100 * rate] * 200, rate=rate)
     write_result(tmp_path, "muon", [0.1] * 200, rate=3e-3, seed=1)
     results = Matrix(tmp_path, "made", {})
     assert results.best_rate("muon", 0) == 5e-3
@@ -297,7 +310,7 @@ def test_best_rate_is_that_of_the_first_seed_and_its_edge_is_marked(tmp_path):
     ]
     text, found = report_of(tmp_path)
     assert (found["arms"]["muon"]["rate"], found["arms"]["muon"]["edge"]) == (5e-3, None)
-    assert (found["arms"]["dbp-muon"]["rate"], found["arms"]["dbp-muon"]["edge"]) == (1.2e-2, "highest")
+    assert (found["arms"]["decor-muon"]["rate"], found["arms"]["decor-muon"]["edge"]) == (1.2e-2, "highest")
     row = ["Muon", "0", "0.9000", "0.8000", "0.7000", "0.7500", "0.8000"]
     assert line_of(text, "Muon", "## Rates") == row
     assert found["target"] is None
@@ -305,16 +318,17 @@ def test_best_rate_is_that_of_the_first_seed_and_its_edge_is_marked(tmp_path):
     assert line_of(text, "Muon")[-2:] == ["-", "-"]
 
 
-def test_ablations_stand_in_families_under_dbp_and_every_plot_is_drawn(tmp_path):
+def test_ablations_stand_in_families_under_their_arm_and_every_plot_is_drawn(tmp_path):
     write_two_arms(tmp_path)
-    write_result(tmp_path, "dbp", [2.0] * 200, rate=5e-3)
-    write_result(tmp_path, "rank-8", drop(90))
+    write_result(tmp_path, "decor-adamw", drop(100), rate=3e-3)
+    write_result(tmp_path, "decor-adamw", [2.0] * 200, rate=5e-3)
+    write_result(tmp_path, "decor-adamw-rank-8", drop(90))
     write_timing(tmp_path)
     text, _ = report_of(tmp_path)
     section = text[text.index("## Ablation: rank") :]
-    assert line_of(section, "DBP", "##")[6] == "138 (69%)"
+    assert line_of(section, "DecorAdamW", "##")[6:] == ["128 (64%)", "130"]
     # Against both seeds' mean: 2 - 0.03 k <= 1.1725 from k = 28 on; against the first's 1.1225, from 30 on.
-    assert line_of(section, "rank 8", "##")[6:] == ["118 (59%)", "120"]
+    assert line_of(section, "DecorAdamW, rank 8", "##")[6:] == ["118 (59%)", "120"]
     assert "## Ablation: every" not in text
     for name in ("loss", "rates", "probe", "ablation_rank"):
         assert f"({name}.png)" in text
@@ -431,7 +445,7 @@ def test_the_decorrelation_settings_of_an_arm_without_it_do_not_matter():
     ("options", "message"),
     [
         (["--arms", "adamw", "sgd"], "expected some of adamw, muon, kron.* got sgd"),
-        (["--arms", "rank"], "ablations run at the best rate of dbp"),
+        (["--arms", "rank"], "ablations run at the best rate of decor-adamw"),
         (["--preset", "vit-s"], "vit-s needs --source folder:PATH"),
         (["--source", "pictures"], "source must be 'photos'"),
         (["--source", "folder:nowhere"], "there is no folder nowhere"),
@@ -594,7 +608,7 @@ def test_a_tiny_matrix_is_filled_listed_continued_timed_and_reported(tmp_path, c
     if expected:
         median = timing["arms"]["dbp"]["seconds"]["median"]
         assert row["seconds_to_target"] == pytest.approx(expected * median)
-    assert line_of(text, "DBP", "## Costs")[1].split()[0] == ("not" if expected is None else str(expected))
+    assert line_of(text, DBP, "## Costs")[1].split()[0] == ("not" if expected is None else str(expected))
     assert "was one of 2 runs at a time" in text or "has none" in text
 
 

@@ -125,7 +125,8 @@ def adamw_kernel(
             )  # fmt: skip
             change += tl.load(strip + start + (m * padded + n)).to(tl.float32)
             old = load_tile(V + start + (m * V_m + n), inside)
-            tl.store(V + start + (m * V_m + n), rounded(kept * old - rate * change, DTYPE, EMULATE), mask=inside)
+            new = rounded(kept * old - rate * change, DTYPE, EMULATE)
+            tl.store(V + start + (m * V_m + n), new, mask=inside)
         tl.debug_barrier()  # the next block overwrites the strips
 
 
