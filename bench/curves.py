@@ -617,6 +617,8 @@ def _plot_evals(figure: Figure, report: Report, key: str, label: str) -> None:
     axis = figure.subplots()
     for name, row in report.rows.items():
         found = {step: item for step, item in row[key].items() if item["mean"] is not None}
+        if key not in PROBES:  # the loss before training is so high that it would hide the rest
+            found.pop(0, None)
         if name in ARMS and found:
             means = [item["mean"] for item in found.values()]
             axis.plot(list(found), means, "o-", markersize=3, color=COLOURS[name], label=row["title"])
