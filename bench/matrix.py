@@ -8,7 +8,7 @@ settings of a main arm, one where one can change alone, and run at that arm's be
 import copy
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 from train.config import RunConfig
@@ -213,51 +213,55 @@ ARMS = {
 }
 
 
-def _changes(arm: str, *changes: tuple[str, str, Mapping[str, object]]) -> dict[str, Arm]:
-    """Ablations of a main arm from (name, title, settings)."""
-    main = ARMS[arm]
+_OPTIMIZERS = ("adamw", "muon", "decor-adamw", "decor-muon")
+
+
+def _changes(*changes: tuple[str, str, Mapping[str, object]], arms: Sequence[str]) -> dict[str, Arm]:
+    """Ablations of main arms from (name, title, settings)."""
     return {
-        f"{arm}-{name}": Arm(f"{main.title}, {title}", main.settings | settings, like=arm)
+        f"{arm}-{name}": Arm(f"{ARMS[arm].title}, {title}", ARMS[arm].settings | settings, like=arm)
+        for arm in arms
         for name, title, settings in changes
     }
 
 
 ABLATIONS = {
     "rank": _changes(
-        "decor-adamw",
         ("low", "low rank", {"decor.rank": "low"}),
         ("full", "full R everywhere", {"decor.rank": None}),
         ("sublayers-full", "full R in front of sublayers", {"decor.rank": _SUBLAYERS}),
         ("rank-8", "rank 8", {"decor.rank": 8}),
         ("rank-quarter", "rank 1/4 of the width", {"decor.rank": 0.25}),
+        arms=["decor-adamw"],
     ),
     "sites": _changes(
-        "decor-adamw",
         ("sublayers", "sublayer sites", {"decor.sites": "sublayers"}),
         ("without-proj", "without proj", {"decor.sites": ["patch_embed", "qkv", "fc1", "fc2"]}),
         ("without-fc2", "without fc2", {"decor.sites": ["patch_embed", "qkv", "proj", "fc1"]}),
         ("encoder", "encoder alone", {"decor.decoder": False}),
         ("auto", "sites by measurement", {"decor.sites": "auto"}),
+        arms=["decor-adamw"],
     ),
     "rate": _changes(
-        "decor-adamw", *((f"eta-{eta:g}", f"eta {eta:g}", {"decor.eta": eta}) for eta in (0.01, 0.02, 0.15))
+        *((f"eta-{eta:g}", f"eta {eta:g}", {"decor.eta": eta}) for eta in (0.01, 0.02, 0.15)),
+        arms=["decor-adamw"],
     ),
     "sample": _changes(
-        "decor-adamw",
         *((f"sample-{k}", f"sample {k} %", {"decor.sample": k / 100}) for k in (1, 2, 5, 20)),
+        arms=["decor-adamw"],
     ),
     "every": _changes(
-        "decor-adamw", *((f"every-{k}", f"every {k} steps", {"decor.every": k}) for k in (1, 4, 10))
+        *((f"every-{k}", f"every {k} steps", {"decor.every": k}) for k in (1, 4, 10)),
+        arms=["decor-adamw"],
     ),
     "rule": _changes(
-        "decor-adamw",
         ("unscaled", "not scale-free, eta 0.01", {"decor.scale_free": False, "decor.eta": 1e-2}),
         ("unlimited", "no limiter", {"decor.limit": None}),
         ("kappa", "towards unit variances, kappa 0.5", {"decor.kappa": 0.5}),
         ("follow", "eta follows the learning rate", {"decor.follow": True}),
+        arms=["decor-adamw"],
     ),
     "beside-muon": _changes(
-        "decor-muon",
         ("low", "low rank", {"decor.rank": "low"}),
         ("full", "full R everywhere", {"decor.rank": None}),
         ("qkv", "qkv alone", {"decor.sites": ["qkv"]}),
@@ -268,31 +272,26 @@ ABLATIONS = {
         ("unscaled", "not scale-free, eta 0.01", {"decor.scale_free": False, "decor.eta": 1e-2}),
         ("kappa", "towards unit variances, kappa 0.5", {"decor.kappa": 0.5}),
         ("follow", "eta follows the learning rate", {"decor.follow": True}),
+        arms=["decor-muon"],
     ),
     "decay": {
-        name: changed
-        for arm, decays in (
+        name: arm
+        for main, decays in (
             ("adamw", (0.05, 0.1, 0.2, 0.5, 1.0)),
             ("decor-adamw", (0.05, 0.1, 0.2, 0.5)),
             ("muon", (0.05, 0.1, 0.2, 0.4)),
             ("decor-muon", (0.05, 0.1, 0.2)),
         )
-        for decay in decays
-        for name, changed in _changes(
-            arm, (f"decay-{decay:g}", f"weight decay {decay:g}", {"optim.weight_decay": decay})
+        for name, arm in _changes(
+            *((f"decay-{k:g}", f"weight decay {k:g}", {"optim.weight_decay": k}) for k in decays),
+            arms=[main],
         ).items()
     },
-    "batch": {
-        name: changed
-        for arm in ("adamw", "muon", "decor-adamw", "decor-muon")
-        for size in (256, 512)
-        for name, changed in _changes(arm, (f"batch-{size}", f"batch {size}", {"batch_size": size})).items()
-    },
-    "width": {
-        name: changed
-        for arm in ("adamw", "muon", "decor-adamw", "decor-muon")
-        for name, changed in _changes(arm, ("wide", "twice as wide", {"model_args": _WIDE})).items()
-    },
+    "batch": _changes(
+        *((f"batch-{size}", f"batch {size}", {"batch_size": size}) for size in (256, 512)),
+        arms=_OPTIMIZERS,
+    ),
+    "width": _changes(("wide", "twice as wide", {"model_args": _WIDE}), arms=_OPTIMIZERS),
 }
 
 
