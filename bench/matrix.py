@@ -111,14 +111,18 @@ _CIFAR = _PHOTOS | {
 }
 _CAMVID = _PHOTOS | {
     "img_size": 96,
-    "steps": 1500,
+    "steps": 1000,
     "optim.warmup_steps": 100,
     "data.cache": "auto",
 }
 _SHORT = {"steps": 1200, "batch_size": 64, "optim.warmup_steps": 80}
-_CIFAR_DARL = (
-    _CIFAR | _SHORT | {"model": "darl_vit_tiny", "model_args": _DARL["model_args"] | {"patch_size": 4}}
-)
+_CIFAR_DARL = _CIFAR | {
+    "model": "darl_vit_tiny",
+    "model_args": _DARL["model_args"] | {"patch_size": 4},
+    "steps": 600,
+    "batch_size": 64,
+    "optim.warmup_steps": 60,
+}
 _IMAGENET = {
     "img_size": 224,
     "decoder": "dbp",
@@ -131,9 +135,10 @@ _IMAGENET = {
     "precision": "bf16",
 }
 _CIFAR_RATES = {
-    "muon": (8e-3, 1.2e-2, 1.6e-2, 2.4e-2),
-    "decor-adamw": (5e-3, 8e-3, 1.2e-2),
-    "decor-muon": (8e-3, 1.2e-2, 1.6e-2, 2.4e-2),
+    "adamw": (2e-3, 3e-3, 5e-3),
+    "muon": (1.2e-2, 1.6e-2, 2.4e-2),
+    "decor-adamw": (3e-3, 5e-3, 8e-3),
+    "decor-muon": (1.2e-2, 1.6e-2, 2.4e-2),
 }
 
 

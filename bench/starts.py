@@ -1,7 +1,7 @@
 """The runs of `python -m bench transfer`, as data: tasks, starts, learning rates, seeds."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from types import ModuleType
 from typing import Literal
@@ -126,29 +126,30 @@ _CIFAR = {
     "device": "cpu",
     "precision": "fp32",
 }
-_SCENES = {
-    "data.source": "scenes",
-    "data.scale": (1.0, 1.0),  # textures are scaled already
-    "img_size": 64,
+_SEGMENTATION = {
     "drop_path": 0.0,
     "head": "linear",
-    "steps": 400,
     "batch_size": 16,
-    "optim.warmup_steps": 40,
     "optim.layer_decay": 0.75,
     "device": "cpu",
     "precision": "fp32",
 }
-_CAMVID = _SCENES | {
+_SCENES = _SEGMENTATION | {
+    "data.source": "scenes",
+    "data.scale": (1.0, 1.0),  # textures are scaled already
+    "img_size": 64,
+    "steps": 400,
+    "optim.warmup_steps": 40,
+}
+_CAMVID = _SEGMENTATION | {
     "data.ignored": 11,
     "data.split": "test",
     "data.short_side": 144,
     "data.scale": (0.75, 1.5),
     "img_size": 96,
-    "steps": 800,
-    "optim.warmup_steps": 80,
+    "steps": 500,
+    "optim.warmup_steps": 50,
 }
-del _CAMVID["data.source"]
 _ADE20K = {  # a tenth of the images, as in the DBP paper, for as many passes as MAE's recipe
     "data.fraction": 0.1,
     "data.short_side": 512,
@@ -179,22 +180,17 @@ def _mae_starts(preset: str, scratch: Mapping[str, object]) -> dict[str, Start]:
 _TINY_CIFAR = {"model": "mae_vit_tiny", "model_args": _SIZES | {"patch_size": 4}}
 
 
-def _by_optimizer(preset: str) -> dict[str, Start]:
-    """An MAE's encoder untrained, and pre-trained by each of the optimizers in as many steps."""
-    return {
-        "untrained": Start("random, as pre-training starts", {}, (preset, "adamw"), "none"),
-        "adamw": Start("AdamW", {}, (preset, "adamw")),
-        "muon": Start("Muon", {}, (preset, "muon")),
-        "decor-adamw": Start("DecorAdamW", {}, (preset, "decor-adamw")),
-        "decor-muon": Start("DecorMuon", {}, (preset, "decor-muon")),
-    }
+def _by_optimizer(preset: str, arms: Sequence[str]) -> dict[str, Start]:
+    """An MAE's encoder untrained, and pre-trained by each of the arms in as many steps."""
+    untrained = Start("random, as pre-training starts", {}, (preset, "adamw"), "none")
+    return {"untrained": untrained} | {arm: Start(matrix.ARMS[arm].title, {}, (preset, arm)) for arm in arms}
 
 
-def _of_cifar(fraction: float, steps: int, warmup: int, rates: tuple[float, ...]) -> Preset:
+def _of_cifar(fraction: float, steps: int) -> Preset:
     """Fine-tuning on a part of CIFAR-10's labels; accuracy on its test images."""
-    settings = _CIFAR | {"data.fraction": fraction, "steps": steps, "optim.warmup_steps": warmup}
-    starts = {"scratch": Start("random, as timm has it", _TINY_CIFAR)} | _by_optimizer("cifar10")
-    return Preset(CLASSIFICATION, settings, starts, rates, evaluations=2, needs_source=True)
+    settings = _CIFAR | {"data.fraction": fraction, "steps": steps, "optim.warmup_steps": steps // 10}
+    starts = _by_optimizer("cifar10-short", ("adamw", "muon", "decor-adamw", "decor-muon"))
+    return Preset(CLASSIFICATION, settings, starts, (1e-3, 2e-3, 4e-3), evaluations=2, needs_source=True)
 
 
 def _supervised(name: str, title: str, decor: bool, rates: tuple[float, ...]) -> Start:
@@ -225,12 +221,12 @@ PRESETS = {
         },
         (1e-3, 3e-3, 6e-3),
     ),
-    "cifar10": _of_cifar(1.0, 1000, 100, (1e-3, 2e-3, 4e-3)),
-    "cifar10-tenth": _of_cifar(0.1, 400, 40, (1e-3, 2e-3, 4e-3)),
-    "cifar10-hundredth": _of_cifar(0.01, 200, 20, (1e-3, 2e-3, 4e-3)),
+    "cifar10": _of_cifar(1.0, steps=600),
+    "cifar10-tenth": _of_cifar(0.1, steps=300),
+    "cifar10-hundredth": _of_cifar(0.01, steps=150),
     "cifar10-supervised": Preset(
         CLASSIFICATION,
-        _CIFAR | {"steps": 1000, "optim.warmup_steps": 100, "optim.layer_decay": 1.0},
+        _CIFAR | {"steps": 600, "optim.warmup_steps": 60, "optim.layer_decay": 1.0},
         {
             "adamw": _supervised("adamw", "AdamW", False, (1e-3, 2e-3, 4e-3)),
             "muon": _supervised("muon", "Muon", False, (4e-3, 8e-3, 1.6e-2)),
@@ -253,7 +249,7 @@ PRESETS = {
         _CAMVID,
         {
             "scratch": Start("random, as timm has it", _TINY_MAE),
-            **_by_optimizer("camvid"),
+            **_by_optimizer("camvid", ("adamw", "decor-adamw")),
             "decor-adamw-seconds": Start(
                 "DecorAdamW, in AdamW's seconds", {}, ("camvid", "decor-adamw"), "seconds"
             ),
