@@ -30,13 +30,14 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from bench import measure, options, record
 from bench.check import CheckFailed
 from bench.record import progress
-from train import augment, data
-from train.loop import moved
+from train.data import augment, loading, photos, pretraining, reading
+from train.engine.loop import moved
 
 PER_SHARD = 128
 QUALITY = 95  # of the JPEG files
@@ -93,14 +94,14 @@ def make_files(root: Path, count: int, side: int | None = None) -> tuple[Path, P
         count: How many.
         side: In pixels; None for 500 x 400, every fourth upright.
     """
-    photos = list(data.load_photos().values())
+    pictures = list(photos.load_photos().values())
     generator = torch.Generator().manual_seed(SEED)
     folder, shards = root / "folder", root / "shards"
     shards.mkdir()
     for start in range(0, count, PER_SHARD):
         with tarfile.open(shards / f"{start // PER_SHARD:06}.tar", "w") as tar:
             for i in range(start, min(start + PER_SHARD, count)):
-                photo = photos[i % len(photos)]
+                photo = pictures[i % len(pictures)]
                 size = (500, 400) if i % 4 == 3 else (400, 500)
                 size = size if side is None else (side, side)
                 part = 0.5 + 0.5 * torch.rand((), generator=generator).item()
@@ -122,14 +123,14 @@ def make_files(root: Path, count: int, side: int | None = None) -> tuple[Path, P
     return folder, shards
 
 
-def build(source: str, place: str, args: argparse.Namespace) -> data.TrainingSet:
+def build(source: str, place: str, args: argparse.Namespace) -> pretraining.TrainingSet:
     """The training set of a source."""
     # The photographs are decoded already.
     draft = args.draft and source != "photos"
     cache = args.cache if source != "photos" else 0
-    config = data.DataConfig(source=source, augment_on=place, draft=draft, cache=cache)
+    config = pretraining.DataConfig(source=source, augment_on=place, draft=draft, cache=cache)
     size = (args.img_size, args.img_size)
-    return data.build_data(config, size, num_patches=196, seed=SEED)[0]
+    return pretraining.build_data(config, size, num_patches=196, seed=SEED)[0]
 
 
 class Loader:
@@ -144,7 +145,7 @@ class Loader:
     """
 
     def __init__(
-        self, name: str, place: str, workers: int, dataset: data.TrainingSet, args: argparse.Namespace
+        self, name: str, place: str, workers: int, dataset: pretraining.TrainingSet, args: argparse.Namespace
     ) -> None:
         self.name = name
         self.place = place
@@ -152,14 +153,14 @@ class Loader:
         self.dataset = dataset
         self.batches = args.batches
         self.ahead = 1 + 2 * workers  # a worker has two batches ready before the first is asked for
-        self.sampler = data.StepSampler(
+        self.sampler = loading.StepSampler(
             len(dataset), args.batch, SEED, self.ahead + args.batches, shards=dataset.shards
         )
         self.pin = args.device.type == "cuda"
 
-    def start(self) -> "data.DataLoader":
+    def start(self) -> DataLoader:
         """Make the loader."""
-        return data.build_loader(self.dataset, self.sampler, self.workers, self.pin)
+        return loading.build_loader(self.dataset, self.sampler, self.workers, self.pin)
 
     def seconds(self) -> float:
         """Time of a batch, once those that are ready at the start are used up."""
@@ -186,7 +187,7 @@ def check(loaders: Sequence[Loader], device: torch.device) -> dict[str, float]:
     for loader in loaders:
         batch = next(iter(loader.start()))
         keys = next(iter(loader.sampler))
-        direct = data.collate([loader.dataset[key] for key in keys])
+        direct = pretraining.collate([loader.dataset[key] for key in keys])
         if batch.keys() != direct.keys() or not all(
             _equal(batch[name], direct[name]) for name in batch if name != "skipped"
         ):
@@ -195,7 +196,8 @@ def check(loaders: Sequence[Loader], device: torch.device) -> dict[str, float]:
                 "of direct reading"
             )
         batch = moved(batch, device)
-        found.setdefault(loader.name, {})[loader.place] = data.to_images(batch, loader.dataset.img_size)
+        made = pretraining.to_images(batch, loader.dataset.img_size)
+        found.setdefault(loader.name, {})[loader.place] = made
     differences = {}
     for name, images in found.items():
         if len(images) == 2:
@@ -212,17 +214,18 @@ def check(loaders: Sequence[Loader], device: torch.device) -> dict[str, float]:
 def stages(folder: Path, args: argparse.Namespace) -> dict[str, Callable[[], object]]:
     """The parts of a loader's work on a batch of files, each from what the one before it gives."""
     size = (args.img_size, args.img_size)
-    names = data.list_images(folder)
+    names = reading.list_images(folder)
     names = [names[i % len(names)] for i in range(args.batch)]
-    views = {draft: augment.RandomView(size, data.DataConfig.crop_scale, draft) for draft in (False, True)}
+    scale = pretraining.DataConfig.crop_scale
+    views = {draft: augment.RandomView(size, scale, draft) for draft in (False, True)}
     draws = {
-        draft: [data.Draw((SEED, 0, i), 196, view) for i in range(args.batch)]
+        draft: [pretraining.Draw((SEED, 0, i), 196, view) for i in range(args.batch)]
         for draft, view in views.items()
     }
 
     def decode(draft: bool) -> list[augment.Crop]:
         pairs = zip(names, draws[draft], strict=True)
-        return [data.load_file(folder, name, draw) for name, draw in pairs]
+        return [reading.load_file(folder, name, draw) for name, draw in pairs]
 
     crops = decode(False)
     images = [augment.resize(crop.pixels, size) for crop in crops]
@@ -230,7 +233,7 @@ def stages(folder: Path, args: argparse.Namespace) -> dict[str, Callable[[], obj
     padded, sizes = (tensor.to(args.device) for tensor in augment.pad(bounded))
     flip = torch.tensor([crop.view.flip for crop in crops], device=args.device)
     return {
-        "decode all of the file": lambda: [data.load_file(folder, name) for name in names],
+        "decode all of the file": lambda: [reading.load_file(folder, name) for name in names],
         "decode and cut the box": lambda: decode(False),
         "decode and cut the box, draft": lambda: decode(True),
         "resize on the host": lambda: [augment.resize(crop.pixels, size) for crop in crops],

@@ -30,7 +30,7 @@ from bench.experiments.jobs import run_all
 from bench.experiments.preset import PRESETS
 from bench.experiments.study import SEEDS, Study
 from bench.options import count
-from train.data import DataConfig
+from train.data.pretraining import DataConfig
 
 FOLDER = Path(__file__).parent / "reports"
 WORKER = (sys.executable, "-m", "bench", "study", "--worker")  # what makes a trial or an encoder

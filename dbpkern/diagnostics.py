@@ -4,7 +4,7 @@
         model(images)
     layers["blocks.3.attn.qkv"].loss_after
 
-`train.correlations` plots it.
+`train.engine.correlations` plots it.
 """
 
 import contextlib

@@ -25,12 +25,12 @@ from torch.distributed.tensor import DTensor, Shard
 from vits import HuggingFaceViT, decorrelated, everything, images, make, mlp, randomise, shake, timm_vit
 
 import dbpkern
-import train.checkpoint
+import train.engine.checkpoint
 import train.pretrain
 from dbpkern import Decor, DecorAdamW, DecorMuon, DecorPreconditioner
 from dbpkern.layers.modules import DecorLinear
 from dbpkern.stock import stock_layer
-from train.processes import Processes
+from train.engine.processes import Processes
 
 MICRO, STEPS, BATCH = 2, 3, 8
 
@@ -383,7 +383,7 @@ def die_while_saving(rank: int, world: int, folder: Path) -> None:
     start(rank, world, folder)
     processes = Processes(rank, world, torch.device("cpu"))
     state = {"model": dict(mlp(4, 3).state_dict())}
-    train.checkpoint.save(folder / "checkpoints", 1, state | {"step": 1}, 2, processes)
+    train.engine.checkpoint.save(folder / "checkpoints", 1, state | {"step": 1}, 2, processes)
     write = HuggingFaceStorageWriter.write_data
 
     def killed(self, *arguments):
@@ -392,4 +392,4 @@ def die_while_saving(rank: int, world: int, folder: Path) -> None:
         return write(self, *arguments)
 
     HuggingFaceStorageWriter.write_data = killed
-    train.checkpoint.save(folder / "checkpoints", 2, state | {"step": 2}, 2, processes)
+    train.engine.checkpoint.save(folder / "checkpoints", 2, state | {"step": 2}, 2, processes)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from bench import data as bench
 from bench.__main__ import main
-from train import augment, data
+from train.data import augment, pretraining
 
 TINY = ["--images", "12", "--batch", "4", "--batches", "1", "--rounds", "2", "--img-size", "32"]
 
@@ -94,7 +94,9 @@ def test_small_files_are_loaded_from_memory(tmp_path, cache, capsys, monkeypatch
 
 
 def test_a_loader_that_gives_something_else_is_found(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bench.Loader, "start", lambda loader: [data.collate([loader.dataset[0, 0]] * 4)] * 2)
+    monkeypatch.setattr(
+        bench.Loader, "start", lambda loader: [pretraining.collate([loader.dataset[0, 0]] * 4)] * 2
+    )
     path = tmp_path / "data.json"
     arguments = ["--sources", "photos", "--workers", "0", "--json", str(path)]
     assert main(["data", *TINY, *arguments]) == 1

@@ -18,8 +18,9 @@ from bench.experiments.finetuning import PRESETS
 from bench.experiments.jobs import Job, run_all
 from bench.experiments.preset import Arm, Encoder, Preset, Trial
 from bench.experiments.study import FINISHED, Study
-from train import finetune, pretrain, processes, segment
-from train.run import whole_weights
+from train import finetune, pretrain, segment
+from train.engine import processes
+from train.engine.run import whole_weights
 
 SIZES = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
 PHOTOS = {"data.source": "photos"}

@@ -23,7 +23,7 @@ from models.darl import DARL, create_darl
 from models.mae import create_mae
 from train import pretrain
 from train.compare import average
-from train.plots import trailing_mean
+from train.engine.plots import trailing_mean
 from train.pretrain import Config, DecorConfig
 
 SMALL = {

@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 
 from train import compare
-from train.energy import carbon_intensity
-from train.plots import trailing_mean
+from train.engine.energy import carbon_intensity
+from train.engine.plots import trailing_mean
 
 
 def write_run(

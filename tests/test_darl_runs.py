@@ -13,9 +13,10 @@ from timm.models.eva import Eva
 
 from models.darl import DARL
 from train import generate, pretrain
-from train.data import Sample, build_data, collate
-from train.run_folder import RunFolder
-from train.tasks import neighbours_mean, task_of
+from train.data.pretraining import Sample, build_data, collate
+from train.engine.run_folder import RunFolder
+from train.tasks.autoregressive import neighbours_mean
+from train.tasks.families import task_of
 
 ROOT = Path(__file__).parent.parent
 TINY = [

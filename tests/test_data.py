@@ -23,9 +23,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from train import augment, data, pretrain, shards
-from train.augment import Crop, View
-from train.data import DataConfig, HeldOutSet, Images, StepSampler, TrainingSet, build_data, build_loader
+from train import pretrain
+from train.data import augment, pretraining, reading, shards
+from train.data import photos as photographs
+from train.data.augment import Crop, View
+from train.data.loading import StepSampler, build_loader
+from train.data.pretraining import DataConfig, HeldOutSet, TrainingSet, build_data
+from train.data.reading import Images
 
 IMG_SIZE = (16, 24)
 NUM_PATCHES = 6
@@ -95,7 +99,7 @@ def broken_folder(tmp_path):
 
 def training_set(root, names, seed=0, crop_scale=(0.2, 1.0)):
     return TrainingSet(
-        Images(names, partial(data.load_file, root)), IMG_SIZE, NUM_PATCHES, seed, crop_scale, 1
+        Images(names, partial(reading.load_file, root)), IMG_SIZE, NUM_PATCHES, seed, crop_scale, 1
     )
 
 
@@ -164,7 +168,7 @@ import os, signal, subprocess, sys, time
 
 from torch.utils.data import Dataset
 
-from train.data import build_loader
+from train.data.loading import build_loader
 
 class Odd(Dataset):
     def __getitem__(self, index):
@@ -209,7 +213,7 @@ def test_loader_processes_use_one_thread():
             pass
 
         def __getitem__(self, key):
-            return data.Sample(torch.tensor(torch.get_num_threads()), torch.zeros(1), [])
+            return pretraining.Sample(torch.tensor(torch.get_num_threads()), torch.zeros(1), [])
 
     before = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -294,7 +298,7 @@ def test_an_epoch_of_photos_has_as_many_crops_of_each(photos, monkeypatch):
 
 
 def test_missing_photo_package(monkeypatch):
-    monkeypatch.setattr(data, "PHOTOS", {"a_package_nobody_has/data": ("a.png",)})
+    monkeypatch.setattr(photographs, "PHOTOS", {"a_package_nobody_has/data": ("a.png",)})
     with pytest.raises(ModuleNotFoundError, match="a_package_nobody_has"):
         build()
 
@@ -317,7 +321,9 @@ def test_held_out_crops_are_spread_over_the_photos():
     solid = {
         name: torch.tensor(c, dtype=torch.uint8).view(3, 1, 1).expand(3, 9, 9) for name, c in solid.items()
     }
-    held_out = HeldOutSet(Images(list(solid), partial(data.cut, solid)), IMG_SIZE, NUM_PATCHES, crops=6)
+    held_out = HeldOutSet(
+        Images(list(solid), partial(photographs.cut, solid)), IMG_SIZE, NUM_PATCHES, crops=6
+    )
     assert [color(sample.image) for sample in held_out] == [RED, GREEN, BLUE] * 2
 
 
@@ -344,14 +350,14 @@ def test_flat_and_nested_folders(tmp_path):
     save(tmp_path / "flat" / "b.PNG")
     save(tmp_path / "flat" / "a.jpeg")
     (tmp_path / "flat" / "notes.txt").write_text("no image")
-    assert data.list_images(tmp_path / "flat") == ["a.jpeg", "b.PNG"]
+    assert reading.list_images(tmp_path / "flat") == ["a.jpeg", "b.PNG"]
     for name in ("dog/2.webp", "dog/1.JPEG", "cat/deep/1.bmp", "cat/1.tif", "0.gif", "z.TIFF"):
         save(tmp_path / "nested" / name)
     expected = ["0.gif", "cat/1.tif", "cat/deep/1.bmp", "dog/1.JPEG", "dog/2.webp", "z.TIFF"]
-    assert data.list_images(tmp_path / "nested") == expected
+    assert reading.list_images(tmp_path / "nested") == expected
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / "class").symlink_to(tmp_path / "flat")
-    assert data.list_images(tmp_path / "linked") == ["class/a.jpeg", "class/b.PNG"]
+    assert reading.list_images(tmp_path / "linked") == ["class/a.jpeg", "class/b.PNG"]
 
     train, held_out = build(f"folder:{tmp_path / 'nested'}")
     assert len(train) == len(train.files) == 5
@@ -396,7 +402,7 @@ def test_every_kind_of_image_is_read_as_rgb(tmp_path, mode, name, expected):
     save(tmp_path / name, mode=mode)
     with Image.open(tmp_path / name) as image:
         assert image.mode == mode or name == "a.gif"
-    image = data.decode(tmp_path / name).pixels
+    image = reading.decode(tmp_path / name).pixels
     assert image.dtype == torch.uint8
     assert image.shape == (3, 30, 40)
     if expected is not None:
@@ -438,7 +444,7 @@ def test_broken_file_is_replaced_by_the_next(tmp_path, name, reason):
 def test_broken_file_is_tried_once(tmp_path):
     save(tmp_path / "good.png")
     (tmp_path / "bad.png").write_bytes(b"")
-    images = Images(["bad.png", "good.png"], partial(data.load_file, tmp_path))
+    images = Images(["bad.png", "good.png"], partial(reading.load_file, tmp_path))
     _, first = images.read(0)
     save(tmp_path / "bad.png")
     _, second = images.read(0)
@@ -450,13 +456,13 @@ def test_oversized_file_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
     write_bomb(tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     with pytest.raises(ValueError, match="20000 x 20000 is more than 200000000 pixels"):
-        data.decode(tmp_path / "bomb.png")
+        reading.decode(tmp_path / "bomb.png")
     save(tmp_path / "a.png", size=(40, 30))
-    monkeypatch.setattr(data, "MAX_PIXELS", 1200)
-    data.decode(tmp_path / "a.png")
-    monkeypatch.setattr(data, "MAX_PIXELS", 1199)
+    monkeypatch.setattr(reading, "MAX_PIXELS", 1200)
+    reading.decode(tmp_path / "a.png")
+    monkeypatch.setattr(reading, "MAX_PIXELS", 1199)
     with pytest.raises(ValueError, match="40 x 30 is more than 1199 pixels"):
-        data.decode(tmp_path / "a.png")
+        reading.decode(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -478,24 +484,24 @@ def blank(name, choose):
 
 def test_held_out_files_are_a_fiftieth(monkeypatch):
     names = [f"{i:04}.png" for i in range(1000)]
-    train, held_out = data.split_files(names, blank)
+    train, held_out = pretraining.split_files(names, blank)
     assert len(held_out) == 20
     assert sorted(train + held_out) == names
     assert train == sorted(train)
     assert max(int(name[:4]) for name in held_out) - min(int(name[:4]) for name in held_out) > 500
-    assert data.split_files(names[::-1], blank)[1] == held_out
-    monkeypatch.setattr(data, "MAX_HELD_OUT_FILES", 5)
-    assert data.split_files(names, blank)[1] == held_out[:5]
+    assert pretraining.split_files(names[::-1], blank)[1] == held_out
+    monkeypatch.setattr(pretraining, "MAX_HELD_OUT_FILES", 5)
+    assert pretraining.split_files(names, blank)[1] == held_out[:5]
 
 
 def test_the_held_out_part_can_be_chosen(tmp_path):
     names = [f"{i:04}.png" for i in range(1000)]
-    _, fiftieth = data.split_files(names, blank)
-    train, held_out = data.split_files(names, blank, 0.1)
+    _, fiftieth = pretraining.split_files(names, blank)
+    train, held_out = pretraining.split_files(names, blank, 0.1)
     assert len(held_out) == 100
     assert held_out[:20] == fiftieth  # a smaller part lies in a larger one
     assert sorted(train + held_out) == names
-    assert len(data.split_files(names, blank, 1e-9)[1]) == 1
+    assert len(pretraining.split_files(names, blank, 1e-9)[1]) == 1
     for i in range(40):
         save(tmp_path / f"{i:02}.png")
     train, held_out = build(f"folder:{tmp_path}", val=0.25)
@@ -556,7 +562,7 @@ def test_held_out_files_are_cropped_in_the_centre(tmp_path):
     pixels = np.zeros((height * 2, width * 6, 3), np.uint8)
     pixels[:, width * 2 : width * 4] = GREEN
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    images = Images(["a.png"], partial(data.load_file, tmp_path))
+    images = Images(["a.png"], partial(reading.load_file, tmp_path))
     image = HeldOutSet(images, IMG_SIZE, NUM_PATCHES, crops=None)[0].image
     assert image.shape == (3, *IMG_SIZE)
     green = torch.tensor(GREEN).view(3, 1, 1) / 255
@@ -983,14 +989,14 @@ def test_images_that_do_not_fit_are_decoded_when_their_turn_comes(tmp_path, caps
 
 
 def test_memory_for_images_can_be_chosen_by_what_is_free(monkeypatch):
-    assert data.cache_bytes(3) == 3 * 2**20
+    assert reading.cache_bytes(3) == 3 * 2**20
     memory = argparse.Namespace(available=2**30)
-    monkeypatch.setattr(data.psutil, "virtual_memory", lambda: memory)
-    assert data.cache_bytes("auto") == 2**28
+    monkeypatch.setattr(reading.psutil, "virtual_memory", lambda: memory)
+    assert reading.cache_bytes("auto") == 2**28
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert data.cache_bytes("auto") == 2**26
+    assert reading.cache_bytes("auto") == 2**26
     memory.available = 2**40
-    assert data.cache_bytes("auto") == 2**30
+    assert reading.cache_bytes("auto") == 2**30
 
 
 def test_images_in_memory_are_shared_with_processes_that_are_not_forked(tmp_path):
@@ -1063,12 +1069,12 @@ def test_device_and_host_show_the_same(size):
     """The same boxes and flips; pixels differ by what is rounded and clamped between passes."""
     sets = [build_data(DataConfig(augment_on=place), size, NUM_PATCHES, 3)[0] for place in ("host", "device")]
     keys = [(epoch, index) for epoch in range(2) for index in range(0, 896, 40)]
-    host, device = (data.collate([dataset[key] for key in keys]) for dataset in sets)
+    host, device = (pretraining.collate([dataset[key] for key in keys]) for dataset in sets)
     assert device["image"].dtype == torch.uint8
     assert device["size"].shape == (len(keys), 2)
     assert 0 < device["flip"].sum() < len(keys)
     assert torch.equal(host["noise"], device["noise"])
-    images = data.to_images(device, size)
+    images = pretraining.to_images(device, size)
     assert images.shape == host["image"].shape
     assert images.dtype == torch.float32
     levels = (augment.denormalize(images) - augment.denormalize(host["image"])).abs() * 255
@@ -1079,21 +1085,21 @@ def test_device_and_host_show_the_same(size):
     if in_one_go.any():
         assert levels[in_one_go].mean() < 0.3  # rounding to whole levels alone makes 0.25
     assert in_one_go.any() == (size == (224, 224))
-    assert data.to_images(host, size) is host["image"]
+    assert pretraining.to_images(host, size) is host["image"]
 
 
 def test_views_are_those_of_torchvision(photos):
     train, _ = photos
     image = train.images.read(3)[0].pixels
-    draw = data.Draw((0, 4, 200), NUM_PATCHES, train.view)
+    draw = pretraining.Draw((0, 4, 200), NUM_PATCHES, train.view)
     view = draw(*image.shape[1:])
-    with data.seeded(0, 4, 200):
+    with reading.seeded(0, 4, 200):
         torch.rand(NUM_PATCHES)
         crop = augment.v2.RandomResizedCrop(
             IMG_SIZE, (0.2, 1.0), augment.RATIO, augment.InterpolationMode.BICUBIC, antialias=True
         )
         expected = augment.v2.RandomHorizontalFlip()(crop(image))
-    assert torch.equal(augment.finish(data.cut({"a": image}, "a", lambda *_: view), IMG_SIZE),
+    assert torch.equal(augment.finish(photographs.cut({"a": image}, "a", lambda *_: view), IMG_SIZE),
                        augment.normalize(expected))  # fmt: skip
     assert torch.equal(train[4, 200].image, augment.normalize(expected))
 
@@ -1137,11 +1143,11 @@ def test_draft_decodes_less_where_the_crop_stays_large_enough(tmp_path, photos):
     photo = photos[0].images.read(photos[0].files.index("astronaut.png"))[0].pixels
     augment.v2.functional.to_pil_image(photo).save(tmp_path / "a.jpg", quality=95)
     augment.v2.functional.to_pil_image(photo).save(tmp_path / "a.png")
-    images = Images(["a.jpg"], partial(data.load_file, tmp_path))
+    images = Images(["a.jpg"], partial(reading.load_file, tmp_path))
     full, draft = (TrainingSet(images, (96, 96), 4, 0, (0.2, 1.0), 1, draft=d) for d in (False, True))
     reductions = set()
     for epoch in range(12):
-        draws = [data.Draw((0, epoch, 0), 4, dataset.view) for dataset in (full, draft)]
+        draws = [pretraining.Draw((0, epoch, 0), 4, dataset.view) for dataset in (full, draft)]
         (_, view), (b, reduced) = (images.load("a.jpg", draw) for draw in draws)
         assert reduced == view._replace(reduction=reduced.reduction)
         factor = reduced.reduction
@@ -1152,7 +1158,7 @@ def test_draft_decodes_less_where_the_crop_stays_large_enough(tmp_path, photos):
         levels = augment.denormalize(full[epoch, 0].image) - augment.denormalize(draft[epoch, 0].image)
         assert levels.abs().mean() * 255 < 10  # boxes move by up to half a pixel of the smaller image
         assert torch.equal(full[epoch, 0].image, draft[epoch, 0].image) == (factor == 1)
-        png, _ = data.decode(tmp_path / "a.png", draws[1])
+        png, _ = reading.decode(tmp_path / "a.png", draws[1])
         assert png.shape[1:] == view[2:4]
     assert reductions >= {2, 4}
 

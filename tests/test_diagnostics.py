@@ -10,7 +10,7 @@ from vits import MODELS, decorrelated, everything, images, make, mlp, shake
 
 import dbpkern
 from dbpkern import diagnostics
-from train import correlations
+from train.engine import correlations
 
 pytestmark = pytest.mark.filterwarnings("error")
 

@@ -17,8 +17,8 @@ from torch._dynamo.testing import CompileCounter
 from models.dvae import DiscreteVae, create_dvae, load_tokenizer, packed_tokenizer
 from models.vit import patchify
 from train import pretrain, tokenizer
-from train.data import DataConfig, build_data
-from train.run_folder import RunFolder
+from train.data.pretraining import DataConfig, build_data
+from train.engine.run_folder import RunFolder
 
 SIZE = {"img_size": (8, 12), "patch_size": (4, 2), "vocabulary": 10, "width": 8, "depth": 1}
 TINY = [

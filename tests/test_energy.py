@@ -13,10 +13,11 @@ import pytest
 import torch
 from test_pretrain import ENVIRONMENT, TINY
 
-from train import energy, pretrain
-from train.energy import Counter, Meter, carbon_intensity, rapl_counters
-from train.processes import Processes
-from train.run_folder import RunFolder
+from train import pretrain
+from train.engine import energy
+from train.engine.energy import Counter, Meter, carbon_intensity, rapl_counters
+from train.engine.processes import Processes
+from train.engine.run_folder import RunFolder
 
 ROOT = Path(__file__).parent.parent
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -302,7 +303,7 @@ def test_the_intensity_of_a_country_needs_no_network_and_leaves_no_trace(tmp_pat
         "import socket, threading\n"
         "def refuse(*_): raise AssertionError('network')\n"
         "socket.socket.connect = socket.getaddrinfo = refuse\n"
-        "from train.energy import carbon_intensity\n"
+        "from train.engine.energy import carbon_intensity\n"
         "print(*carbon_intensity('FRA'))\n"
         "print(carbon_intensity('POL')[0], threading.active_count())\n"
     )
@@ -390,7 +391,8 @@ def test_steps_are_metered_and_a_resumed_run_adds_to_them(tmp_path, monkeypatch)
 WORKER = """
 import os, sys
 from test_energy import ticking
-from train import energy, pretrain
+from train import pretrain
+from train.engine import energy
 rank = int(os.environ["RANK"])
 counters = [ticking("gpu", 1.0 + 2.0 * rank)] + ([] if rank else [ticking("cpu", 100.0)])
 energy.find_counters = lambda _: (counters, {"dram": "denied"} if rank else {})

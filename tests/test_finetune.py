@@ -20,14 +20,22 @@ from timm.data.auto_augment import AugmentOp
 from timm.layers import resample_abs_pos_embed
 from torch import nn
 
-import train.loop
+import train.engine.loop
 from models import classifier, darl, mae
 from models.classifier import Architecture, create_vit, load_encoder, to_classifier
-from train import finetune, plots, pretrain
-from train.labelled import AugmentConfig, LabelledConfig, LabelledSample, Mixer, all_seeded, build_labelled
-from train.processes import Processes
-from train.run_folder import RunFolder
-from train.tasks import task_of
+from train import finetune, pretrain
+from train.data.labelled import (
+    AugmentConfig,
+    LabelledConfig,
+    LabelledSample,
+    Mixer,
+    all_seeded,
+    build_labelled,
+)
+from train.engine import plots
+from train.engine.processes import Processes
+from train.engine.run_folder import RunFolder
+from train.tasks.families import task_of
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "train" / "configs"
@@ -717,8 +725,8 @@ def test_a_skipped_step_leaves_the_statistics_of_batches_as_they_were(darl_run, 
         known.append(batch["image"])
         return batch
 
-    moved = train.loop.moved
-    monkeypatch.setattr(train.loop, "moved", broken)
+    moved = train.engine.loop.moved
+    monkeypatch.setattr(train.engine.loop, "moved", broken)
     out = tmp_path / "run"
     probe = [*LINEAR, "--steps=4", "--eval_every=4", "--checkpoint_every=4"]
     finetune.main([*TINY, f"--encoder={darl_run / 'encoder.safetensors'}", *probe, f"--out={out}"])
@@ -728,9 +736,9 @@ def test_a_skipped_step_leaves_the_statistics_of_batches_as_they_were(darl_run, 
 
 def test_statistics_that_are_not_finite_count_as_a_state_that_is_not():
     norm = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    assert all(map(math.isfinite, train.loop.health(norm).values()))
+    assert all(map(math.isfinite, train.engine.loop.health(norm).values()))
     norm[1].running_var[1] = math.inf
-    assert train.loop.health(norm)["1.running_var"] == math.inf
+    assert train.engine.loop.health(norm)["1.running_var"] == math.inf
 
 
 def test_lars_is_that_of_mae():
@@ -820,7 +828,8 @@ import sys
 import torch
 
 from models.classifier import classifier_state_dict
-from train import finetune, processes
+from train import finetune
+from train.engine import processes
 
 config = finetune.parse(sys.argv[1:])
 procs = processes.start(config.device)

@@ -18,9 +18,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.multiprocessing import ProcessExitedException, start_processes
 
-from train import checkpoint, pretrain, processes
-from train.processes import Processes
-from train.run_folder import RunFolder
+from train import pretrain
+from train.engine import checkpoint, processes
+from train.engine.processes import Processes
+from train.engine.run_folder import RunFolder
 
 ROOT = Path(__file__).parent.parent
 STEPS = 6

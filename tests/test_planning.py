@@ -25,7 +25,7 @@ from vits import HuggingFaceViT, decorrelated, everything, images, mlp, timm_vit
 import dbpkern
 from dbpkern import Decor, DecorPreconditioner
 from train import planning, pretrain
-from train.run_folder import RunFolder
+from train.engine.run_folder import RunFolder
 
 ROOT = Path(__file__).parent.parent
 FREE = planning.Price(ratio=1.0, entry=0.0, each=0.0, group=0.0)

@@ -17,12 +17,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import train.data
-import train.loop
+import train.data.pretraining
+import train.engine.loop
 from dbpkern.stock import StockLayer
-from train import checkpoint, pretrain
-from train.processes import Processes
-from train.run_folder import RunFolder
+from train import pretrain
+from train.engine import checkpoint
+from train.engine.processes import Processes
+from train.engine.run_folder import RunFolder
 
 ROOT = Path(__file__).parent.parent
 TINY = [
@@ -273,7 +274,7 @@ def test_accumulation_changes_only_rounding(tmp_path):
 
 
 def test_a_single_bad_step_is_skipped_counted_and_logged(tmp_path, monkeypatch):
-    real = train.loop.nn.utils.clip_grad_norm_
+    real = train.engine.loop.nn.utils.clip_grad_norm_
     calls = []
 
     def once_infinite(*arguments):
@@ -281,7 +282,7 @@ def test_a_single_bad_step_is_skipped_counted_and_logged(tmp_path, monkeypatch):
         norm = real(*arguments)
         return torch.full_like(norm, torch.inf) if len(calls) == 3 else norm
 
-    monkeypatch.setattr(train.loop.nn.utils, "clip_grad_norm_", once_infinite)
+    monkeypatch.setattr(train.engine.loop.nn.utils, "clip_grad_norm_", once_infinite)
     pretrain.main([*TINY, *DBP, f"--out={tmp_path / 'run'}"])
     records = list(RunFolder(tmp_path / "run").records())
     assert [r["step"] for r in records if r["kind"] == "skip"] == [3]
@@ -333,7 +334,7 @@ def test_divergence_of_the_weights_is_told_apart(tmp_path):
 
 def split_with(name: str):
     """The usual split, with one more file held out."""
-    real = train.data.split_files
+    real = train.data.pretraining.split_files
 
     def split(names, load, part):
         training, held_out = real([n for n in names if n != name], load, part)
@@ -350,7 +351,7 @@ def test_a_folder_with_broken_files_trains_and_lists_them(tmp_path, monkeypatch)
     for i in (3, 7):
         (images / f"{i:02d}.png").write_bytes(b"not an image")
     # Broken and the first in line to be held out.
-    monkeypatch.setattr(train.data, "split_files", split_with("held.png"))
+    monkeypatch.setattr(train.data.pretraining, "split_files", split_with("held.png"))
     (images / "held.png").write_bytes(b"not an image")
     pretrain.main([*TINY, f"--data.source=folder:{images}", "--data.workers=2", f"--out={tmp_path / 'run'}"])
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())

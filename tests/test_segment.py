@@ -22,12 +22,13 @@ from torchmetrics.classification import MulticlassJaccardIndex
 import dbpkern
 from models.classifier import Architecture, create_vit
 from models.segmentation import Segmentation, SegmentationModel, load_segmenter, multiscale_logits
-from train import plots, predict, processes, segment, transfer
-from train.data import choose_subset
-from train.processes import Processes
-from train.run_folder import RunFolder
-from train.schedule import warmup_linear
-from train.segmented import IGNORE
+from train import predict, segment, transfer
+from train.data.masks import IGNORE
+from train.data.reading import choose_subset
+from train.engine import plots, processes
+from train.engine.processes import Processes
+from train.engine.run_folder import RunFolder
+from train.engine.schedule import warmup_linear
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "train" / "configs"
@@ -387,7 +388,8 @@ def test_a_resumed_run_gives_the_figures_of_one_never_stopped(finished, folder, 
 KILLED = """\
 import os, signal, sys
 
-from train import loop, segment
+from train import segment
+from train.engine import loop
 
 step = loop.Loop._train_step
 

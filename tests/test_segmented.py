@@ -10,10 +10,12 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from train import scenes
-from train.data import StepSampler, build_loader, load_photos, seeded
-from train.segmented import (
-    IGNORE,
+from train.data import scenes
+from train.data.loading import StepSampler, build_loader
+from train.data.masks import IGNORE
+from train.data.photos import load_photos
+from train.data.reading import seeded
+from train.data.segmented import (
     Augment,
     PhotometricDistort,
     Preprocess,

@@ -20,9 +20,9 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from train.energy import JOULES_PER_KWH, KINDS, carbon_intensity
-from train.plots import WINDOW, trailing_mean
-from train.run_folder import NEUTRAL, RunFolder, flat
+from train.engine.energy import JOULES_PER_KWH, KINDS, carbon_intensity
+from train.engine.plots import WINDOW, trailing_mean
+from train.engine.run_folder import NEUTRAL, RunFolder, flat
 
 # Settings in which the runs of one arm may differ.
 WITHIN_ARM = ("seed", *NEUTRAL)

@@ -31,12 +31,13 @@ from models.classifier import (
     to_classifier,
 )
 from models.vit import pair
-from train import plots, transfer
-from train.labelled import AugmentConfig, LabelledConfig, LabelledSet, Mixer, build_labelled, collate
-from train.loop import Loop, moved
-from train.processes import Processes, progress
-from train.run import open_run, parse_config, plot_correlations, run_script, summary_of
-from train.run_folder import to_json, write_atomically
+from train import transfer
+from train.data.labelled import AugmentConfig, LabelledConfig, LabelledSet, Mixer, build_labelled, collate
+from train.engine import plots
+from train.engine.loop import Loop, moved
+from train.engine.processes import Processes, progress
+from train.engine.run import open_run, parse_config, plot_correlations, run_script, summary_of
+from train.engine.run_folder import to_json, write_atomically
 
 
 @dataclass

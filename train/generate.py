@@ -18,11 +18,12 @@ from torch import Tensor
 
 from models.darl import DARL
 from models.generate import generate
-from train import plots, processes
-from train.augment import denormalize
-from train.data import build_data, collate
+from train.data.augment import denormalize
+from train.data.pretraining import build_data, collate
+from train.engine import plots, processes
 from train.pretrain import load_run
-from train.tasks import given_part, task_of
+from train.tasks.autoregressive import given_part
+from train.tasks.families import task_of
 
 
 @dataclass

@@ -24,11 +24,11 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from models.segmentation import LoadedSegmenter, SegmentationModel, load_segmenter, multiscale_logits
-from train import plots, processes
-from train.data import decode, list_images
-from train.run_folder import write_atomically
+from train.data.reading import decode, list_images
+from train.data.segmented import Preprocess, Scales
+from train.engine import plots, processes
+from train.engine.run_folder import write_atomically
 from train.segment import EvaluationConfig
-from train.segmented import Preprocess, Scales
 
 BATCH = 4  # windows in one call of the model
 

@@ -21,14 +21,26 @@ from tqdm import tqdm
 import dbpkern
 from dbpkern import diagnostics
 from dbpkern.sites import select
-from train import checkpoint, planning, plots
-from train import config as shared
-from train.data import DataConfig, StepSampler, TrainingSet, build_data, build_loader, to_images
-from train.loop import HoldsR, Loop, moved
-from train.processes import Processes, progress
-from train.run import build_optimizer, open_run, parse_config, plot_correlations, run_script, summary_of
-from train.run_folder import RunFolder, to_json, write_atomically
-from train.tasks import COUNT, FAMILIES, DarlConfig, DvaeConfig, Rows, Task, task_of
+from train import planning
+from train.data.loading import StepSampler, build_loader
+from train.data.pretraining import DataConfig, TrainingSet, build_data, to_images
+from train.engine import checkpoint, plots
+from train.engine import config as shared
+from train.engine.loop import HoldsR, Loop, moved
+from train.engine.processes import Processes, progress
+from train.engine.run import (
+    build_optimizer,
+    open_run,
+    parse_config,
+    plot_correlations,
+    run_script,
+    summary_of,
+)
+from train.engine.run_folder import RunFolder, to_json, write_atomically
+from train.tasks.autoregressive import DarlConfig
+from train.tasks.families import FAMILIES, task_of
+from train.tasks.task import COUNT, Rows, Task
+from train.tasks.tokenizer import DvaeConfig
 
 
 @dataclass

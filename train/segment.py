@@ -35,15 +35,10 @@ from models.segmentation import (
     segmenter_state_dict,
 )
 from models.vit import check_sizes, pair
-from train import plots, transfer
-from train.data import DataError
-from train.loop import Loop, moved
-from train.processes import Processes, progress
-from train.run import open_run, parse_config, plot_correlations, run_script, summary_of
-from train.run_folder import to_json, write_atomically
-from train.schedule import warmup_linear
-from train.segmented import (
-    IGNORE,
+from train import transfer
+from train.data.masks import IGNORE
+from train.data.reading import DataError
+from train.data.segmented import (
     Preprocess,
     SegmentedConfig,
     SegmentedSample,
@@ -52,6 +47,12 @@ from train.segmented import (
     collate,
     collate_whole,
 )
+from train.engine import plots
+from train.engine.loop import Loop, moved
+from train.engine.processes import Processes, progress
+from train.engine.run import open_run, parse_config, plot_correlations, run_script, summary_of
+from train.engine.run_folder import to_json, write_atomically
+from train.engine.schedule import warmup_linear
 
 PICTURES = 8  # held-out images in overlays.png
 LEAST_SIDE = 128  # of their pictures, in pixels

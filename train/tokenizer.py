@@ -7,7 +7,7 @@ for --darl.tokenizer. Batch, rate and decay are by default those of DALL-E (arXi
 """
 
 from train import pretrain
-from train.run import parse_config, run_script
+from train.engine.run import parse_config, run_script
 
 DEFAULTS = {
     "model": "dvae_small",

@@ -12,10 +12,10 @@ from torch.utils.data import DataLoader, Dataset
 
 import dbpkern
 from models.classifier import Architecture, Loaded, create_vit, load_encoder
-from train import config as shared
-from train.data import StepSampler, build_loader
-from train.processes import Processes
-from train.run import build_optimizer
+from train.data.loading import StepSampler, build_loader
+from train.engine import config as shared
+from train.engine.processes import Processes
+from train.engine.run import build_optimizer
 
 
 @dataclass(kw_only=True)

@@ -14,8 +14,8 @@ from bench import record
 from bench.experiments.study import Result, Study
 from bench.experiments.trial import FIGURES, PROBES
 from train.compare import average, mean
-from train.energy import KINDS
-from train.plots import WINDOW
+from train.engine.energy import KINDS
+from train.engine.plots import WINDOW
 
 BASE = "adamw"  # sets the target
 RIVALS = (BASE, "muon")  # whose final held-out losses are targets, too

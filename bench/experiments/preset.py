@@ -10,9 +10,9 @@ from types import ModuleType
 from typing import Literal
 
 from train import pretrain
-from train.config import RunConfig
-from train.plots import WINDOW
-from train.run_folder import NEUTRAL, flat
+from train.engine.config import RunConfig
+from train.engine.plots import WINDOW
+from train.engine.run_folder import NEUTRAL, flat
 
 KEPT = 600  # losses of a trial that are kept, at most, where the window allows it
 PRESETS: dict[str, "Preset"] = {}  # by name of the study; the modules of presets fill it

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from models.darl import DARL
 from models.mae import MaskedAutoencoder
-from train.data import HeldOutSet, Images, load_file
+from train.data.pretraining import HeldOutSet
+from train.data.reading import Images, load_file
 
 CHUNK = 100  # images a forward
 NEIGHBOURS = 20

@@ -11,8 +11,8 @@ from bench import record
 from bench.experiments.figures import BASE, ENOUGH, RIVALS, StudyFigures
 from bench.experiments.study import LOSSES
 from bench.experiments.trial import FIGURES, PROBES
-from train.plots import WINDOW
-from train.run_folder import to_json, write_atomically
+from train.engine.plots import WINDOW
+from train.engine.run_folder import to_json, write_atomically
 
 CROWD = 8  # arms whose names still fit among their curves
 # Shown beside a family of ablations, black and silver: the arm that they change, and another.

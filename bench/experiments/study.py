@@ -20,8 +20,8 @@ from types import ModuleType
 from bench.experiments.jobs import Job
 from bench.experiments.preset import PRESETS, Encoder, Trial
 from train import pretrain
-from train.plots import WINDOW, trailing_mean
-from train.run_folder import flat, to_json, write_atomically
+from train.engine.plots import WINDOW, trailing_mean
+from train.engine.run_folder import flat, to_json, write_atomically
 
 SEEDS = (0, 1, 2)
 FINISHED = "finished"

@@ -12,8 +12,8 @@ from bench import measure, record
 from bench.experiments import trial as trials
 from bench.experiments.preset import Trial
 from bench.experiments.study import Study
-from train.loop import Loop, moved
-from train.run_folder import write_atomically
+from train.engine.loop import Loop, moved
+from train.engine.run_folder import write_atomically
 
 
 def cadence(loop: Loop, steps: int) -> int:

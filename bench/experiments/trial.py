@@ -15,11 +15,12 @@ from bench.baselines import PublishedRule
 from bench.experiments import probe
 from bench.experiments.preset import Trial
 from bench.experiments.study import FINISHED, Result
-from train import pretrain, processes
-from train.loop import Diverged, Loop
-from train.plots import WINDOW
-from train.run import whole_weights
-from train.run_folder import RunFolder, to_json, write_atomically
+from train import pretrain
+from train.engine import processes
+from train.engine.loop import Diverged, Loop
+from train.engine.plots import WINDOW
+from train.engine.run import whole_weights
+from train.engine.run_folder import RunFolder, to_json, write_atomically
 
 PROBES = {"probe": "Linear probe", "knn": "Nearest neighbours"}  # accuracies, of pre-training
 FIGURES = {  # of fine-tuning and segmentation, in %
@@ -60,7 +61,7 @@ def losses(records: Iterable[Mapping]) -> list[float]:
     """The training loss of every step in a log; a skipped step has that of the step before it, or the first.
 
     Args:
-        records: as `train.run_folder.RunFolder.records` gives them.
+        records: as `train.engine.run_folder.RunFolder.records` gives them.
     """
     found: list[float | None] = []
     for step in records:
@@ -155,7 +156,7 @@ def train(
         leaves: where its encoder is left, if it finishes.
 
     Raises:
-        train.loop.Interrupted: SIGTERM or Ctrl-C.
+        train.engine.loop.Interrupted: SIGTERM or Ctrl-C.
     """
     preset = trial.preset
     about = None if encoder is None else json.loads(Path(encoder).with_suffix(".json").read_text())

@@ -26,11 +26,11 @@ from dbpkern.capture import derive_seed
 from dbpkern.engine import Holder
 from dbpkern.layers import Decorrelated
 from dbpkern.optim.base import DecorOptimizer
-from train import checkpoint
-from train.config import RunConfig
-from train.energy import KINDS, Meter
-from train.processes import Processes
-from train.run_folder import RunFolder, to_json
+from train.engine import checkpoint
+from train.engine.config import RunConfig
+from train.engine.energy import KINDS, Meter
+from train.engine.processes import Processes
+from train.engine.run_folder import RunFolder, to_json
 
 
 class Diverged(RuntimeError):

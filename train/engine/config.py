@@ -10,8 +10,8 @@ from torch import nn
 
 from dbpkern import Decor
 from dbpkern.sites import PRESETS, find_sites
-from train.energy import EnergyConfig, carbon_intensity
-from train.schedule import warmup_cosine
+from train.engine.energy import EnergyConfig, carbon_intensity
+from train.engine.schedule import warmup_cosine
 
 
 @dataclass(kw_only=True)

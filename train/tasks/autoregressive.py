@@ -1,34 +1,23 @@
-"""What is learned, for each family of models: how it is built, its loss, its pictures.
+"""DARL: predict each patch from those before it."""
 
-A task is made from the configuration of a run; `task_of` finds the one that its model belongs to.
-"""
-
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Literal
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from models import darl, diffusion, dvae, mae
+from models import darl, diffusion, dvae
 from models.classifier import Architecture
 from models.generate import generate
 from models.vit import pair, patchify, unpatchify
-from train.augment import denormalize
-from train.data import Sample, collate
-from train.schedule import warmup_cosine
+from train.data.augment import denormalize
+from train.data.pretraining import Sample
+from train.tasks.task import COUNT, Rows, Task
 
-COUNT = 8  # images in a picture
 GAMMAS = (0.0, 0.1, 0.3, 0.6, 0.9)  # noise levels that a picture of denoising shows
 SAMPLING_STEPS = 50  # of the samples at the end of a run
-TEMPERATURES = (1.0, 1 / 16)  # of the Gumbel-softmax, at the start and the end of a run; DALL-E's
-
-
-Rows = dict[str, Tensor]
-"""A picture: rows of images, each `[B, 3, H, W]` with values in [0, 1], by what they show."""
 
 
 @dataclass
@@ -72,130 +61,6 @@ class DarlConfig:
     def reads_tokens(self) -> bool:
         """Whether a tokenizer is needed."""
         return "tokens" in (self.objective, self.inputs)
-
-
-@dataclass
-class DvaeConfig:
-    """The discrete VAE, for models dvae_*.
-
-    Args:
-        kl_weight: Of the KL divergence of codes from the uniform distribution; 1 makes the loss the negative
-            evidence lower bound.
-    """
-
-    kl_weight: float = 1.0
-
-
-class Task(ABC):
-    """What is learned, and what tasks have in common.
-
-    The name is the first part of the names of a task's models; model_args are those that may be changed.
-    """
-
-    name: str
-    model_args: tuple[str, ...]
-
-    def __init__(self, config) -> None:
-        self.config = config
-
-    def check(self) -> None:  # noqa: B027, most have nothing to check
-        """Raise ValueError for settings out of range, or that do not go together."""
-
-    @abstractmethod
-    def build(self) -> nn.Module:
-        """The stock model, from torch's random numbers."""
-
-    @abstractmethod
-    def blocks(self, model: nn.Module) -> list[nn.Module]:
-        """What FSDP shards one by one."""
-
-    @abstractmethod
-    def tokens(self, num_patches: int) -> int:
-        """Tokens of an image in the encoder."""
-
-    def collate(self, samples: list[Sample]) -> dict[str, object]:
-        """A batch of samples, with what else `forward` needs, made by the loader."""
-        return collate(samples)
-
-    @abstractmethod
-    def forward(self, model: nn.Module, images: Tensor, batch: Mapping) -> tuple[Tensor, object]:
-        """The loss of a batch, and what its pictures and its tally are made of."""
-
-    @abstractmethod
-    def pictures(self, model: nn.Module, images: Tensor, batch: Mapping, made: object) -> dict[str, Rows]:
-        """Pictures of what `forward` gave; a collective where weights are sharded."""
-
-    def final_pictures(self, model: nn.Module, images: Tensor) -> dict[str, Rows]:
-        """Pictures that are made once, at the end of a run."""
-        return {}
-
-    def tally(self, model: nn.Module, images: Tensor, made: object) -> Tensor:
-        """What evaluation adds up over all images beside the loss, float64 [n], by what `forward` gave."""
-        return torch.zeros(0, dtype=torch.float64, device=images.device)
-
-    def measures(self, tally: Tensor, size: int) -> dict[str, float]:
-        """What the log is to say of the `tally` of so many images."""
-        return {}
-
-    def exports(self, model: nn.Module) -> dict[str, bytes]:
-        """The files that a finished run leaves of its stock model: the encoder, under timm's names."""
-        about = {"format": "pt"} | self.architecture().metadata()
-        return {"encoder.safetensors": save(model.encoder_state_dict(), metadata=about)}
-
-    def architecture(self) -> Architecture:
-        """What the weights of the encoder do not tell, for whoever builds it again."""
-        config = self.config
-        return Architecture(config.model, config.img_size, config.model_args)
-
-
-class MaskedTask(Task):
-    """MAE: fill in the patches that are hidden."""
-
-    name = "mae"
-    model_args = (
-        "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio",
-        "decoder_embed_dim", "decoder_depth", "decoder_num_heads",
-    )  # fmt: skip
-
-    def check(self) -> None:
-        """Raise ValueError for settings out of range."""
-        if not 0 < self.config.mask_ratio < 1:
-            raise ValueError(f"mask_ratio: expected a number in (0, 1), got {self.config.mask_ratio}")
-
-    def build(self) -> nn.Module:
-        """The stock model, from torch's random numbers."""
-        config = self.config
-        return mae.create_mae(
-            config.model,
-            config.decoder,
-            img_size=config.img_size,
-            norm_pix_loss=config.norm_pix_loss,
-            **config.model_args,
-        )
-
-    def blocks(self, model: nn.Module) -> list[nn.Module]:
-        """What FSDP shards one by one."""
-        return [*model.blocks, *model.decoder_blocks]
-
-    def tokens(self, num_patches: int) -> int:
-        """Tokens of an image in the encoder."""
-        return 1 + mae.num_kept(num_patches, self.config.mask_ratio)
-
-    def forward(self, model: nn.Module, images: Tensor, batch: Mapping) -> tuple[Tensor, tuple]:
-        """The loss of a batch and what its picture is made of."""
-        loss, pred, mask = model(images, self.config.mask_ratio, batch["noise"])
-        return loss, (pred, mask)
-
-    def pictures(self, model: nn.Module, images: Tensor, batch: Mapping, made: tuple) -> dict[str, Rows]:
-        """Pictures of what `forward` gave."""
-        images, pred, mask = images[:COUNT], made[0][:COUNT], made[1][:COUNT]
-        hidden = model.unpatchify(mask[..., None].expand_as(pred))
-        rows = {
-            "original": denormalize(images),
-            "masked": torch.where(hidden > 0, 0.5, denormalize(images)),
-            "reconstruction": denormalize(model.reconstruct(images, pred, mask)),
-        }
-        return {"reconstructions": rows}
 
 
 def given_part(model: darl.DARL, images: Tensor, given: Tensor) -> Tensor:
@@ -387,79 +252,3 @@ class AutoregressiveTask(Task):
             "continued": denormalize(made),
         }
         return {"samples": rows}
-
-
-class TokenizerTask(Task):
-    """Discrete VAE: code each patch by an entry of a vocabulary."""
-
-    name = "dvae"
-    model_args = ("patch_size", "vocabulary", "width", "depth")
-
-    def build(self) -> nn.Module:
-        """The stock model, from torch's random numbers."""
-        config = self.config
-        return dvae.create_dvae(
-            config.model, img_size=config.img_size, kl_weight=config.dvae.kl_weight, **config.model_args
-        )
-
-    def blocks(self, model: nn.Module) -> list[nn.Module]:
-        """What FSDP shards one by one."""
-        return [*model.encoder, *model.decoder]
-
-    def tokens(self, num_patches: int) -> int:
-        """Rows of an image in the encoder."""
-        return num_patches
-
-    def forward(
-        self, model: nn.Module, images: Tensor, batch: Mapping
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """The loss of a batch and what its picture is made of: in evaluation, by the best entries."""
-        temperature = None
-        if model.training:
-            # A tensor, for torch.compile makes a graph for each number.
-            temperature = torch.tensor(warmup_cosine(*batch["progress"], 0, *TEMPERATURES))
-        loss, made, logits = model(images, temperature)
-        return loss, (made, logits)
-
-    def tally(self, model: nn.Module, images: Tensor, made: tuple[Tensor, Tensor]) -> Tensor:
-        """The sum of the images' mean squared errors, and how often each entry is the best."""
-        reconstruction, logits = made
-        error = (reconstruction - images).square().mean() * len(images)
-        counts = logits.argmax(-1).flatten().bincount(minlength=logits.shape[-1])
-        return torch.cat([error.reshape(1), counts]).double()
-
-    def measures(self, tally: Tensor, size: int) -> dict[str, float]:
-        """The mean squared error, and the perplexity of the codes: how many entries are in even use."""
-        chances = tally[1:] / tally[1:].sum()
-        perplexity = torch.special.entr(chances).sum().exp()
-        return {"reconstruction_error": tally[0].item() / size, "perplexity": perplexity.item()}
-
-    def pictures(self, model: nn.Module, images: Tensor, batch: Mapping, made: tuple) -> dict[str, Rows]:
-        """Pictures of what `forward` gave."""
-        rows = {
-            "original": denormalize(images[:COUNT]),
-            "reconstruction": denormalize(made[0][:COUNT]),
-        }
-        return {"reconstructions": rows}
-
-    def exports(self, model: nn.Module) -> dict[str, bytes]:
-        """The file that DARL's runs take as --darl.tokenizer."""
-        return {"tokenizer.safetensors": dvae.packed_tokenizer(model)}
-
-
-# Settings of a run that are for the models of one family alone.
-FAMILIES = {"mae": ("decoder", "mask_ratio", "norm_pix_loss"), "darl": ("darl",), "dvae": ("dvae",)}
-TASKS = {task.name: task for task in (MaskedTask, AutoregressiveTask, TokenizerTask)}
-
-
-def task_of(config) -> Task:
-    """The task of a run's configuration, by the first part of the model's name.
-
-    Raises:
-        ValueError: there is no such family.
-    """
-    family = config.model.partition("_")[0]
-    if family not in TASKS:
-        known = ", ".join([*mae.SIZES, *darl.SIZES, *dvae.SIZES])
-        raise ValueError(f"unknown model {config.model!r}, expected one of {known}")
-    return TASKS[family](config)

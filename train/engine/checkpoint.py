@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.utils._pytree import tree_map_only
 
-from train.processes import Processes
+from train.engine.processes import Processes
 
 PREFIX = "step-"
 TEMPORARY = ".writing-"

@@ -7,69 +7,35 @@ stopped and resumed, or that is spread over more processes, therefore sees exact
 
 import collections
 import functools
-import hashlib
-import importlib.resources
-import importlib.util
 import io
-import os
-import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-import psutil
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
-from torchvision.transforms import v2
+from torch.utils.data import Dataset, default_collate
 
 from dbpkern.capture import derive_seed
-from train import augment
-from train.augment import Chooser, Crop, View, whole
-from train.processes import progress, tell
-from train.shards import Shards, find_shards
+from train.data import augment
+from train.data.augment import Chooser, Crop, View, whole
+from train.data.photos import HELD_OUT_CROPS, HELD_OUT_PHOTOS, cut, load_photos
+from train.data.reading import (
+    IMAGE_EXTENSIONS,
+    Images,
+    by_hash,
+    check_cache,
+    choose_subset,
+    decode,
+    keep_decoded,
+    list_images,
+    load_file,
+    seeded,
+)
+from train.data.shards import Shards, find_shards
 
-# Photographs inside the wheels of scikit-image and scikit-learn, by the folder that holds them.
-PHOTOS = {
-    "skimage/data": (
-        "astronaut.png",
-        "brick.png",
-        "camera.png",
-        "cell.png",
-        "chelsea.png",
-        "coffee.png",
-        "coins.png",
-        "grass.png",
-        "gravel.png",
-        "hubble_deep_field.jpg",
-        "ihc.png",
-        "moon.png",
-        "motorcycle_left.png",
-        "motorcycle_right.png",
-        "retina.jpg",
-        "rocket.jpg",
-    ),
-    "sklearn/datasets/images": ("china.jpg", "flower.jpg"),
-}
-# Whole photographs, so that no training crop overlaps a held-out one. The two motorcycles show
-# one scene and stay on the same side.
-HELD_OUT_PHOTOS = ("chelsea.png", "coins.png", "gravel.png", "rocket.jpg")
-HELD_OUT_CROPS = 256  # of the held-out photographs, in total
-
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 MAX_HELD_OUT_FILES = 2_000
-# Larger images are skipped. Pillow refuses some 179 million pixels by itself, but that limit is
-# often lifted by other code.
-MAX_PIXELS = 200_000_000
-AUTO_CACHE = 2**32  # bytes of decoded images that cache "auto" takes at most
-
-
-class DataError(ValueError):
-    """A file of a data set cannot be what it is taken for; the message names it."""
 
 
 @dataclass
@@ -175,15 +141,6 @@ class Sample(NamedTuple):
     seed: int = 0
 
 
-@contextmanager
-def seeded(*keys: int) -> Iterator[None]:
-    """Seed torch's CPU random numbers from the keys inside the block; the caller's state is restored."""
-    with torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed: that one seeds the GPUs as well, which fork_rng leaves out here.
-        torch.default_generator.manual_seed(derive_seed(*keys))
-        yield
-
-
 @dataclass(frozen=True)
 class Draw:
     """What is random in a sample: its noise, and its view by the size of the image.
@@ -217,211 +174,6 @@ class Draw:
         with seeded(*self.keys):
             torch.rand(self.num_patches)  # the noise comes first
             return self.view(height, width)
-
-
-def decode(file: str | Path | BinaryIO, choose: Chooser = whole) -> Crop:
-    """Read a view of an image file (the first frame, if there are more) as RGB, uint8 [3, h, w].
-
-    Args:
-        file: A path or an open file.
-        choose: Gives the view of an image of some height and width, in pixels.
-
-    Raises:
-        ValueError: If it has more than MAX_PIXELS pixels or is not of 8 bits per channel.
-        Exception: Whatever Pillow raises for a broken file, OSError in most cases.
-    """
-    with Image.open(file) as image:  # reads the header alone
-        width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise ValueError(f"{width} x {height} is more than {MAX_PIXELS} pixels")
-        if image.mode[0] in "IF":  # 16 or 32 bits, which convert() would clip to white
-            raise ValueError(f"mode {image.mode!r} is not of 8 bits per channel")
-        view = choose(height, width)
-        if view.reduction > 1:
-            image.draft(None, (width // view.reduction, height // view.reduction))  # JPEG alone
-        top, left, h, w = augment.scaled_box(view, (height, width), image.size[::-1])
-        image = image.crop((left, top, left + w, top + h)).convert("RGB")
-        return Crop(v2.functional.pil_to_tensor(image), view)
-
-
-class Decoded(NamedTuple):
-    """Decoded images in one block of memory.
-
-    Processes of a loader share the block, whether they are forked or not, as nothing is written to it: there
-    is no Python object, with a count of references, for each image.
-
-    Attributes:
-        block: The pixels of one image after the other, uint8 [n], each [H, W, 3].
-        places: Of each image, its offset in the block, height and width, int64 [N, 3]; height 0 for one that
-            is not here.
-    """
-
-    block: Tensor
-    places: Tensor
-
-    def cut(self, index: int, choose: Chooser) -> Crop | None:
-        """Copy the chosen view of an image, with the strides that `decode` gives; None if it is not here."""
-        start, height, width = self.places[index].tolist()
-        if height == 0:
-            return None
-        view = choose(height, width)
-        image = self.block[start : start + 3 * height * width].view(height, width, 3)
-        box = image[view.top : view.top + view.height, view.left : view.left + view.width]
-        return Crop(box.clone(memory_format=torch.contiguous_format).permute(2, 0, 1), view)
-
-
-class Images:
-    """Images by name, in a fixed order, some of which may turn out to be unreadable.
-
-    One that could not be read is not tried again by the same process.
-
-    Args:
-        names: The names, in order; not empty.
-        load: Gives the view that a chooser chooses of the image of a name, or raises any exception.
-
-    Attributes:
-        decoded: The images in memory, see `keep_decoded`; None where they are read each time.
-    """
-
-    def __init__(self, names: list[str], load: Callable[[str, Chooser], Crop]):
-        self.names = names
-        self.load = load
-        self.unreadable: dict[str, str] = {}  # name: reason, as found so far by this process
-        self.decoded: Decoded | None = None
-
-    def read(self, index: int, choose: Chooser = whole) -> tuple[Crop, list[tuple[str, str]]]:
-        """Read a view of an image or, in place of an unreadable one, of the next (circularly).
-
-        Returns:
-            The view's box, uint8 [3, h, w], and (name, reason) of those that were passed over.
-
-        Raises:
-            ValueError: If no image at all can be read.
-        """
-        skipped = []
-        for i in range(len(self.names)):
-            place = (index + i) % len(self.names)
-            crop = None if self.decoded is None else self.decoded.cut(place, choose)
-            if crop is not None:
-                return crop, skipped
-            name = self.names[place]
-            if name not in self.unreadable:
-                try:
-                    return self.load(name, choose), skipped
-                except Exception as error:  # decoders of broken files raise nearly anything
-                    self.unreadable[name] = f"{type(error).__name__}: {error}"
-            skipped.append((name, self.unreadable[name]))
-        examples = "; ".join(f"{name} ({reason})" for name, reason in skipped[:3])
-        raise ValueError(f"none of {len(self.names)} images can be read, among them: {examples}")
-
-
-def cache_bytes(setting: int | str) -> int:
-    """Bytes that a process may take for decoded images, by `DataConfig.cache`."""
-    if setting == "auto":
-        free = min(AUTO_CACHE, psutil.virtual_memory().available // 4)
-        return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return setting * 2**20
-
-
-def check_cache(setting: int | str, name: str, kept: str | None) -> None:
-    """Raise ValueError unless a setting of this name can be one of `DataConfig.cache`.
-
-    Args:
-        setting: The value.
-        name: For the message.
-        kept: The source, if it is in memory anyway.
-    """
-    if setting != "auto" and not (isinstance(setting, int) and setting >= 0):
-        raise ValueError(f"{name} must be a number of MiB of at least 0, or 'auto', not {setting!r}")
-    if kept is not None and setting != 0:
-        raise ValueError(f"{name} has no meaning for source {kept}")
-
-
-def keep_decoded(sets: Sequence[Images], setting: int | str) -> None:
-    """Decode all images of some sets into memory, if they fit; those that cannot be read stay as they are.
-
-    Args:
-        sets: The images. All of their `decoded` are set, or none.
-        setting: The memory for all of them, as `DataConfig.cache`.
-    """
-    limit = cache_bytes(setting)
-    if not limit:
-        return
-    block, tables = bytearray(), [torch.zeros(len(images.names), 3, dtype=torch.int64) for images in sets]
-    everything = [(number, index) for number, images in enumerate(sets) for index in range(len(images.names))]
-    for number, index in progress(everything, "decoding", "image"):
-        images = sets[number]
-        try:
-            pixels = images.load(images.names[index], whole).pixels
-        except Exception:  # it will be listed as skipped when its turn comes
-            continue
-        if len(block) + pixels.numel() > limit:
-            tell(
-                f"data.cache: {len(everything)} images take more than {limit / 2**20:.0f} MiB, so that each "
-                "is decoded when its turn comes"
-            )
-            return
-        tables[number][index] = torch.tensor([len(block), *pixels.shape[1:]])
-        block += pixels.permute(1, 2, 0).contiguous().numpy().data
-    if block:
-        shared = torch.frombuffer(block, dtype=torch.uint8)
-        for images, places in zip(sets, tables, strict=True):
-            images.decoded = Decoded(shared, places)
-
-
-def load_photos() -> dict[str, Tensor]:
-    """Decode the photographs of PHOTOS: name to uint8 [3, H, W].
-
-    Raises:
-        ModuleNotFoundError: If scikit-image or scikit-learn is not installed.
-    """
-    photos = {}
-    for folder, names in PHOTOS.items():
-        package, _, subfolder = folder.partition("/")
-        spec = importlib.util.find_spec(package)
-        if spec is None:
-            raise ModuleNotFoundError(f"source 'photos' needs the files of {package}: install dbpkern[train]")
-        # A module that is found but not executed: importing scikit-learn takes a second.
-        root = importlib.resources.files(importlib.util.module_from_spec(spec)) / subfolder
-        for name in names:
-            with importlib.resources.as_file(root / name) as path:
-                photos[name] = decode(path).pixels
-    return photos
-
-
-def cut(photos: dict[str, Tensor], name: str, choose: Chooser) -> Crop:
-    """Cut the chosen view out of the decoded photograph `name`."""
-    photo = photos[name]
-    view = choose(*photo.shape[1:])
-    return Crop(v2.functional.crop(photo, *view[:4]), view)
-
-
-def list_images(root: Path) -> list[str]:
-    """List the image files below a folder: sorted paths relative to it, links followed.
-
-    Raises:
-        FileNotFoundError: If there is no such folder or it holds no image file.
-        OSError: If a sub-folder cannot be listed.
-    """
-
-    def fail(error: OSError):
-        raise error
-
-    if not root.is_dir():
-        raise FileNotFoundError(f"no such folder: {root}")
-    names = []
-    for folder, _, files in os.walk(root, onerror=fail, followlinks=True):
-        relative = Path(folder).relative_to(root).as_posix()
-        prefix = "" if relative == "." else f"{relative}/"  # a Path for each of a million files takes long
-        names += [prefix + file for file in files if file.lower().endswith(IMAGE_EXTENSIONS)]
-    if not names:
-        raise FileNotFoundError(f"no image file ({' '.join(IMAGE_EXTENSIONS)}) below {root}")
-    return sorted(names)
-
-
-def load_file(root: Path, name: str, choose: Chooser = whole) -> Crop:
-    """Decode the chosen view of the image file `name` below `root`."""
-    return decode(root / name, choose)
 
 
 def load_member(shards: Shards, name: str, choose: Chooser = whole) -> Crop:
@@ -460,31 +212,6 @@ def split_files(
         )
     held_out = ranked[:count]
     return sorted(set(names) - set(held_out)), held_out
-
-
-def by_hash(names: Iterable[str]) -> list[str]:
-    """Names in a random order in which each has its place whatever others there are."""
-    return sorted(names, key=lambda name: hashlib.blake2b(os.fsencode(name), digest_size=8).digest())
-
-
-def choose_split(asked: str | None, root: Path, folders: str = "{}") -> str:
-    """Name the part of a folder that evaluation takes: the one asked for, val, or test where that is alone.
-
-    Args:
-        asked: "val" or "test"; None for whatever is there.
-        root: The folder.
-        folders: Where a part lies in it, with {} for the part.
-    """
-    val, test = ((root / folders.format(part)).is_dir() for part in ("val", "test"))
-    return asked or ("test" if test and not val else "val")
-
-
-def choose_subset(names: list[str], fraction: float, subset_seed: int) -> list[str]:
-    """Choose a random part of the names, at least one, and keep their order."""
-    generator = torch.Generator().manual_seed(subset_seed)
-    count = max(1, round(fraction * len(names)))
-    chosen = torch.randperm(len(names), generator=generator)[:count]
-    return [names[i] for i in chosen.sort().values.tolist()]
 
 
 def read_files(path: Path, names: list[str]) -> list[str]:
@@ -610,106 +337,6 @@ class HeldOutSet(Dataset):
         return Sample(augment.finish(crop, self.img_size), draw.noise, skipped, seed=draw.seed)
 
 
-class StepSampler(Sampler[list[tuple[int, int]]]):
-    """The (epoch, index) of one process, a list for each micro-batch of each optimizer step.
-
-    The stream of samples is one permutation of the training set after the other, each drawn from
-    (seed, epoch). Step s takes the positions [s * batch_size, (s + 1) * batch_size) of the stream, so
-    that a batch may span epochs and no sample is dropped. The batch is cut into accumulation *
-    world_size equal slices: the first world_size of them are the first micro-batch of each rank,
-    and so on.
-
-    With shards, the permutation takes them in random order, cut into as few and as even groups of at most
-    `window` shards as there can be, and permutes the samples of a group among themselves: near steps read
-    near places, and all processes read the same shards.
-
-    Args:
-        num_samples: Length of the training set.
-        batch_size: Samples per optimizer step, over all processes and micro-batches.
-        seed: Seed of the permutations, a 64-bit integer.
-        total_steps: Step to stop before.
-        start_step: First step, above 0 for a run that is resumed.
-        accumulation: Micro-batches per step.
-        rank: Index of this process.
-        world_size: Number of processes.
-        shards: Samples in each shard, in the order of the samples; None for one permutation of all.
-        window: Shards whose samples are mixed; 0 for all.
-
-    Raises:
-        ValueError: If the batch cannot be cut into equal slices, if there are more processes than
-            samples, or if a number is out of its range.
-    """
-
-    def __init__(
-        self,
-        num_samples: int,
-        batch_size: int,
-        seed: int,
-        total_steps: int,
-        start_step: int = 0,
-        accumulation: int = 1,
-        rank: int = 0,
-        world_size: int = 1,
-        shards: Sequence[int] | None = None,
-        window: int = 0,
-    ):
-        if accumulation < 1:
-            raise ValueError(f"accumulation must be at least 1, not {accumulation}")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank must be at least 0 and below world_size, not {rank} of {world_size}")
-        if not 0 <= start_step <= total_steps:
-            raise ValueError(f"start_step must be in 0 .. total_steps, not {start_step} of {total_steps}")
-        if world_size > num_samples:
-            raise ValueError(f"{world_size} processes are more than the {num_samples} training samples")
-        slices = world_size * accumulation
-        if batch_size < 1 or batch_size % slices:
-            below = batch_size // slices * slices
-            nearest = f"{below} or {below + slices}" if below > 0 else f"{slices}"
-            raise ValueError(
-                f"batch_size must be a multiple of world_size * accumulation = "
-                f"{world_size} * {accumulation}, not {batch_size}; the nearest: {nearest}"
-            )
-        if window < 0:
-            raise ValueError(f"window must be at least 0, not {window}")
-        if shards is not None and sum(shards) != num_samples:
-            raise ValueError(f"shards must add up to the {num_samples} samples, not to {sum(shards)}")
-        self.num_samples = num_samples
-        self.batch_size = batch_size
-        self.seed = seed
-        self.total_steps = total_steps
-        self.start_step = start_step
-        self.accumulation = accumulation
-        self.rank = rank
-        self.world_size = world_size
-        self.shards = shards
-        self.window = window
-
-    def __len__(self) -> int:
-        return (self.total_steps - self.start_step) * self.accumulation
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        # Positions only grow, so that one epoch's permutation is all that is ever kept.
-        permutation = functools.lru_cache(maxsize=1)(self._permutation)
-        micro_batch_size = self.batch_size // (self.accumulation * self.world_size)
-        for micro_batch in range(self.start_step * self.accumulation, self.total_steps * self.accumulation):
-            start = (micro_batch * self.world_size + self.rank) * micro_batch_size
-            positions = range(start, start + micro_batch_size)
-            places = (divmod(position, self.num_samples) for position in positions)
-            yield [(epoch, int(permutation(epoch)[place])) for epoch, place in places]
-
-    def _permutation(self, epoch: int) -> Tensor:
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
-        if self.shards is None or self.window == 0:
-            return torch.randperm(self.num_samples, generator=generator)
-        samples = torch.arange(self.num_samples).split(list(self.shards))
-        order = torch.randperm(len(samples), generator=generator)
-        parts = []
-        for group in order.tensor_split(-(-len(samples) // self.window)):
-            mixed = torch.cat([samples[shard] for shard in group.tolist()])
-            parts.append(mixed[torch.randperm(len(mixed), generator=generator)])
-        return torch.cat(parts)
-
-
 def open_source(kind: str, path: str) -> tuple[list[str], Callable[[str, Chooser], Crop], Shards | None]:
     """Find the images of a folder or of shards.
 
@@ -830,49 +457,3 @@ def to_images(batch: dict[str, Tensor], img_size: tuple[int, int]) -> Tensor:
     if "size" not in batch:
         return batch["image"]
     return augment.finish_batch(batch["image"], batch["size"], batch["flip"], img_size)
-
-
-def _heed_parent_alone(_: int) -> None:
-    # Stopping is for the process that trains: it still needs its loaders to finish the step, and torchrun
-    # and Ctrl-C signal all processes. But when it exits itself, multiprocessing sends it SIGTERM and waits.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # of the threads to come, too
-    parent = os.getppid()
-
-    def wait() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-            pass
-        os._exit(0)  # with another code, the training process would report a loader that died
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def build_loader(
-    dataset: Dataset, sampler: Iterable[list], workers: int, pin_memory: bool, collate: Callable = collate
-) -> DataLoader:
-    """Build the loader of the batches that `collate` makes.
-
-    The (name, reason) of skipped files come with the batches because a loader process has no other
-    way to report them. A file is reported each time it is met: `dict.update` keeps one of each.
-
-    Args:
-        dataset: Where the samples come from.
-        sampler: Gives a list of the dataset's keys for each batch: a StepSampler for a TrainingSet,
-            lists of indices for a HeldOutSet.
-        workers: Loader processes, each with one torch thread (torch's own choice); 0 for none. There are no
-            more than batches, where the sampler knows how many these are.
-        pin_memory: Whether batches are copied to page-locked memory, for faster transfers to a GPU.
-        collate: Makes a batch of a list of samples.
-    """
-    if isinstance(sampler, Sized):
-        workers = min(workers, len(sampler))
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=pin_memory,
-        persistent_workers=workers > 0,
-        worker_init_fn=_heed_parent_alone,
-        generator=torch.Generator(),  # it would draw from the caller's random numbers otherwise
-    )

@@ -15,13 +15,13 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 import dbpkern
 from dbpkern import Decor
 from dbpkern.env import collect
-from train import checkpoint, plots, processes
-from train.config import RunConfig
-from train.correlations import plot_losses
-from train.data import DataError
-from train.loop import Diverged, Interrupted, Loop
-from train.processes import Processes
-from train.run_folder import NEUTRAL, RunFolder, flat, lines
+from train.data.reading import DataError
+from train.engine import checkpoint, plots, processes
+from train.engine.config import RunConfig
+from train.engine.correlations import plot_losses
+from train.engine.loop import Diverged, Interrupted, Loop
+from train.engine.processes import Processes
+from train.engine.run_folder import NEUTRAL, RunFolder, flat, lines
 
 Config = TypeVar("Config", bound=RunConfig)
 
@@ -78,7 +78,7 @@ def open_run(
     Raises:
         ValueError: the folder holds another run, or this one while `resume` is "none"; or the run to continue
             has other data.
-        train.checkpoint.CheckpointError: the checkpoint that `resume` names is missing or damaged.
+        train.engine.checkpoint.CheckpointError: the checkpoint that `resume` names is missing or damaged.
     """
     run = RunFolder(config.out)
     old = run.read_config()

@@ -18,7 +18,7 @@ from pathlib import Path
 import pynvml
 import torch
 
-from train.processes import Processes
+from train.engine.processes import Processes
 
 POWERCAP = Path("/sys/class/powercap")
 KINDS = ("cpu", "dram", "gpu")

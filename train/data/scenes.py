@@ -1,4 +1,4 @@
-"""Synthetic scenes for semantic segmentation: regions of textures from the photographs of `train.data`.
+"""Synthetic scenes for semantic segmentation: regions of textures from photographs.
 
 A class is a texture. Its place, orientation, size, contrast, mean colour and lighting are drawn anew for each
 region, so that the texture alone tells the class. Training scenes and held-out scenes have the same
@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from dbpkern.capture import derive_seed
-from train.data import load_photos
+from train.data.photos import load_photos
 
 
 class Texture(NamedTuple):

@@ -4,7 +4,7 @@ config.yaml            what the run was started with
 files.txt              the training images, one a line; for segmentation also those held out, and classes
 log.jsonl              one record a line: {"kind": "step" | "skip" | "eval" | "plan", "step": ..., ...}
 tb/                    the same for TensorBoard, with pictures
-checkpoints/           see train.checkpoint
+checkpoints/           see train.engine.checkpoint
 summary.json, *.png    written at the end
 """
 

@@ -1,7 +1,8 @@
 """Labelled images: a folder for each class, or the digits that ship with scikit-learn.
 
 Every training sample (its crop, its augmentation and how it is mixed with another) is a function of
-(seed, epoch, index) alone, as in `train.data`, for runs that are resumed or spread over more processes.
+(seed, epoch, index) alone, as in `train.data.pretraining`, for runs that are resumed or spread over more
+processes.
 """
 
 import functools
@@ -25,8 +26,8 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from dbpkern.capture import derive_seed
-from train.augment import Chooser, Crop, View
-from train.data import Images, check_cache, choose_split, keep_decoded, load_file, seeded
+from train.data.augment import Chooser, Crop, View
+from train.data.reading import Images, check_cache, choose_split, keep_decoded, load_file, seeded
 
 HELD_OUT = 0.2  # part of each class that is held out where the source has no split of its own
 
