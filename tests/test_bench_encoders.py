@@ -20,7 +20,7 @@ from bench.experiments.preset import Arm, Encoder, Preset, Trial
 from bench.experiments.study import FINISHED, Study
 from train import finetune, pretrain, segment
 from train.engine import processes
-from train.engine.run import whole_weights
+from train.engine.results import whole_weights, write_results
 
 SIZES = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
 PHOTOS = {"data.source": "photos"}
@@ -157,11 +157,9 @@ def test_a_tiny_study_is_made_once_and_reported(tmp_path, monkeypatch, capsys):
     assert result.encoder["settings"]["optim.blr"] == 3e-3 * 256 / 32  # of the best rate
     # The encoder is that of the same run by the script.
     encoder = study.encoder_of("mae", 0)
-    loop, evaluator, batches = pretrain.prepare(
-        encoder.config(str(tmp_path / "run"), PHOTOS), processes.start("cpu")
-    )
-    loop.train(batches)
-    pretrain.write_results(loop, evaluator, whole_weights(loop.model))
+    loop = pretrain.prepare(encoder.config(str(tmp_path / "run"), PHOTOS), processes.start("cpu"))
+    loop.train()
+    write_results(loop, whole_weights(loop.model))
     expected = load_file(tmp_path / "run" / "encoder.safetensors")
     made = load_file(study.parent("tiny").encoder_path(encoder))
     assert made.keys() == expected.keys()
@@ -372,7 +370,7 @@ def test_an_untrained_encoder_is_what_pre_training_starts_from(tmp_path):
     assert about["settings"] == trial.settings(PHOTOS)
     assert about["settings"]["steps"] == 0
     config = replace(trial, steps=None).config(str(tmp_path / "run"), PHOTOS)
-    loop, _, _ = pretrain.prepare(config, processes.start("cpu"))
+    loop = pretrain.prepare(config, processes.start("cpu"))
     weights = load_file(path)
     mine = dict(loop.model.named_parameters())
     assert {name for name in weights if name in mine} >= {"pos_embed", "blocks.0.attn.qkv.weight"}

@@ -24,7 +24,7 @@ from models.mae import create_mae
 from train import pretrain
 from train.compare import average
 from train.engine.plots import trailing_mean
-from train.pretrain import Config, DecorConfig
+from train.tasks.pretraining import Config, DecorConfig
 
 SMALL = {
     "model": "mae_vit_tiny",

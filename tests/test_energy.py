@@ -16,6 +16,7 @@ from test_pretrain import ENVIRONMENT, TINY
 from train import pretrain
 from train.engine import energy
 from train.engine.energy import Counter, Meter, carbon_intensity, rapl_counters
+from train.engine.evaluation import Evaluator
 from train.engine.processes import Processes
 from train.engine.run_folder import RunFolder
 
@@ -365,12 +366,12 @@ def test_steps_are_metered_and_a_resumed_run_adds_to_them(tmp_path, monkeypatch)
         counters[:] = [ticking("cpu", 10.0)]
         return counters, {"dram": "none here"}
 
-    def evaluate(self, make=pretrain.Evaluator.__call__):
+    def evaluate(self, make=Evaluator.__call__):
         counters[0].read()  # draws, which is no energy of the steps
         return make(self)
 
     monkeypatch.setattr(energy, "find_counters", find_counters)
-    monkeypatch.setattr(pretrain.Evaluator, "__call__", evaluate)
+    monkeypatch.setattr(Evaluator, "__call__", evaluate)
     options = [*TINY, "--steps=8", "--eval_every=2", "--accumulation=2"]
     pretrain.main([*options, f"--out={tmp_path / 'a'}"])
     resumed = [f"--resume={tmp_path / 'a/checkpoints/step-00000004'}", "--energy.country=NLD"]

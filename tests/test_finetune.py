@@ -293,8 +293,7 @@ def test_a_model_of_timm_trains_and_its_classifier_is_read_again(tmp_path):
     assert len(loaded.model.blocks) == 1
     # These weights of timm's are for pixels between -1 and 1.
     config = finetune.parse([f"--config={tmp_path / 'run' / 'config.yaml'}", f"--out={tmp_path / 'other'}"])
-    _, evaluator, _ = finetune.prepare(config, ALONE)
-    image = evaluator.held_out[0, 0].image
+    image = finetune.prepare(config, ALONE).task.held_out[0].image
     assert -1.01 < image.min() < -0.9
 
 
@@ -302,7 +301,7 @@ def test_evaluation_ends_its_workers(tmp_path):
     found = []
     for workers in (0, 1):
         options = [*SCRATCH, f"--data.workers={workers}", f"--out={tmp_path}/{workers}"]
-        _, evaluator, _ = finetune.prepare(finetune.parse([*TINY, *options]), ALONE)
+        evaluator = finetune.prepare(finetune.parse([*TINY, *options]), ALONE).evaluate
         known = set(multiprocessing.active_children())
         record = evaluator()
         assert set(multiprocessing.active_children()) == known
@@ -833,10 +832,10 @@ from train.engine import processes
 
 config = finetune.parse(sys.argv[1:])
 procs = processes.start(config.device)
-loop, _, batches = finetune.prepare(config, procs)
+loop = finetune.prepare(config, procs)
 norm, seen = loop.model.head[0], []
 norm.register_forward_pre_hook(lambda norm, args: seen.append(args[0].detach()) if norm.training else None)
-loop.train(batches)
+loop.train()
 made = {
     "seen": torch.stack(seen),
     "mean": norm.running_mean,

@@ -22,13 +22,15 @@ from torchmetrics.classification import MulticlassJaccardIndex
 import dbpkern
 from models.classifier import Architecture, create_vit
 from models.segmentation import Segmentation, SegmentationModel, load_segmenter, multiscale_logits
-from train import predict, segment, transfer
+from train import predict, segment
 from train.data.masks import IGNORE
 from train.data.reading import choose_subset
 from train.engine import plots, processes
 from train.engine.processes import Processes
+from train.engine.results import write_results
 from train.engine.run_folder import RunFolder
 from train.engine.schedule import warmup_linear
+from train.tasks import segmentation, transfer
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "train" / "configs"
@@ -156,10 +158,10 @@ def test_figures_are_those_of_their_definition(case):
     theirs = MulticlassJaccardIndex(4, ignore_index=IGNORE)
     for mask, prediction in zip(masks, predictions, strict=True):
         pair = torch.from_numpy(prediction), torch.from_numpy(mask)
-        counts += segment.count_pixels(*pair, 4)
+        counts += segmentation.count_pixels(*pair, 4)
         theirs.update(*pair)
     assert torch.equal(counts, theirs.confmat)
-    found = segment.score(counts)
+    found = segmentation.score(counts)
     assert found.miou == pytest.approx(100 * theirs.compute().item(), rel=1e-5)
     for name, value in expected.items():
         actual = getattr(found, name)
@@ -169,8 +171,8 @@ def test_figures_are_those_of_their_definition(case):
 
 
 def test_a_table_of_classes():
-    counts = segment.count_pixels(torch.tensor([0, 0, 1]), torch.tensor([0, 1, 1]), 3)
-    text = segment.class_table(("a", "b, c", "d"), segment.score(counts))
+    counts = segmentation.count_pixels(torch.tensor([0, 0, 1]), torch.tensor([0, 1, 1]), 3)
+    text = segmentation.class_table(("a", "b, c", "d"), segmentation.score(counts))
     assert list(csv.reader(text.splitlines())) == [
         ["class", "iou", "accuracy", "pixels"],
         ["a", "50.00", "100.00", "1"],
@@ -239,14 +241,14 @@ def test_presets_are_the_recipe(preset):
     assert [rate(step) for step in (0, 750, 1500, 160_000)] == pytest.approx([0, 5e-5, 1e-4, 0])
     assert (config.optim.layer_decay, config.optim.weight_decay, config.drop_path) == (0.65, 0.05, 0.1)
     assert config.evaluation.windows((512, 512)) == (341, 341)
-    assert segment.EvaluationConfig().windows((512, 512)) == (341, 341)
+    assert segmentation.EvaluationConfig().windows((512, 512)) == (341, 341)
     assert config.data.short_side == 512
 
 
 # Runs
 
 
-def predicted(run: Path, folder: Path, evaluation: segment.EvaluationConfig) -> tuple[list, dict]:
+def predicted(run: Path, folder: Path, evaluation: segmentation.EvaluationConfig) -> tuple[list, dict]:
     """Labels of the held-out images, each alone by `train.predict`, and their figures by definition."""
     predictor = predict.Predictor(predict.find_segmenter(str(run)), evaluation, torch.device("cpu"))
     masks, predictions = [], []
@@ -269,7 +271,7 @@ def test_a_run_leaves_everything_it_promises(finished, folder):
     # The file is the model that gave these figures, with its R gone: each image alone, by hand.
     loaded = load_segmenter(finished / "segmenter.safetensors")
     assert (loaded.classes, loaded.short_side) == (("class 0", "class 1", "class 2"), None)
-    _, expected = predicted(finished, folder, segment.EvaluationConfig())
+    _, expected = predicted(finished, folder, segmentation.EvaluationConfig())
     for name in ("miou", "mean_accuracy", "pixel_accuracy"):
         assert summary[name] == pytest.approx(expected[name], rel=1e-4), name
     table = list(csv.DictReader((finished / "classes.csv").read_text().splitlines()))
@@ -282,11 +284,11 @@ def test_the_model_of_a_decorrelated_run_is_that_of_its_file(folder, tmp_path):
     config = segment.parse(
         [*TINY, *SCRATCH, *arguments, f"--data.source=folder:{folder}", f"--out={tmp_path / 'run'}"]
     )
-    loop, evaluator, batches = segment.prepare(config, ALONE)
-    loop.train(batches)
+    loop = segment.prepare(config, ALONE)
+    loop.train()
     images = torch.randn(2, 3, 40, 33)
     expected = loop.model.eval()(images).logits
-    segment.write_results(loop, evaluator, {})
+    write_results(loop, {})
     loaded = load_segmenter(tmp_path / "run" / "segmenter.safetensors")
     assert torch.equal(loaded.model.eval()(images).logits, expected)
 
@@ -309,11 +311,11 @@ def test_held_out_images_are_looked_at_as_asked(finished, folder, tmp_path, name
     option = f"--evaluation.{name}={json.dumps(value)}"
     segment.main([*TINY, *start, option, f"--out={tmp_path / 'run'}"])
     found = evals(tmp_path / "run")[0]
-    labels, expected = predicted(finished, folder, segment.EvaluationConfig(**{name: value}))
+    labels, expected = predicted(finished, folder, segmentation.EvaluationConfig(**{name: value}))
     assert dict(zip(FIGURES[1:], found[2:], strict=True)) == pytest.approx(
         {figure: expected[figure] for figure in FIGURES[1:]}, rel=1e-4
     )
-    usual, _ = predicted(finished, folder, segment.EvaluationConfig())
+    usual, _ = predicted(finished, folder, segmentation.EvaluationConfig())
     assert any((a != b).any() for a, b in zip(usual, labels, strict=True))  # the option does something
 
 
@@ -526,7 +528,7 @@ def test_further_training_starts_from_a_segmenter(finished, tmp_path, capsys):
     options = ["--steps=1", "--optim.warmup_steps=1", "--img_size=64", "--eval_every=1"]
     config = segment.parse([*TINY, *options, f"--encoder={encoder}", f"--out={tmp_path / 'run'}"])
     # Ten classes for three: the last layers are new, the rest stays.
-    loop, _, _ = segment.prepare(config, ALONE)
+    loop = segment.prepare(config, ALONE)
     assert "the data have 10 classes from 'brick' to 'vessels'" in capsys.readouterr().out
     old, new = load_file(encoder), loop.model.state_dict()
     changed = {name for name in new if name not in old or not torch.equal(old[name], new[name])}
@@ -740,9 +742,9 @@ def test_a_graph_that_computes_something_else_is_not_written(finished, tmp_path,
 
 def test_batch_norms_of_several_processes_share_their_statistics():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
-    assert segment.synchronise(model, ALONE) is model
+    assert segmentation.synchronise(model, ALONE) is model
     assert not model[1]._forward_hooks
-    on_cpus = segment.synchronise(model, Processes(0, 2, torch.device("cpu")))
+    on_cpus = segmentation.synchronise(model, Processes(0, 2, torch.device("cpu")))
     assert len(on_cpus[1]._forward_hooks) == 1
-    on_gpus = segment.synchronise(model, Processes(0, 2, torch.device("cuda")))
+    on_gpus = segmentation.synchronise(model, Processes(0, 2, torch.device("cuda")))
     assert isinstance(on_gpus[1], nn.SyncBatchNorm)

@@ -23,7 +23,6 @@ from train.data.pretraining import build_data, collate
 from train.engine import plots, processes
 from train.pretrain import load_run
 from train.tasks.autoregressive import given_part
-from train.tasks.families import task_of
 
 
 @dataclass
@@ -73,7 +72,8 @@ def draw(config: Config) -> dict[str, Tensor]:
     """
     config.check()
     device = processes.start(config.device).device
-    trained, model = load_run(config.run, config.checkpoint)
+    task, model = load_run(config.run, config.checkpoint)
+    trained = task.config
     if not isinstance(model, DARL):
         raise ValueError(f"run: expected that of a model darl_vit_*, got {trained.model}")
     model.to(device)
@@ -85,7 +85,6 @@ def draw(config: Config) -> dict[str, Tensor]:
         _, held_out = build_data(data, patches.img_size, patches.num_patches, trained.seed)
         batch = collate([held_out[i % len(held_out)] for i in range(config.count)])
         images = batch["image"].to(device)
-    task = task_of(trained)
     codes = task.codes(images)
     order = torch.arange(patches.num_patches, device=device) if model.order == "random" else model.places
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)  # fails now rather than after the work

@@ -28,7 +28,7 @@ from train.data.reading import decode, list_images
 from train.data.segmented import Preprocess, Scales
 from train.engine import plots, processes
 from train.engine.run_folder import write_atomically
-from train.segment import EvaluationConfig
+from train.tasks.segmentation import EvaluationConfig
 
 BATCH = 4  # windows in one call of the model
 

@@ -34,7 +34,7 @@ def parse(arguments: list[str] | None = None) -> pretrain.Config:
 
 def main(arguments: list[str] | None = None) -> None:
     """Train."""
-    run_script("tokenizer", parse, pretrain.prepare, pretrain.write_results, arguments)
+    run_script("tokenizer", parse, pretrain.prepare, arguments)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from bench import measure, record
 from bench.experiments import trial as trials
 from bench.experiments.preset import Trial
 from bench.experiments.study import Study
-from train.engine.loop import Loop, moved
+from train.engine.loop import Loop
+from train.engine.processes import moved
 from train.engine.run_folder import write_atomically
 
 
@@ -43,8 +44,8 @@ def time_steps(study: Study, arms: Sequence[str], rounds: int) -> dict[str, obje
     for name in arms:
         record.progress(f"{name}: building")
         with tempfile.TemporaryDirectory() as out:
-            loop, _, batches = trials.prepare(Trial(study.name, name, 1e-3, 0), out, study.data)
-            batch = next(batches)
+            loop = trials.prepare(Trial(study.name, name, 1e-3, 0), out, study.data)
+            batch = next(loop.batches)
         every = cadence(loop, loop.config.steps)
         timed.append((_step(loop, batch), every * math.ceil(4 / every)))
     times = []
@@ -69,7 +70,7 @@ def _step(loop: Loop, batch: dict) -> Callable[[], None]:
 
     def step() -> None:
         with torch.autocast(device.type, loop.autocast, enabled=loop.autocast is not None):
-            loss = loop.loss(loop.model, batch)
+            loss = loop.task.loss(loop.model, batch)
         loss.backward()
         loop.optimizer.step()
         loop.optimizer.zero_grad(set_to_none=True)

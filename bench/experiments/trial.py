@@ -19,7 +19,7 @@ from train import pretrain
 from train.engine import processes
 from train.engine.loop import Diverged, Loop
 from train.engine.plots import WINDOW
-from train.engine.run import whole_weights
+from train.engine.results import whole_weights
 from train.engine.run_folder import RunFolder, to_json, write_atomically
 
 PROBES = {"probe": "Linear probe", "knn": "Nearest neighbours"}  # accuracies, of pre-training
@@ -41,8 +41,8 @@ def _build_published(config: pretrain.Config, model: nn.Module) -> tuple:
     return optimizer, rule
 
 
-def prepare(trial: Trial, out: str, data: Mapping[str, object], encoder: str | None = None) -> tuple:
-    """Everything up to the first step: loop, evaluator and batches.
+def prepare(trial: Trial, out: str, data: Mapping[str, object], encoder: str | None = None) -> Loop:
+    """Everything up to the first step.
 
     Args:
         trial: which one.
@@ -77,7 +77,7 @@ def in_strides(values: Sequence[float], stride: int) -> list[float]:
     return [round(sum(values[i : i + stride]) / stride, 5) for i in whole]
 
 
-def probe_of(trial: Trial, loop: Loop, evaluator: pretrain.Evaluator) -> probe.Probe | None:
+def probe_of(trial: Trial, loop: Loop) -> probe.Probe | None:
     """The labelled images that the encoder of a trial is asked for; None for no probe.
 
     Raises:
@@ -94,14 +94,15 @@ def probe_of(trial: Trial, loop: Loop, evaluator: pretrain.Evaluator) -> probe.P
         raise ValueError(
             f"{loop.config.data.source}: expected a folder with a sub-folder for each class, for the probe"
         )
-    names = evaluator.held_out.images.names
-    return probe.of_folder(Path(path).expanduser(), loop.files, names, known, size)
+    task = loop.task
+    names = task.held_out.images.names
+    return probe.of_folder(Path(path).expanduser(), task.files, names, known, size)
 
 
-def _watch(trial: Trial, loop: Loop, evaluator: pretrain.Evaluator) -> Callable[[], dict[str, float]]:
+def _watch(trial: Trial, loop: Loop) -> Callable[[], dict[str, float]]:
     """Evaluations of pre-training: the held-out loss, and the probe."""
-    evaluator.observes = False
-    asks = probe_of(trial, loop, evaluator)
+    loop.task.observes = False
+    evaluator, asks = loop.evaluate, probe_of(trial, loop)
 
     def evaluate() -> dict[str, float]:
         found = {"heldout_loss": evaluator()["heldout_loss"]}
@@ -110,9 +111,7 @@ def _watch(trial: Trial, loop: Loop, evaluator: pretrain.Evaluator) -> Callable[
     return evaluate
 
 
-def leave_encoder(
-    path: Path, trial: Trial, data: Mapping[str, object], loop: Loop, evaluator: pretrain.Evaluator
-) -> None:
+def leave_encoder(path: Path, trial: Trial, data: Mapping[str, object], loop: Loop) -> None:
     """Write the encoder of a trial of pre-training, as it is now.
 
     What is known of it lies beside it as JSON, which is there only if the weights are.
@@ -122,9 +121,8 @@ def leave_encoder(
         trial: which one.
         data: as for `Trial.config`.
         loop: of the trial.
-        evaluator: likewise.
     """
-    stock = pretrain.fused_model(loop.config, loop.ranks, whole_weights(loop.model))
+    stock = loop.task.stock(whole_weights(loop.model))
     lost = losses(loop.run.records())[-WINDOW:]
     about = {
         "steps": loop.step,
@@ -135,7 +133,7 @@ def leave_encoder(
     about_path = path.with_suffix(".json")
     about_path.unlink(missing_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, evaluator.task.exports(stock)["encoder.safetensors"])
+    write_atomically(path, loop.task.exports(stock)["encoder.safetensors"])
     write_atomically(about_path, to_json(about) + "\n")
 
 
@@ -161,16 +159,16 @@ def train(
     preset = trial.preset
     about = None if encoder is None else json.loads(Path(encoder).with_suffix(".json").read_text())
     with tempfile.TemporaryDirectory() as out:
-        loop, evaluator, batches = prepare(trial, out, data, encoder)
+        loop = prepare(trial, out, data, encoder)
         if preset.pretrains:
-            loop.evaluate = _watch(trial, loop, evaluator)
+            loop.evaluate = _watch(trial, loop)
         outcome = FINISHED
         try:
-            loop.train(batches)
+            loop.train()
         except Diverged as error:
             outcome = str(error)
         if leaves is not None and outcome == FINISHED:
-            leave_encoder(leaves, trial, data, loop, evaluator)
+            leave_encoder(leaves, trial, data, loop)
         records = list(RunFolder(out).records())
     kept = ("step", "heldout_loss", *PROBES, *FIGURES)
     return Result(
@@ -180,7 +178,7 @@ def train(
         losses=in_strides(losses(records), preset.stride) if preset.pretrains else [],
         seconds=loop.seconds,
         evals=[{name: r[name] for name in kept if name in r} for r in records if r["kind"] == "eval"],
-        held_out=len(evaluator.held_out),
+        held_out=len(loop.task.held_out),
         energy=loop.energy.summary(None),
         skipped_steps=loop.skipped,
         jobs=jobs,
@@ -194,12 +192,12 @@ def pretrain_encoder(trial: Trial, data: Mapping[str, object], leaves: Path) -> 
     with tempfile.TemporaryDirectory() as out:
         trains = trial.steps != 0
         whole = trial if trains else Trial(trial.study, trial.arm, trial.lr, trial.seed)
-        loop, evaluator, batches = prepare(whole, out, data)
-        evaluator.observes = False
+        loop = prepare(whole, out, data)
+        loop.task.observes = False
         loop.config.eval_every = loop.config.steps
         if trains:
-            loop.train(batches)
-        leave_encoder(leaves, trial, data, loop, evaluator)
+            loop.train()
+        leave_encoder(leaves, trial, data, loop)
 
 
 def work(spec: Mapping) -> None:

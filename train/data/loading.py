@@ -14,6 +14,23 @@ from dbpkern.capture import derive_seed
 from train.data.pretraining import collate
 
 
+class AtEpochZero(Dataset):
+    """Held-out samples by index: those that a data set has in epoch 0.
+
+    Args:
+        dataset: By (epoch, index).
+    """
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int):
+        return self.dataset[0, index]
+
+
 class StepSampler(Sampler[list[tuple[int, int]]]):
     """The (epoch, index) of one process, a list for each micro-batch of each optimizer step.
 

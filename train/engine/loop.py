@@ -4,9 +4,9 @@ import inspect
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -26,11 +26,13 @@ from dbpkern.capture import derive_seed
 from dbpkern.engine import Holder
 from dbpkern.layers import Decorrelated
 from dbpkern.optim.base import DecorOptimizer
+from train.data.loading import build_loader
 from train.engine import checkpoint
-from train.engine.config import RunConfig
 from train.engine.energy import KINDS, Meter
-from train.engine.processes import Processes
+from train.engine.evaluation import Evaluator
+from train.engine.processes import moved
 from train.engine.run_folder import RunFolder, to_json
+from train.engine.task import Task
 
 
 class Diverged(RuntimeError):
@@ -39,11 +41,6 @@ class Diverged(RuntimeError):
 
 class Interrupted(Exception):
     """The run was asked to stop (SIGTERM or Ctrl-C), and saved its state if that was sound."""
-
-
-def moved(batch: dict, device: torch.device) -> dict:
-    """A batch with its tensors on a device."""
-    return tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch)
 
 
 HoldsR = DecorOptimizer | DecorPreconditioner | DecorSGD
@@ -116,60 +113,70 @@ def blame(model: nn.Module, decor: HoldsR | None = None) -> str:
     )
 
 
-@dataclass
 class Loop:
     """One run: what is trained, how long, and where it is written.
 
     Args:
-        config: What the run was started with; kept in checkpoints.
-        processes: This process among the others.
+        task: What is learned, prepared.
         run: Folder of the run.
-        files: What the run's data are, for files.txt: names of the training images, and what else tells.
-        model: The model whose state is saved.
         optimizer: Of the weights.
         decor: What moves R, None for plain backpropagation.
-        loss: `loss(model, batch) -> 0-d tensor`, with `model` wrapped for what the run needs. The batch's
-            "progress" are the step and the length of the run.
-        evaluate: `evaluate() -> record`, called on every process. Its "pictures" (name: `[3, H, W]` in
-            [0, 1]) go to TensorBoard and its "unreadable" (file: reason) to those of the run.
-        total_steps: Length of the run.
-        rate: Learning rate by step.
-        ranks: The layers that a plan chose, with the ranks of their R; None where nothing was planned.
+        found: The checkpoint to continue from, with its state; None to start.
         recheck: Called once after a tenth of the steps, if given, on every process; the record goes to the
             log.
 
     Attributes:
+        config: What the run was started with; kept in checkpoints.
+        processes: This process among the others.
+        model: The model whose state is saved.
+        evaluate: `evaluate() -> record`, called on every process. Its "pictures" go to TensorBoard, and its
+            "unreadable" to those of the run.
+        total_steps: Length of the run.
+        rate: Learning rate by step.
+        batches: The micro-batches of this process.
         step: Steps made.
         seconds: Spent in steps and plans, waiting for data included, evaluation and saving not.
         skipped: Steps whose loss or gradient was not finite.
         unreadable: Files that could not be read, with the reason.
         energy: Of the steps.
-        pictures: Of the last evaluation.
         autocast: dtype of mixed precision, None for none.
+
+    Raises:
+        ValueError: The batch does not fit the data or the processes, the warm-up the run, or the sample of
+            rows the batch.
     """
 
-    config: RunConfig
-    processes: Processes
-    run: RunFolder
-    files: Sequence[str]
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    decor: HoldsR | None
-    loss: Callable[[nn.Module, dict], Tensor]
-    evaluate: Callable[[], dict]
-    total_steps: int
-    rate: Callable[[int], float]
-    ranks: dict[str, int | None] | None = None
-    recheck: Callable[[], dict] | None = None
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        task: Task,
+        run: RunFolder,
+        optimizer: torch.optim.Optimizer,
+        decor: HoldsR | None,
+        found: tuple[Path, dict] | None = None,
+        recheck: Callable[[], dict] | None = None,
+    ) -> None:
+        self.task, self.run, self.optimizer, self.decor, self.recheck = task, run, optimizer, decor, recheck
+        self.config, self.processes, self.model = task.config, task.processes, task.model
+        self.evaluate: Callable[[], dict] = Evaluator(task)
+        self.total_steps, self.rate = self.config.schedule(len(task.training))
+        start = 0 if found is None else found[1]["step"]
+        device = self.processes.device
+        self.batches: Iterator[dict] = iter(
+            build_loader(
+                task.training,
+                task.order(self.total_steps, start),
+                self.config.data.workers,
+                device.type == "cuda",
+                task.collate,
+            )
+        )
+        self.config.check_sample(task.rows, self.processes.world_size)
         self.step = 0
         self.seconds = 0.0
         self.skipped = 0
         self.unreadable: dict[str, str] = {}
         self.energy = Meter(self.processes)
-        self.pictures: dict[str, Tensor] = {}
-        self.autocast = self.config.autocast(self.processes.device)
+        self.autocast = self.config.autocast(device)
         self._ddp: DistributedDataParallel | None = None
         self._statistics = [
             tensor for module in self.model.modules() for tensor in _statistics(module).values()
@@ -177,6 +184,8 @@ class Loop:
         self._bad = 0
         self._signalled = False  # here
         self._stop = False  # on any process, as all of them know
+        if found is not None:
+            self.load(*found)
 
     def state_dict(self) -> dict:
         """Everything a checkpoint holds."""
@@ -191,7 +200,7 @@ class Loop:
             "optimizer": self.optimizer.state_dict(),
             # Around an optimizer R is in its state; in layers it is in the model's.
             "decor": self.decor.state_dict() if isinstance(self.decor, DecorSGD) else None,
-            "ranks": self.ranks,
+            "ranks": self.task.ranks,
         }
 
     def load(self, path: Path, outline: dict) -> None:
@@ -224,11 +233,8 @@ class Loop:
         self.unreadable = state["unreadable"]
         self.energy.load_state_dict(state["energy"])
 
-    def train(self, batches: Iterator[dict]) -> None:
+    def train(self) -> None:
         """Run from the present step to the last.
-
-        Args:
-            batches: The micro-batches of this process from the present step on.
 
         Raises:
             Diverged: `config.max_bad_steps` steps in a row were skipped, or the run ended with entries that
@@ -241,7 +247,7 @@ class Loop:
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.processes.barrier()  # nobody writes to the folder before everybody has read it
         if main:
-            self.run.write_start(asdict(self.config), self.files)
+            self.run.write_start(asdict(self.config), self.task.files)
             self.run.rewind(self.step, evaluates)
             checkpoint.rewind(self.run.checkpoints, self.step)
         self._log = self.run.log.open("a") if main else None
@@ -253,7 +259,7 @@ class Loop:
                 self._evaluate()
             with self._profiler() as profiler:
                 while self.step < self.total_steps:
-                    self._train_step(model, parameters, batches, bar)
+                    self._train_step(model, parameters, bar)
                     if profiler is not None:
                         profiler.step()
                     if self.recheck is not None and self.step == math.ceil(self.total_steps / 10):
@@ -280,6 +286,10 @@ class Loop:
                 self._log.close()
                 self._board.close()
 
+    def close(self) -> None:
+        """End the processes that load data."""
+        self.batches = iter(())
+
     def _wrapped(self) -> nn.Module:
         model = self.model
         if self.processes.world_size > 1 and not isinstance(model, FSDPModule):
@@ -303,7 +313,7 @@ class Loop:
         with nullcontext() if self._ddp is None else self._ddp.no_sync():
             yield
 
-    def _train_step(self, model: nn.Module, parameters: list, batches: Iterator[dict], bar: tqdm) -> None:
+    def _train_step(self, model: nn.Module, parameters: list, bar: tqdm) -> None:
         start = time.perf_counter()
         self.energy.start()
         device = self.processes.device
@@ -318,13 +328,13 @@ class Loop:
         waited = 0.0
         for micro in range(self.config.accumulation):
             asked = time.perf_counter()
-            batch = next(batches)
+            batch = next(self.batches)
             waited += time.perf_counter() - asked
             self.unreadable |= dict(batch.pop("skipped", ()))
             batch = moved(batch, device) | {"progress": (self.step, self.total_steps)}
             with self._unsynchronised() if micro + 1 < self.config.accumulation else nullcontext():
                 with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
-                    loss = self.loss(model, batch) / self.config.accumulation
+                    loss = self.task.loss(model, batch) / self.config.accumulation
                 loss.backward()
             total[0] += loss.detach()
             self.energy.read()
@@ -390,8 +400,7 @@ class Loop:
         record = self.evaluate()
         for found in self.processes.gather(record.pop("unreadable", {})):
             self.unreadable |= found
-        self.pictures = record.pop("pictures", {})
-        for name, image in self.pictures.items():
+        for name, image in record.pop("pictures", {}).items():
             if self._board is not None:
                 self._board.add_image(name, image, self.step)
         caution = {} if self.decor is None else self.decor.engine.caution()

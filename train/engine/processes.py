@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.rendezvous import rendezvous
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -62,6 +63,11 @@ class Processes:
         """Wait until all processes are here."""
         if self.world_size > 1:
             dist.barrier()
+
+
+def moved(batch: dict, device: torch.device) -> dict:
+    """A batch with its tensors on a device."""
+    return tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch)
 
 
 def _is_first() -> bool:

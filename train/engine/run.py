@@ -9,18 +9,13 @@ from typing import TypeVar
 
 import torch
 from jsonargparse import ArgumentParser
-from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-import dbpkern
-from dbpkern import Decor
-from dbpkern.env import collect
 from train.data.reading import DataError
-from train.engine import checkpoint, plots, processes
+from train.engine import checkpoint, processes
 from train.engine.config import RunConfig
-from train.engine.correlations import plot_losses
 from train.engine.loop import Diverged, Interrupted, Loop
 from train.engine.processes import Processes
+from train.engine.results import whole_weights, write_results
 from train.engine.run_folder import NEUTRAL, RunFolder, flat, lines
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -104,84 +99,18 @@ def open_run(
     return run, (path, state)
 
 
-def build_optimizer(
-    config: RunConfig,
-    groups: list[dict],
-    lr: float,
-    model: nn.Module | None = None,
-    rule: Decor | None = None,
-) -> torch.optim.Optimizer:
-    """AdamW or Muon, as `optim.name` says; with a rule one that holds R.
-
-    Args:
-        config: What is asked for.
-        groups: Of the parameters.
-        lr: The peak rate.
-        model: Whose layers are decorrelated, by a rule.
-        rule: Of R; None for none.
-    """
-    betas = config.optim.betas
-    inside = {} if rule is None else {"model": model, "decor": rule}
-    if config.optim.name == "muon":
-        # Without a model it is Muon. timm's is in bf16, which takes ten times as long without bf16 units.
-        return dbpkern.DecorMuon(groups, lr=lr, momentum=betas[0], betas=betas, **inside)
-    # Without a model DecorAdamW is AdamW, bit for bit on a CPU; the baseline is PyTorch's all the same.
-    make = dbpkern.DecorAdamW if inside else torch.optim.AdamW
-    return make(groups, lr=lr, betas=betas, **inside)
-
-
-def whole_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The state_dict on the CPU of the main process, {} on the others; a collective."""
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-
-
-def plot_correlations(records: Sequence[Mapping], path: Path) -> None:
-    """The decorrelation losses in a log's evaluations."""
-    history: dict[str, dict[int, float]] = {}
-    for record in records:
-        if record["kind"] == "eval":
-            for name, value in record["decorrelation_loss"].items():
-                history.setdefault(name, {})[record["step"]] = value
-    plot_losses(history, path, "Decorrelation loss of z = R x, held out")
-
-
-def summary_of(loop: Loop, records: Sequence[Mapping]) -> dict:
-    """What summary.json says of any run.
-
-    Args:
-        loop: The finished run.
-        records: Of its log, with at least one evaluation.
-    """
-    final = [r["loss"] for r in records if r["kind"] == "step"][-plots.WINDOW :]
-    images = loop.step * loop.config.batch_size
-    return {
-        "steps": loop.step,
-        "seconds": loop.seconds,
-        "images_per_second": images / loop.seconds if loop.seconds else None,
-        "final_loss": sum(final) / len(final) if final else None,
-        "heldout_loss": [r for r in records if r["kind"] == "eval"][-1]["heldout_loss"],
-        "energy": loop.energy.summary(loop.config.energy.country),
-        "skipped_steps": loop.skipped,
-        "unreadable": len(loop.unreadable),
-        "unreadable_files": loop.unreadable,
-        "processes": loop.processes.world_size,
-        "device": str(loop.processes.device),
-        "parameters": sum(p.numel() for p in loop.model.parameters()),
-        "machine": collect(),
-    }
-
-
 def run_script(
-    name: str, parse: Callable, prepare: Callable, write_results: Callable, arguments: list[str] | None
+    name: str,
+    parse: Callable[[list[str] | None], Config],
+    prepare: Callable[[Config, Processes], Loop],
+    arguments: list[str] | None,
 ) -> None:
     """Run a training script, and say in one line what went wrong where it is not a defect of the program.
 
     Args:
         name: What messages start with.
-        parse: `parse(arguments) -> config`.
-        prepare: `prepare(config, procs) -> (loop, evaluator, batches)`, everything up to the first step.
-        write_results: `write_results(loop, evaluator, weights)`, called on the main process of a finished
-            run, whose model has these weights.
+        parse: Reads the command line.
+        prepare: Everything up to the first step.
         arguments: Of the command line, None for those of this process.
     """
     procs = None
@@ -192,14 +121,14 @@ def run_script(
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         procs = processes.start(config.device)
-        loop, evaluator, batches = prepare(config, procs)
+        loop = prepare(config, procs)
     except (ValueError, FileNotFoundError) as error:
         processes.stop()
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"{name}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     try:
-        loop.train(batches)
+        loop.train()
         weights = whole_weights(loop.model)
     except Diverged as error:
         sys.exit(f"{name}: {error}" if procs.is_main else 1)
@@ -211,10 +140,10 @@ def run_script(
             print(f"{name}: stopped at step {loop.step}. {stopped}; continue with --resume auto")
         return
     finally:
-        del batches  # ends the loader's workers
+        loop.close()
         processes.stop()
     if procs.is_main:
-        write_results(loop, evaluator, weights)
+        write_results(loop, weights)
         if loop.unreadable:
             print(f"{name}: {len(loop.unreadable)} unreadable files were skipped, see {loop.run.summary}")
         print(f"{name}: {loop.step} steps in {loop.seconds:.1f} s, results in {config.out}")

@@ -1,9 +1,8 @@
 """DARL: predict each patch from those before it."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import cached_property
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,53 +13,10 @@ from models.generate import generate
 from models.vit import pair, patchify, unpatchify
 from train.data.augment import denormalize
 from train.data.pretraining import Sample
-from train.tasks.task import COUNT, Rows, Task
+from train.tasks.pretraining import COUNT, PretrainingTask, Rows
 
 GAMMAS = (0.0, 0.1, 0.3, 0.6, 0.9)  # noise levels that a picture of denoising shows
 SAMPLING_STEPS = 50  # of the samples at the end of a run
-
-
-@dataclass
-class DarlConfig:
-    """DARL, for models darl_vit_*.
-
-    Args:
-        objective: "mse", "diffusion", or "tokens", the cross-entropy of a tokenizer's codes.
-        positions: "none", "sincos", "learned", "rope1d" or "rope2d".
-        rope_temperature: RoPE's longest wavelength, over 2 pi, in patches.
-        order: In which order patches are predicted: "raster", "nested", "round-robin", "fixed" (one random
-            order, by the seed) or "random" (one for every image; needs two_stream).
-        order_block: Side of the squares of "nested" and "round-robin", in patches.
-        two_stream: Predict by query tokens that know the patch's place, as XLNet does.
-        decoder: "mlp" or, for diffusion, "transformer"; null for "transformer" there and "mlp" otherwise.
-        decoder_depth: Its blocks; null for 1 in diffusion and 0, a linear decoder, otherwise.
-        gamma: Parameters of the Beta distribution of noise levels.
-        gamma_conditioned: Whether the decoder is told the noise level.
-        prediction: Of diffusion: "x0", the clean patch, or "epsilon", the noise.
-        norm_pix_loss: Whether the targets are pixels normalised per patch; such a model cannot draw images.
-        inputs: "pixels", or "tokens" for a tokenizer's codes.
-        tokenizer: tokenizer.safetensors of a run of train/tokenizer.py, where inputs or objective are tokens.
-    """
-
-    objective: Literal["mse", "diffusion", "tokens"] = "mse"
-    positions: Literal["none", "sincos", "learned", "rope1d", "rope2d"] = "rope2d"
-    rope_temperature: float = 100.0
-    order: Literal["raster", "nested", "round-robin", "fixed", "random"] = "raster"
-    order_block: int = 2
-    two_stream: bool = False
-    decoder: Literal["mlp", "transformer"] | None = None
-    decoder_depth: int | None = None
-    gamma: tuple[float, float] = (0.03, 1.0)
-    gamma_conditioned: bool = False
-    prediction: Literal["x0", "epsilon"] = "x0"
-    norm_pix_loss: bool = False
-    inputs: Literal["pixels", "tokens"] = "pixels"
-    tokenizer: str | None = None
-
-    @property
-    def reads_tokens(self) -> bool:
-        """Whether a tokenizer is needed."""
-        return "tokens" in (self.objective, self.inputs)
 
 
 def given_part(model: darl.DARL, images: Tensor, given: Tensor) -> Tensor:
@@ -92,7 +48,7 @@ def neighbours_mean(patches: Tensor, grid_size: tuple[int, int]) -> Tensor:
     return mean.flatten(1, 2)
 
 
-class AutoregressiveTask(Task):
+class AutoregressiveTask(PretrainingTask):
     """DARL: predict each patch from those before it."""
 
     name = "darl"
@@ -106,6 +62,7 @@ class AutoregressiveTask(Task):
 
     def check(self) -> None:
         """Raise ValueError for settings that do not go together."""
+        super().check()
         options = self.config.darl
         if options.reads_tokens != (options.tokenizer is not None):
             expected = "the file of one" if options.reads_tokens else "null where nothing is tokens"
@@ -196,7 +153,7 @@ class AutoregressiveTask(Task):
         """The loss of `neighbours_mean`, where it compares with the model's."""
         return {"neighbours_loss": tally[0].item() / size} if self.predicts_patches else {}
 
-    def pictures(self, model: nn.Module, images: Tensor, batch: Mapping, made: Tensor) -> dict[str, Rows]:
+    def rows_of(self, model: nn.Module, images: Tensor, batch: Mapping, made: Tensor) -> dict[str, Rows]:
         """Pictures of what `forward` gave."""
         images, made = images[:COUNT], made[:COUNT]
         grid_size = model.patch_embed.grid_size
@@ -233,7 +190,7 @@ class AutoregressiveTask(Task):
             rows[f"from gamma {gamma}"] = denormalize(model.images_of(images, clean))
         return rows
 
-    def final_pictures(self, model: nn.Module, images: Tensor) -> dict[str, Rows]:
+    def final_rows(self, model: nn.Module, images: Tensor) -> dict[str, Rows]:
         """Pictures that are made once, at the end of a run: images continued from their first half."""
         options = self.config.darl
         if options.norm_pix_loss or (options.inputs == "tokens") != (options.objective == "tokens"):

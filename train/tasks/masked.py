@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from models import mae
 from train.data.augment import denormalize
-from train.tasks.task import COUNT, Rows, Task
+from train.tasks.pretraining import COUNT, PretrainingTask, Rows
 
 
-class MaskedTask(Task):
+class MaskedTask(PretrainingTask):
     """MAE: fill in the patches that are hidden."""
 
     name = "mae"
@@ -21,6 +21,7 @@ class MaskedTask(Task):
 
     def check(self) -> None:
         """Raise ValueError for settings out of range."""
+        super().check()
         if not 0 < self.config.mask_ratio < 1:
             raise ValueError(f"mask_ratio: expected a number in (0, 1), got {self.config.mask_ratio}")
 
@@ -48,7 +49,7 @@ class MaskedTask(Task):
         loss, pred, mask = model(images, self.config.mask_ratio, batch["noise"])
         return loss, (pred, mask)
 
-    def pictures(self, model: nn.Module, images: Tensor, batch: Mapping, made: tuple) -> dict[str, Rows]:
+    def rows_of(self, model: nn.Module, images: Tensor, batch: Mapping, made: tuple) -> dict[str, Rows]:
         """Pictures of what `forward` gave."""
         images, pred, mask = images[:COUNT], made[0][:COUNT], made[1][:COUNT]
         hidden = model.unpatchify(mask[..., None].expand_as(pred))

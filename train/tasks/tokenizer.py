@@ -1,7 +1,6 @@
 """Discrete VAE: code each patch by an entry of a vocabulary."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -9,24 +8,12 @@ from torch import Tensor, nn
 from models import dvae
 from train.data.augment import denormalize
 from train.engine.schedule import warmup_cosine
-from train.tasks.task import COUNT, Rows, Task
+from train.tasks.pretraining import COUNT, PretrainingTask, Rows
 
 TEMPERATURES = (1.0, 1 / 16)  # of the Gumbel-softmax, at the start and the end of a run; DALL-E's
 
 
-@dataclass
-class DvaeConfig:
-    """The discrete VAE, for models dvae_*.
-
-    Args:
-        kl_weight: Of the KL divergence of codes from the uniform distribution; 1 makes the loss the negative
-            evidence lower bound.
-    """
-
-    kl_weight: float = 1.0
-
-
-class TokenizerTask(Task):
+class TokenizerTask(PretrainingTask):
     """Discrete VAE: code each patch by an entry of a vocabulary."""
 
     name = "dvae"
@@ -71,7 +58,7 @@ class TokenizerTask(Task):
         perplexity = torch.special.entr(chances).sum().exp()
         return {"reconstruction_error": tally[0].item() / size, "perplexity": perplexity.item()}
 
-    def pictures(self, model: nn.Module, images: Tensor, batch: Mapping, made: tuple) -> dict[str, Rows]:
+    def rows_of(self, model: nn.Module, images: Tensor, batch: Mapping, made: tuple) -> dict[str, Rows]:
         """Pictures of what `forward` gave."""
         rows = {
             "original": denormalize(images[:COUNT]),

@@ -1,6 +1,5 @@
-"""What training on pre-trained encoders shares: where they come from, rates by layer, batches, statistics."""
+"""What training on pre-trained encoders shares: where they come from, rates by layer, statistics."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -8,14 +7,11 @@ import torch.distributed as dist
 from timm.optim import param_groups_layer_decay
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import DataLoader, Dataset
 
 import dbpkern
 from models.classifier import Architecture, Loaded, create_vit, load_encoder
-from train.data.loading import StepSampler, build_loader
 from train.engine import config as shared
-from train.engine.processes import Processes
-from train.engine.run import build_optimizer
+from train.engine.optimizers import build_optimizer
 
 
 @dataclass(kw_only=True)
@@ -118,54 +114,6 @@ def build_optimizers(
     rule = config.decor.rule(model, config.seed) if config.decor.enable else None
     optimizer = build_optimizer(config, parameter_groups(config, model), config.peak_lr, model, rule)
     return optimizer, None if rule is None else optimizer
-
-
-def training_batches(
-    config: TransferConfig, dataset: Dataset, total: int, step: int, procs: Processes, collate: Callable
-) -> DataLoader:
-    """The micro-batches of this process, from the one after `step` to the end of the run.
-
-    Args:
-        config: What is asked for, with `data.workers`.
-        dataset: Of (epoch, index).
-        total: Steps of the run.
-        step: That are done.
-        procs: This process among the others.
-        collate: Makes a batch of a list of samples.
-
-    Raises:
-        ValueError: as `StepSampler`.
-    """
-    sampler = StepSampler(
-        len(dataset),
-        config.batch_size,
-        config.seed,
-        total,
-        step,
-        config.accumulation,
-        procs.rank,
-        procs.world_size,
-    )
-    return build_loader(dataset, sampler, config.data.workers, procs.device.type == "cuda", collate)
-
-
-def held_out_batches(
-    config: TransferConfig, dataset: Dataset, procs: Processes, collate: Callable
-) -> DataLoader:
-    """This process's part of a held-out set, in batches as large as the micro-batches of training.
-
-    Its workers end with the evaluation that reads it, as between evaluations they would only hold memory.
-
-    Args:
-        config: What is asked for, with `data.workers`.
-        dataset: Of (epoch, index); the epoch is 0.
-        procs: This process among the others.
-        collate: Makes a batch of a list of samples.
-    """
-    share = max(1, config.micro_batch(procs.world_size))
-    mine = [(0, index) for index in procs.share(range(len(dataset)))]
-    chunks = [mine[i : i + share] for i in range(0, len(mine), share)]
-    return build_loader(dataset, chunks, config.data.workers, procs.device.type == "cuda", collate)
 
 
 def average_statistics(norm: _BatchNorm, *_) -> None:

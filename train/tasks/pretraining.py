@@ -1,0 +1,341 @@
+"""Pre-training: its options, and what its tasks have in common."""
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+import dbpkern
+from dbpkern.sites import select
+from models.classifier import Architecture
+from train.data.pretraining import DataConfig, Sample, build_data, collate, to_images
+from train.engine import config as shared
+from train.engine import plots
+from train.engine.processes import Processes
+from train.engine.run_folder import write_atomically
+from train.engine.task import Task
+
+COUNT = 8  # images in a picture
+# Settings of a run that are for the models of one family only.
+FAMILIES = {"mae": ("decoder", "mask_ratio", "norm_pix_loss"), "darl": ("darl",), "dvae": ("dvae",)}
+Rows = dict[str, Tensor]
+"""A picture: rows of images, each `[B, 3, H, W]` with values in [0, 1], by what they show."""
+
+
+@dataclass
+class OptimConfig(shared.OptimConfig):
+    """The optimizer of the weights and its schedule; by default AdamW, as in MAE.
+
+    Args:
+        name: "adamw", "muon" (dbpkern.DecorMuon, AdamW for vectors and tokens), or timm's "kron" (PSGD).
+        betas: Of AdamW; the first is Muon's momentum (Nesterov's), too.
+    """
+
+    name: Literal["adamw", "muon", "kron"] = "adamw"
+    _: KW_ONLY
+    blr: float = 1.5e-4
+    warmup_epochs: float = 40
+    betas: tuple[float, float] = (0.9, 0.95)
+
+
+@dataclass
+class DarlConfig:
+    """DARL, for models darl_vit_*.
+
+    Args:
+        objective: "mse", "diffusion", or "tokens", the cross-entropy of a tokenizer's codes.
+        positions: "none", "sincos", "learned", "rope1d" or "rope2d".
+        rope_temperature: RoPE's longest wavelength, over 2 pi, in patches.
+        order: In which order patches are predicted: "raster", "nested", "round-robin", "fixed" (one random
+            order, by the seed) or "random" (one for every image; needs two_stream).
+        order_block: Side of the squares of "nested" and "round-robin", in patches.
+        two_stream: Predict by query tokens that know the patch's place, as XLNet does.
+        decoder: "mlp" or, for diffusion, "transformer"; null for "transformer" there and "mlp" otherwise.
+        decoder_depth: Its blocks; null for 1 in diffusion and 0, a linear decoder, otherwise.
+        gamma: Parameters of the Beta distribution of noise levels.
+        gamma_conditioned: Whether the decoder is told the noise level.
+        prediction: Of diffusion: "x0", the clean patch, or "epsilon", the noise.
+        norm_pix_loss: Whether the targets are pixels normalised per patch; such a model cannot draw images.
+        inputs: "pixels", or "tokens" for a tokenizer's codes.
+        tokenizer: tokenizer.safetensors of a run of train/tokenizer.py, where inputs or objective are tokens.
+    """
+
+    objective: Literal["mse", "diffusion", "tokens"] = "mse"
+    positions: Literal["none", "sincos", "learned", "rope1d", "rope2d"] = "rope2d"
+    rope_temperature: float = 100.0
+    order: Literal["raster", "nested", "round-robin", "fixed", "random"] = "raster"
+    order_block: int = 2
+    two_stream: bool = False
+    decoder: Literal["mlp", "transformer"] | None = None
+    decoder_depth: int | None = None
+    gamma: tuple[float, float] = (0.03, 1.0)
+    gamma_conditioned: bool = False
+    prediction: Literal["x0", "epsilon"] = "x0"
+    norm_pix_loss: bool = False
+    inputs: Literal["pixels", "tokens"] = "pixels"
+    tokenizer: str | None = None
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether a tokenizer is needed."""
+        return "tokens" in (self.objective, self.inputs)
+
+
+@dataclass
+class DvaeConfig:
+    """The discrete VAE, for models dvae_*.
+
+    Args:
+        kl_weight: Of the KL divergence of codes from the uniform distribution; 1 makes the loss the negative
+            evidence lower bound.
+    """
+
+    kl_weight: float = 1.0
+
+
+@dataclass
+class DecorConfig(shared.DecorConfig):
+    """Decorrelated backpropagation.
+
+    Args:
+        mode: "optimizer" takes an optimizer that holds R (dbpkern.DecorAdamW, dbpkern.DecorMuon),
+            "preconditioner" maps gradients and changes around a plain one (dbpkern.DecorPreconditioner), as
+            kron always has it; "layers" puts decorrelated layers into the model, see docs/method.md.
+        form: How decorrelated layers compute: "auto", "fold" or "apply".
+        sites: Which layers of a block: "sublayers" (patch embedding, qkv, fc1), "all", or a list of
+            patch_embed, qkv, proj, fc1, fc2. "auto" chooses layers and ranks by measurements, see budget.
+        budget: For sites "auto": the part of a step's time that decorrelation may take.
+    """
+
+    mode: Literal["optimizer", "preconditioner", "layers"] = "optimizer"
+    form: Literal["auto", "fold", "apply"] = "auto"
+    budget: float = 0.05
+
+    @property
+    def in_layers(self) -> bool:
+        """Whether the model has decorrelated layers."""
+        return self.enable and self.mode == "layers"
+
+    @property
+    def planned(self) -> bool:
+        """Whether a plan chooses the layers."""
+        return self.enable and self.sites == "auto"
+
+    def present(self, model: nn.Module) -> list[str]:
+        """The sites that the model has; where a plan chooses, those of "all".
+
+        Evaluation observes them in a model without decorrelated layers.
+        """
+        return replace(self, sites="all").present(model) if self.sites == "auto" else super().present(model)
+
+
+@dataclass
+class Config(shared.RunConfig):
+    """Pre-training of a masked autoencoder or a DARL model.
+
+    Args:
+        model: mae_vit_tiny, mae_vit_small, mae_vit_base, mae_vit_large or mae_vit_huge; or darl_vit_tiny and
+            so on; dvae_tiny, dvae_small or dvae_base.
+        decoder: Preset of MAE's decoder: "mae" (8 blocks, 512 wide) or "dbp" (2 blocks, 512 wide).
+        model_args: Changes to the model, such as {depth: 6, embed_dim: 128}; any of patch_size (one number or
+            two), embed_dim, depth, num_heads, mlp_ratio, and for MAE decoder_embed_dim, decoder_depth,
+            decoder_num_heads; of a discrete VAE patch_size, vocabulary, width, depth.
+        img_size: Side of the training crops in pixels, or height and width.
+        mask_ratio: Part of the patches that MAE hides, in (0, 1).
+        norm_pix_loss: Whether MAE's targets are pixels normalised per patch.
+        darl: What DARL predicts, and how.
+        dvae: The loss of a discrete VAE.
+        data: The images.
+        decor: Decorrelated backpropagation.
+        seed: Of weights, order, crops, masks and samples.
+        parallel: What several processes share: "ddp" for the batch alone, or "fsdp" for the weights and the
+            optimizer's state, too.
+    """
+
+    model: str = "mae_vit_base"
+    decoder: str = "mae"
+    model_args: dict[str, int | float | list[int]] = field(default_factory=dict)
+    img_size: int | tuple[int, int] = 224
+    mask_ratio: float = 0.75
+    norm_pix_loss: bool = True
+    darl: DarlConfig = field(default_factory=DarlConfig)
+    dvae: DvaeConfig = field(default_factory=DvaeConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    _: KW_ONLY
+    epochs: float = 800
+    batch_size: int = 4096
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    decor: DecorConfig = field(default_factory=DecorConfig)
+
+
+class PretrainingTask(Task):
+    """What tasks of pre-training have in common.
+
+    The name is the first part of the names of a task's models; `model_args` are those that may be changed.
+    """
+
+    config: Config
+    name: str
+    model_args: tuple[str, ...]
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.images: Tensor | None = None  # of the pictures
+        self.shown: dict[str, Rows] = {}
+
+    def check(self) -> None:
+        """Raise ValueError for settings out of range, or that do not go together."""
+        config = self.config
+        config.check_numbers()
+        for family, names in FAMILIES.items():
+            changed = [name for name in names if getattr(config, name) != getattr(Config(""), name)]
+            if changed and family != self.name:
+                raise ValueError(
+                    f"{changed[0]}: a setting of models {family}_*, got model {config.model}; leave it out"
+                )
+        for name, value in config.model_args.items():
+            if name not in self.model_args:
+                raise ValueError(f"model_args: unknown argument {name!r}, expected some of {self.model_args}")
+            parts = value if isinstance(value, list) and name == "patch_size" else [value]
+            if name != "mlp_ratio" and not all(isinstance(part, int) for part in parts):
+                raise ValueError(f"model_args: {name}: expected a whole number, got {value}")
+        if config.parallel == "fsdp" and config.optim.name != "adamw":
+            raise ValueError(
+                f"parallel: {config.optim.name} works on whole matrices, which fsdp shares out; "
+                "expected --optim.name adamw or --parallel ddp"
+            )
+        if config.decor.sites == "auto" and config.decor.rank not in (None, "mixed"):
+            raise ValueError(
+                f'decor.rank: sites "auto" choose the ranks, too; expected null, got {config.decor.rank}'
+            )
+
+    @abstractmethod
+    def build(self) -> nn.Module:
+        """The stock model, from torch's random numbers."""
+
+    @abstractmethod
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        """What FSDP shards one by one."""
+
+    @abstractmethod
+    def tokens(self, num_patches: int) -> int:
+        """Tokens of an image in the encoder."""
+
+    @abstractmethod
+    def forward(self, model: nn.Module, images: Tensor, batch: Mapping) -> tuple[Tensor, object]:
+        """The loss of a batch, and what its pictures and its tally are made of."""
+
+    @abstractmethod
+    def rows_of(self, model: nn.Module, images: Tensor, batch: Mapping, made: object) -> dict[str, Rows]:
+        """Pictures of what `forward` gave; a collective where weights are sharded."""
+
+    def final_rows(self, model: nn.Module, images: Tensor) -> dict[str, Rows]:
+        """Pictures that are made once, at the end of a run."""
+        return {}
+
+    def tally(self, model: nn.Module, images: Tensor, made: object) -> Tensor:
+        """What evaluation adds up over all images beside the loss, float64 [n], by what `forward` gave."""
+        return torch.zeros(0, dtype=torch.float64, device=images.device)
+
+    def measures(self, tally: Tensor, size: int) -> dict[str, float]:
+        """What the log is to say of the `tally` of so many images."""
+        return {}
+
+    def exports(self, model: nn.Module) -> dict[str, bytes]:
+        """The files that a finished run leaves of its stock model: the encoder, under timm's names."""
+        about = {"format": "pt"} | self.architecture().metadata()
+        return {"encoder.safetensors": save(model.encoder_state_dict(), metadata=about)}
+
+    def architecture(self) -> Architecture:
+        """What the weights of the encoder do not tell, for whoever builds it again."""
+        config = self.config
+        return Architecture(config.model, config.img_size, config.model_args)
+
+    def build_model(self) -> nn.Module:
+        """The model of a run, with decorrelated layers if it asks for them.
+
+        Where a plan chooses them, they are those of `ranks`, and there are none before it has.
+        """
+        config, decor = self.config, self.config.decor
+        torch.manual_seed(config.seed)
+        model = self.build()
+        if decor.in_layers and (self.ranks is not None or not decor.planned):
+            dbpkern.decorrelate(model, decor.rule(model, config.seed, self.ranks), decor.form)
+        else:
+            select(model, decor.present(model), decor.accepts)  # raises now: evaluation observes them
+        return model
+
+    def place_model(self) -> None:
+        """Make `model`, on the device and sharded as the run asks for."""
+        model = self.build_model()
+        if self.config.parallel == "fsdp":
+            self.processes.shard(model, self.blocks(model))
+        self.model = model.to(self.processes.device)
+
+    def prepare(self, processes: Processes) -> None:
+        """Make the model and open the data."""
+        self.processes = processes
+        self.check()
+        self.place_model()
+        patches = self.model.patch_embed
+        self.training, self.held_out = build_data(
+            self.config.data, patches.img_size, patches.num_patches, self.config.seed
+        )
+        self.files, self.shards = self.training.files, self.training.shards
+        self.shard_window = self.config.data.shard_window
+
+    @property
+    def rows(self) -> int:
+        """Rows that an image has in the encoder's layers."""
+        return self.tokens(self.model.patch_embed.num_patches)
+
+    def collate(self, samples: list[Sample]) -> dict[str, object]:
+        """A batch of samples, with what else `forward` needs."""
+        return collate(samples)
+
+    def loss(self, model: nn.Module, batch: Mapping) -> Tensor:
+        """The loss of a batch."""
+        return self.forward(model, to_images(batch, self.model.patch_embed.img_size), batch)[0]
+
+    def evaluate(self, batch: Mapping, first: bool) -> Tensor:
+        """The loss and the tally of a batch, and the pictures of the first one."""
+        images = batch["image"]
+        loss, made = self.forward(self.model, images, batch)
+        if first:  # by all: sharded weights are gathered for it
+            self.images = images[:COUNT].clone()
+            self.shown = self.rows_of(self.model, images, batch, made)
+        tally = self.tally(self.model, images, made)
+        return torch.cat([loss.double().reshape(1) * len(images), tally])
+
+    def figures(self, total: Tensor) -> dict[str, float]:
+        """The mean loss, and what the tally says."""
+        size = len(self.held_out)
+        return {"heldout_loss": total[0].item() / size, **self.measures(total[1:], size)}
+
+    def pictures(self) -> dict[str, Tensor]:
+        """Of the first batch of the last evaluation."""
+        return {name: plots.image_grid(rows) for name, rows in self.shown.items()}
+
+    def stock(self, weights: Mapping[str, Tensor]) -> nn.Module:
+        """The stock model for evaluation, its layers fused, by the weights that a run's `model` has."""
+        model = self.build_model()
+        model.load_state_dict(weights)
+        if self.config.decor.in_layers:
+            dbpkern.fuse(model)
+        return model.eval()
+
+    def finish(self, weights: Mapping[str, Tensor], records: Sequence[Mapping], folder: Path) -> dict:
+        """Write the encoder and the pictures."""
+        stock = self.stock(weights)
+        for name, content in self.exports(stock).items():
+            write_atomically(folder / name, content)
+        final = self.final_rows(stock.to(self.processes.device), self.images)
+        for name, rows in (self.shown | final).items():
+            plots.save_image_grid(rows, folder / f"{name}.png")
+        return {}
