@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # The exact versions that the tests last passed with on a fresh machine; CONSTRAINTS= takes what is newest.
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: install demo test test-versions lint format clean
+.PHONY: install demo test test-versions lint docs format clean
 
 install: $(VENV)/.installed
 
@@ -49,6 +49,18 @@ test-torch-%:
 		torchvision 'timm>=1.0.26' 'numpy$(if $(filter 2.9 2.11,$*),<1.25,>=1.26)' 'pytest>=8' 'pytest-xdist>=3.6'
 	.versions/$*/bin/python -c "import torch, triton; print('torch', torch.__version__, 'triton', triton.__version__)"
 	.versions/$*/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(CORE)
+
+# A static site in build/site. Pages lie there as in the repository, so that links work in both; a broken one fails.
+PAGES := build/pages
+
+docs: install
+	rm -rf $(PAGES)
+	mkdir -p $(PAGES)/bench
+	cp -R CONTRIBUTING.md CHANGELOG.md docs $(PAGES)
+	cp README.md $(PAGES)/index.md
+	cp -R bench/RESULTS.md bench/reports bench/results $(PAGES)/bench
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	@echo "site: build/site/index.html"
 
 lint: install
 	$(BIN)/ruff check .

@@ -37,7 +37,7 @@ from bench import measure, options, record
 from bench.check import CheckFailed
 from bench.record import progress
 from train.data import augment, loading, photos, pretraining, reading
-from train.engine.loop import moved
+from train.engine.processes import moved
 
 PER_SHARD = 128
 QUALITY = 95  # of the JPEG files

@@ -105,6 +105,8 @@ def open_study(args: argparse.Namespace) -> Study:
         return Study(args.folder, args.study)
     _check_folder("--source", args.source, type(preset.script.Config("").data))
     _check_folder("--images", args.images, DataConfig)
+    if args.time is not None and not preset.pretrains:
+        raise ValueError(f"--time: is for pre-training, got {args.study}")
     if not args.list:
         if preset.needs_source and args.source is None:
             raise ValueError(f"{args.study} needs --source, such as folder:PATH")

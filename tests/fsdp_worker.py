@@ -31,6 +31,7 @@ from dbpkern import Decor, DecorAdamW, DecorMuon, DecorPreconditioner
 from dbpkern.layers.modules import DecorLinear
 from dbpkern.stock import stock_layer
 from train.engine.processes import Processes
+from train.tasks import pretraining
 
 MICRO, STEPS, BATCH = 2, 3, 8
 
@@ -368,13 +369,13 @@ def pretrain(rank: int, world: int, port: int, arguments: list[str]) -> None:
 
 def pretrain_with_a_bad_batch(rank: int, world: int, port: int, arguments: list[str]) -> None:
     """The same, with images that are not finite in the third step of the last process."""
-    make, calls = train.pretrain.to_images, itertools.count(1)
+    make, calls = pretraining.to_images, itertools.count(1)
 
     def spoilt(*given):
         made = make(*given)
         return made * torch.nan if rank == world - 1 and next(calls) == 3 else made
 
-    train.pretrain.to_images = spoilt
+    pretraining.to_images = spoilt
     pretrain(rank, world, port, arguments)
 
 

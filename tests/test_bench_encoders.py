@@ -280,6 +280,28 @@ def test_a_rate_that_diverged_is_last_and_blocks_nothing(tmp_path, capsys):
     ]
 
 
+def test_an_arm_that_diverged_at_every_rate_is_reported(tmp_path, capsys):
+    write_result(tmp_path, "mae", 1e-3, 0, top1=50.0)
+    for lr in SCRATCH.lrs:
+        write_result(tmp_path, "scratch", lr, 0, top1=50.0, outcome="the loss is not finite")
+    assert fill(tmp_path, "--report") == 0
+    text = capsys.readouterr().out
+    assert line_of(text, "From scratch")[1:] == ["all diverged", "0 (fewer than 3)", "-", "-", "-", "-", "-"]
+    assert line_of(text, "MAE")[1] == "0.001, 1 rates missing"
+
+
+def test_a_line_without_the_figure_that_decides_is_damaged(tmp_path, capsys):
+    path = write_result(tmp_path, "scratch", 1e-3, 0, top1=50.0)
+    path.write_text(path.read_text().replace("top1", "other"))
+    assert fill(tmp_path, "--report") == 2
+    assert "runs.jsonl:1 is damaged" in capsys.readouterr().err
+
+
+def test_steps_of_fine_tuning_are_not_timed(tmp_path, capsys):
+    assert fill(tmp_path, "--time", "1") == 2
+    assert "--time: is for pre-training, got made" in capsys.readouterr().err
+
+
 def test_a_report_needs_no_images(tmp_path):
     trial = Trial("made-scenes", "scratch", 1e-3, 0)
     figures = dict.fromkeys(("miou", "mean_accuracy", "pixel_accuracy"), 5.0)

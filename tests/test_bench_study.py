@@ -301,7 +301,7 @@ def test_not_reached_and_diverged_are_told(tmp_path):
     # A seed without an end leaves no average, but the other seeds their own steps.
     muon = line_of(text, "Muon")
     assert (muon[2], muon[6], muon[7]) == ("3 (1 diverged)", "not reached", "80, 76, not reached")
-    assert muon[1] == "0.005, lowest tried"
+    assert muon[1] == "0.005, lowest tried, 3 rates missing"
     assert found["arms"]["muon"]["final_loss"] == {"mean": 0.5, "spread": 0.0}
     assert found["arms"]["muon"]["lrs"] == {"0.005": 0.5, "0.008": None}
     assert line_of(text, "Kron (PSGD)")[1] == "all diverged"
@@ -479,9 +479,9 @@ def test_the_decorrelation_settings_of_an_arm_without_it_do_not_matter():
     assert published["decor.eta"] == 5e-4
     assert published["published"]
     with pytest.raises(ValueError, match=r"name of a setting.*'decor.speed'"):
-        preset.assign(Trial("made", "dbp", 1e-3, 0).config("", {}), "decor.speed", 1)
+        preset.assign(Trial("made", "dbp", 1e-3, 0).config("", {}), "decor.speed", 1, "train.pretrain")
     with pytest.raises(ValueError, match=r"name of a setting.*'seed.x'"):
-        preset.assign(Trial("made", "dbp", 1e-3, 0).config("", {}), "seed.x", 1)
+        preset.assign(Trial("made", "dbp", 1e-3, 0).config("", {}), "seed.x", 1, "train.pretrain")
 
 
 @pytest.mark.parametrize(
@@ -673,6 +673,16 @@ def test_a_tiny_study_is_filled_listed_continued_timed_and_reported(tmp_path, ca
         assert row["seconds_to_target"] == pytest.approx(expected * median)
     assert line_of(text, DBP, "## Costs")[1].split()[0] == ("not" if expected is None else str(expected))
     assert "was one of 2 trials at a time" in text or "has none" in text
+
+
+@pytest.mark.parametrize("arm", pretraining.ARMS)
+def test_every_arm_can_be_trained(arm, tmp_path):
+    loop = trial.prepare(Trial("tiny", arm, 3e-3, 0), str(tmp_path), {"data.source": "photos"})
+    before = [p.clone() for p in loop.model.parameters()]
+    loop.total_steps = 2  # the rate of the first is 0
+    loop.train()
+    assert any(not torch.equal(p, q) for p, q in zip(loop.model.parameters(), before, strict=True))
+    loop.close()
 
 
 class Repeating(nn.Module):

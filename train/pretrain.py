@@ -97,7 +97,7 @@ def make_plan(task: PretrainingTask) -> planning.Plan:
 
 
 def load_run(folder: str, which: str | None = None) -> tuple[PretrainingTask, nn.Module]:
-    """The task of a run, and its stock model by a checkpoint, fused and for evaluation.
+    """The task of a run, not prepared, and its stock model by a checkpoint, fused and for evaluation.
 
     Args:
         folder: Of the run.

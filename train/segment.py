@@ -36,7 +36,7 @@ def parse(arguments: list[str] | None = None) -> Config:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Fine-tune."""
+    """Train."""
     run_script("segment", parse, prepare, arguments)
 
 

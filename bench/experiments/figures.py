@@ -205,7 +205,7 @@ class StudyFigures:
         }
         self.base = self.arms.get(BASE) if self.preset.pretrains else None
         self.target = None if self.base is None or self.base.curve is None else self.base.curve[-1]
-        timing = study.timing()
+        timing = study.timing({"data.source": self.source}) if self.preset.pretrains else None
         if timing is None:
             command = f"python -m bench study {study.name} --time 20"
             self.no_timing = f"There is no timing.json; `{command}` writes it, on a machine that is quiet."
@@ -229,6 +229,7 @@ class StudyFigures:
             "edge": arm.edge,
             "first_seed": arm.first_seed,
             "lrs": {f"{lr:g}": None if r.diverged else r.decisive for lr, r in arm.sweep.items()},
+            "missing_lrs": len(set(self.preset.lrs_of(arm.name)) - set(arm.sweep)),
             "seeds": list(arm.seeds),
             "few_seeds": len(arm.seeds) < ENOUGH,
             "diverged": arm.diverged,

@@ -191,7 +191,7 @@ class Trial:
         }
         own = preset.own.get(preset.tuned(self.arm), {})
         for name, value in (preset.settings | common | dict(data) | own | arm.settings).items():
-            assign(config, name, value)
+            assign(config, name, value, preset.script.__name__)
         if preset.pretrains:
             config.optim.blr = self.lr * 256 / config.batch_size
         else:
@@ -217,8 +217,14 @@ class Trial:
         return json.loads(json.dumps(settings | {"stride": preset.stride, "published": published}))
 
 
-def assign(config: RunConfig, name: str, value: object) -> None:
+def assign(config: RunConfig, name: str, value: object, script: str) -> None:
     """Set a setting of a training script by its dotted name.
+
+    Args:
+        config: of the script.
+        name: of the setting.
+        value: that it gets.
+        script: the module, for the message.
 
     Raises:
         ValueError: there is none of that name.
@@ -228,6 +234,5 @@ def assign(config: RunConfig, name: str, value: object) -> None:
     for part in path:
         target = getattr(target, part, None)
     if not dataclasses.is_dataclass(target) or last not in {f.name for f in dataclasses.fields(target)}:
-        script = type(config).__module__.replace(".", "/")
-        raise ValueError(f"expected the name of a setting of {script}.py, got {name!r}")
+        raise ValueError(f"expected the name of a setting of {script.replace('.', '/')}.py, got {name!r}")
     setattr(target, last, copy.deepcopy(value))

@@ -54,7 +54,8 @@ def _cost_cell(figures: StudyFigures, row: Mapping, key: str, form: str) -> str:
 def _lr_cell(row: Mapping) -> str:
     if row["lr"] is None:
         return "all diverged"
-    return f"{row['lr']:g}" + ("" if row["edge"] is None else f", {row['edge']} tried")
+    missing = f", {row['missing_lrs']} rates missing" if row["missing_lrs"] else ""
+    return f"{row['lr']:g}" + ("" if row["edge"] is None else f", {row['edge']} tried") + missing
 
 
 def _seeds_cell(row: Mapping) -> str:
@@ -94,7 +95,9 @@ def arms_table(figures: StudyFigures, names: Iterable[str]) -> str:
     }
     for step in early:
         heading = f"{title} after {step} steps, %"
-        columns[heading] = lambda row, step=step: _mean_cell(row[decides][step], ".1f")
+        columns[heading] = lambda row, step=step: (
+            _mean_cell(row[decides][step], ".1f") if step in row[decides] else "-"
+        )
     columns |= {
         f"{title} at the end, %": lambda row: _last_cell(row[decides], ".2f"),
         "held out": lambda row: _last_cell(row["heldout_loss"]),

@@ -83,10 +83,11 @@ class Result:
 
     @property
     def decisive(self) -> float:
-        """The figure that decides about rates, at the end; infinite where it is not finite."""
+        """The figure that decides about rates, at the end; the worst there is where it is not finite."""
         decides = self.trial.preset.decides
         value = self.final if decides == "loss" else self.evals[-1][decides]
-        return math.inf if value is None else value
+        worst = math.inf if decides in LOSSES else -math.inf
+        return worst if value is None else value
 
     @property
     def badness(self) -> tuple[float, float]:
@@ -128,6 +129,7 @@ def parse(text: str, study: str) -> Result:
             and (result.diverged or len(result.losses) * result.stride == _steps_kept(result))
             and all({"step", "heldout_loss"} <= found.keys() for found in result.evals)
             and (result.encoder is None or "settings" in result.encoder)
+            and (result.diverged or result.badness is not None)  # has the figure that decides
         )
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
         sound = False
@@ -264,7 +266,8 @@ class Study:
 
     def _find_encoder(self, arm: str, wanted: Encoder) -> Trial:
         parent = self.parent(wanted.study)
-        source = f" --source {self.images.get('data.source')}" if parent.preset.needs_source else ""
+        known = self.images.get("data.source")
+        source = f" --source {known}" if parent.preset.needs_source and known else ""
         command = f"python -m bench study {wanted.study}"
         lr = parent.best_lr(wanted.arm, SEEDS[0])
         if lr is None:
@@ -419,8 +422,11 @@ class Study:
             return False
         return path.exists() and settings == trial.settings(self.data)
 
-    def timing(self) -> dict[str, object] | None:
+    def timing(self, data: Mapping[str, object] | None = None) -> dict[str, object] | None:
         """What timing.json holds, the arms whose settings have changed apart in "changed"; None without it.
+
+        Args:
+            data: in place of the study's own.
 
         Raises:
             ValueError: it is damaged.
@@ -436,7 +442,7 @@ class Study:
                     float(item[key]["low"]), float(item[key]["median"]), float(item[key]["high"])
                 known = name in self.preset.every_arm
                 source = {"data.source": item["settings"].get("data.source")}
-                now = Trial(self.name, name, 1e-3, 0).settings(source | self.data) if known else {}
+                now = Trial(self.name, name, 1e-3, 0).settings(source | (data or self.data)) if known else {}
                 if not known or changes(item["settings"], now, _defaults(self.preset.script)):
                     changed.append(name)
             timing["machine"]["packages"], timing["device"], timing["date"]

@@ -46,6 +46,7 @@ def time_steps(study: Study, arms: Sequence[str], rounds: int) -> dict[str, obje
         with tempfile.TemporaryDirectory() as out:
             loop = trials.prepare(Trial(study.name, name, 1e-3, 0), out, study.data)
             batch = next(loop.batches)
+            loop.close()
         every = cadence(loop, loop.config.steps)
         timed.append((_step(loop, batch), every * math.ceil(4 / every)))
     times = []

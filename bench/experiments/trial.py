@@ -21,6 +21,7 @@ from train.engine.loop import Diverged, Loop
 from train.engine.plots import WINDOW
 from train.engine.results import whole_weights
 from train.engine.run_folder import RunFolder, to_json, write_atomically
+from train.tasks.pretraining import Config
 
 PROBES = {"probe": "Linear probe", "knn": "Nearest neighbours"}  # accuracies, of pre-training
 FIGURES = {  # of fine-tuning and segmentation, in %
@@ -32,7 +33,7 @@ FIGURES = {  # of fine-tuning and segmentation, in %
 }
 
 
-def _build_published(config: pretrain.Config, model: nn.Module) -> tuple:
+def _build_published(config: Config, model: nn.Module, ranks: None = None) -> tuple:
     """As `train.pretrain.build_optimizers`, with R by the published rule."""
     decor = config.decor
     rule = PublishedRule(model, decor.sites, decor.accepts, decor.eta, decor.kappa)
@@ -167,6 +168,8 @@ def train(
             loop.train()
         except Diverged as error:
             outcome = str(error)
+        finally:
+            loop.close()
         if leaves is not None and outcome == FINISHED:
             leave_encoder(leaves, trial, data, loop)
         records = list(RunFolder(out).records())
@@ -197,6 +200,7 @@ def pretrain_encoder(trial: Trial, data: Mapping[str, object], leaves: Path) -> 
         loop.config.eval_every = loop.config.steps
         if trains:
             loop.train()
+        loop.close()
         leave_encoder(leaves, trial, data, loop)
 
 

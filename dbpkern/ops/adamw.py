@@ -258,7 +258,10 @@ def adamw_(
         steps: the numbers of the step being made, from 1 on, `[]` in fp32; Triton needs them beside V.
         factors: as for `map_gradients_`.
         lr: a number, or a tensor `[]`, which is read on its device: a CUDA graph freezes a number.
-        beta1, beta2, eps, weight_decay: of AdamW.
+        beta1: decay rate of the first moment.
+        beta2: decay rate of the second moment.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled, times lr.
         backend: as for `map_gradients_`; eager serves weights in fp16, which has no range for squares.
     """
     if not isinstance(lr, Tensor):

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
 
 from dbpkern import ops
 from dbpkern.config import Decor
@@ -37,7 +38,7 @@ class DecorAdamW(DecorOptimizer):
 
     def __init__(
         self,
-        params,
+        params: ParamsT,
         lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,

@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
 
 from dbpkern import ops
 from dbpkern.config import Decor
@@ -52,7 +53,7 @@ class DecorMuon(DecorOptimizer):
 
     def __init__(
         self,
-        params,
+        params: ParamsT,
         lr: float | Tensor = 1e-3,
         weight_decay: float = 0.0,
         momentum: float = 0.95,

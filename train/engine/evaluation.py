@@ -1,7 +1,8 @@
 """The held-out images: a pass of all processes over them, whatever the task."""
 
 import math
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -10,6 +11,34 @@ from dbpkern import diagnostics
 from train.data.loading import build_loader
 from train.engine.processes import moved, progress
 from train.engine.task import Task
+
+
+class Observation:
+    """Decorrelation losses of a task's layers in one forward of its model.
+
+    Args:
+        task: Prepared.
+        wanted: Whether to observe at all.
+
+    Attributes:
+        losses: Of the observed layers, by name; empty before.
+    """
+
+    def __init__(self, task: Task, wanted: bool) -> None:
+        self.task, self.wanted = task, wanted
+        self.losses: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Observe the forward inside the block, the first time; afterwards do nothing."""
+        if not self.wanted:
+            yield
+            return
+        self.wanted = False
+        model, decor = self.task.model, self.task.config.decor
+        with diagnostics.observe(model, decor.present(model), decor.accepts) as layers:
+            yield
+        self.losses = {name: layer.loss_after for name, layer in layers.items()}
 
 
 class Evaluator:
@@ -35,10 +64,10 @@ class Evaluator:
     def __call__(self) -> dict:
         """The record of an evaluation, on every process.
 
-        Its "decorrelation_loss" are what is left of the correlations in the first batch, by layer. Stock
+        Its "decorrelation_loss" are what is left of the correlations in the first forward, by layer. Stock
         layers are observed at the sites that DBP would take: both can be compared.
         """
-        task, processes, decor = self.task, self.task.processes, self.task.config.decor
+        task, processes = self.task, self.task.processes
         task.model.eval()
         # Its workers end with the evaluation, as between evaluations they would only hold memory.
         loader = build_loader(
@@ -49,20 +78,15 @@ class Evaluator:
             task.collate_held_out,
         )
         total: Tensor | int = 0
-        losses: dict[str, float] = {}
+        observe = Observation(task, task.observes and processes.is_main)
         unreadable: dict[str, str] = {}
         for i, batch in enumerate(progress(loader, "evaluating", "batch")):
             unreadable |= dict(batch.pop("skipped"))
-            watch = nullcontext({})
-            if i == 0 and task.observes and processes.is_main:
-                watch = diagnostics.observe(task.model, decor.present(task.model), decor.accepts)
-            with watch as layers:
-                counted = task.evaluate(moved(batch, processes.device), first=i == 0)
-            losses |= {name: layer.loss_after for name, layer in layers.items()}
+            counted = task.evaluate(moved(batch, processes.device), i == 0, observe)
             total = total + (counted if i < len(self.chunks) else torch.zeros_like(counted))
         task.model.train()
         return task.figures(processes.sum(total)) | {
-            "decorrelation_loss": losses,
+            "decorrelation_loss": observe.losses,
             "pictures": task.pictures() if processes.is_main else {},
             "unreadable": unreadable,
         }

@@ -140,10 +140,6 @@ class Loop:
         unreadable: Files that could not be read, with the reason.
         energy: Of the steps.
         autocast: dtype of mixed precision, None for none.
-
-    Raises:
-        ValueError: The batch does not fit the data or the processes, the warm-up the run, or the sample of
-            rows the batch.
     """
 
     def __init__(
@@ -159,18 +155,7 @@ class Loop:
         self.config, self.processes, self.model = task.config, task.processes, task.model
         self.evaluate: Callable[[], dict] = Evaluator(task)
         self.total_steps, self.rate = self.config.schedule(len(task.training))
-        start = 0 if found is None else found[1]["step"]
         device = self.processes.device
-        self.batches: Iterator[dict] = iter(
-            build_loader(
-                task.training,
-                task.order(self.total_steps, start),
-                self.config.data.workers,
-                device.type == "cuda",
-                task.collate,
-            )
-        )
-        self.config.check_sample(task.rows, self.processes.world_size)
         self.step = 0
         self.seconds = 0.0
         self.skipped = 0
@@ -186,6 +171,16 @@ class Loop:
         self._stop = False  # on any process, as all of them know
         if found is not None:
             self.load(*found)
+        # Last, for its processes start here.
+        self.batches: Iterator[dict] = iter(
+            build_loader(
+                task.training,
+                task.order(self.total_steps, self.step),
+                self.config.data.workers,
+                device.type == "cuda",
+                task.collate,
+            )
+        )
 
     def state_dict(self) -> dict:
         """Everything a checkpoint holds."""

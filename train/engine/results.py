@@ -52,9 +52,8 @@ def write_results(loop: Loop, weights: Mapping[str, Tensor]) -> None:
     """
     run = loop.run
     records = list(run.records())
-    summary = summary_of(loop, records)
-    # First the model, which nothing else can replace.
-    summary |= loop.task.finish(weights, records, run.path)
+    loop.task.export(weights, run.path)  # first what nothing else can replace
+    summary = summary_of(loop, records) | loop.task.summary(records)
     write_atomically(run.summary, to_json(summary, indent=1))
     plots.plot_curves(records, run.path / "curves.png")
     history: dict[str, dict[int, float]] = {}
@@ -64,3 +63,4 @@ def write_results(loop: Loop, weights: Mapping[str, Tensor]) -> None:
                 history.setdefault(name, {})[record["step"]] = value
     if history:
         plot_losses(history, run.path / "correlation.png", "Decorrelation loss of z = R x, held out")
+    loop.task.draw(records, run.path)

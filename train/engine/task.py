@@ -1,7 +1,8 @@
 """What a run learns, as the loop, the evaluator and the results see it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -10,6 +11,11 @@ from torch.utils.data import Dataset
 from train.data.loading import StepSampler
 from train.engine.config import RunConfig
 from train.engine.processes import Processes
+
+Collate = Callable[[list], dict[str, object]]
+"""Makes a batch of samples. Its "skipped" are the unreadable files."""
+Observe = Callable[[], AbstractContextManager[None]]
+"""Makes what is entered around a forward."""
 
 
 class Task(ABC):
@@ -28,7 +34,8 @@ class Task(ABC):
         ranks: The layers that a plan chose, with the ranks of their R; None where nothing was planned.
         shards: Samples in each shard of the training set; None without shards.
         shard_window: Shards whose samples are mixed at a time; 0 for all.
-        observes: Whether evaluation measures what is left of the correlations of the layers' inputs.
+        observes: Whether evaluation measures what is left of the correlations of the layers' inputs; may be
+            set once the task is prepared.
     """
 
     processes: Processes
@@ -44,17 +51,25 @@ class Task(ABC):
         self.shards: Sequence[int] | None = None
         self.shard_window = 0
 
-    @abstractmethod
     def prepare(self, processes: Processes) -> None:
-        """Make the model and open the data.
+        """Make the model, open the data, and check that the options fit them.
 
         Raises:
             ValueError, FileNotFoundError: What the user asked for cannot be done; the message says why.
         """
+        self.processes = processes
+        self.make()
+        total, _ = self.config.schedule(len(self.training))
+        self.order(total)  # raises where the batch does not fit
+        self.config.check_sample(self.rows_per_image, processes.world_size)
+
+    @abstractmethod
+    def make(self) -> None:
+        """Make the model and open the data, for the processes that `prepare` was given."""
 
     @property
     @abstractmethod
-    def rows(self) -> int:
+    def rows_per_image(self) -> int:
         """Rows that an image has in the model's layers, from which R's samples are taken."""
 
     def order(self, total: int, start: int = 0) -> StepSampler:
@@ -73,13 +88,15 @@ class Task(ABC):
             self.shard_window,
         )
 
+    @property
     @abstractmethod
-    def collate(self, samples: list) -> dict[str, object]:
-        """A batch of training samples, made by the loader. Its "skipped" are unreadable files."""
+    def collate(self) -> Collate:
+        """Makes a batch of training samples, in the processes of the loader: a small object."""
 
-    def collate_held_out(self, samples: list) -> dict[str, object]:
+    @property
+    def collate_held_out(self) -> Collate:
         """The same of held-out samples."""
-        return self.collate(samples)
+        return self.collate
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Mapping) -> Tensor:
@@ -91,7 +108,7 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def evaluate(self, batch: Mapping, first: bool) -> Tensor:
+    def evaluate(self, batch: Mapping, first: bool, observe: Observe) -> Tensor:
         """What adds up over batches and processes to the figures: float64 [n].
 
         A collective where weights are sharded.
@@ -99,6 +116,7 @@ class Task(ABC):
         Args:
             batch: Of held-out images, on the device.
             first: Whether it is the first one, of which pictures may be kept.
+            observe: Entered around each forward of the model, of which it observes the first.
         """
 
     @abstractmethod
@@ -111,14 +129,24 @@ class Task(ABC):
 
     @abstractmethod
     def pictures(self) -> dict[str, Tensor]:
-        """Pictures of the last evaluation by name, `[3, H, W]` in [0, 1]; on the main process."""
+        """Pictures of the last evaluation by name, `[3, H, W]` in [0, 1], on the main process.
+
+        They may show what `figures` was given.
+        """
 
     @abstractmethod
-    def finish(self, weights: Mapping[str, Tensor], records: Sequence[Mapping], folder: Path) -> dict:
-        """Write the model of a finished run and what is drawn of it; returns its lines of the summary.
+    def export(self, weights: Mapping[str, Tensor], folder: Path) -> None:
+        """Write the model of a finished run into its folder.
 
         Args:
             weights: Of the whole model.
-            records: Of the log.
             folder: Of the run.
         """
+
+    def summary(self, records: Sequence[Mapping]) -> dict[str, object]:
+        """What the summary of a finished run says beside what every run's does, by its log."""
+        return {}
+
+    @abstractmethod
+    def draw(self, records: Sequence[Mapping], folder: Path) -> None:
+        """Write the pictures of a finished run into its folder, by its log; after `export`."""

@@ -12,7 +12,8 @@ from models.classifier import Architecture
 from models.generate import generate
 from models.vit import pair, patchify, unpatchify
 from train.data.augment import denormalize
-from train.data.pretraining import Sample
+from train.data.pretraining import Sample, collate
+from train.engine.task import Collate
 from train.tasks.pretraining import COUNT, PretrainingTask, Rows
 
 GAMMAS = (0.0, 0.1, 0.3, 0.6, 0.9)  # noise levels that a picture of denoising shows
@@ -46,6 +47,30 @@ def neighbours_mean(patches: Tensor, grid_size: tuple[int, int]) -> Tensor:
     mean = (left + above) / 2
     mean[:, 0], mean[:, :, 0] = left[:, 0], above[:, :, 0]
     return mean.flatten(1, 2)
+
+
+class DrawingCollate:
+    """Makes a batch of samples, with the random numbers of diffusion that each one's seed decides.
+
+    Drawn here, in the loader's processes, for a generator by image would be dozens of small launches on a
+    GPU; and they are the same on all devices.
+
+    Args:
+        img_size: Height and width of the images.
+        gamma: Parameters of the Beta distribution of noise levels.
+    """
+
+    def __init__(self, img_size: tuple[int, int], gamma: tuple[float, float]) -> None:
+        self.img_size, self.gamma = img_size, gamma
+
+    def __call__(self, samples: list[Sample]) -> dict[str, object]:
+        """Stack B samples; "drawn" are noise levels [B, L] and noise [B, L, P]."""
+        batch = collate(samples)
+        length = len(samples[0].noise)
+        shape = (length, 3 * self.img_size[0] * self.img_size[1] // length)
+        generators = [torch.Generator().manual_seed(sample.seed) for sample in samples]
+        drawn = [diffusion.draw(shape, *self.gamma, generator=g) for g in generators]
+        return batch | {"drawn": tuple(map(torch.stack, zip(*drawn, strict=True)))}
 
 
 class AutoregressiveTask(PretrainingTask):
@@ -113,21 +138,13 @@ class AutoregressiveTask(PretrainingTask):
         """The tokenizer's codes of images [B, L]; None where nothing is tokens."""
         return None if self.tokenizer is None else self.tokenizer.to(images.device).codes(images)
 
-    def collate(self, samples: list[Sample]) -> dict[str, object]:
-        """A batch of samples, for diffusion with the random numbers that each one's seed decides.
-
-        Drawn here, in the loader's processes, for a generator by image would be dozens of small launches on a
-        GPU; and they are the same on all devices.
-        """
-        batch = super().collate(samples)
-        if self.config.darl.objective == "diffusion":
-            height, width = pair("img_size", self.config.img_size)
-            length = len(samples[0].noise)
-            shape = (length, 3 * height * width // length)
-            generators = [torch.Generator().manual_seed(sample.seed) for sample in samples]
-            drawn = [diffusion.draw(shape, *self.config.darl.gamma, generator=g) for g in generators]
-            batch["drawn"] = tuple(map(torch.stack, zip(*drawn, strict=True)))
-        return batch
+    @property
+    def collate(self) -> Collate:
+        """Makes a batch of samples, for diffusion with their noise."""
+        options = self.config.darl
+        if options.objective != "diffusion":
+            return super().collate
+        return DrawingCollate(pair("img_size", self.config.img_size), options.gamma)
 
     def forward(self, model: nn.Module, images: Tensor, batch: Mapping) -> tuple[Tensor, Tensor]:
         """The loss of a batch and what its picture is made of."""

@@ -16,12 +16,11 @@ from torchvision.utils import save_image
 from dbpkern.sites import select
 from models.classifier import Readout, classifier_metadata, classifier_state_dict, to_classifier
 from models.vit import pair
-from train.data.labelled import AugmentConfig, LabelledConfig, LabelledSample, Mixer, build_labelled, collate
+from train.data.labelled import AugmentConfig, LabelledConfig, Mixer, build_labelled, collate
 from train.data.loading import AtEpochZero
 from train.engine import plots
-from train.engine.processes import Processes
 from train.engine.run_folder import write_atomically
-from train.engine.task import Task
+from train.engine.task import Collate, Observe, Task
 from train.tasks import transfer
 
 
@@ -92,11 +91,10 @@ class ClassificationTask(Task):
 
     config: Config
 
-    def prepare(self, processes: Processes) -> None:
+    def make(self) -> None:
         """Make the model and open the data."""
-        config = self.config
+        config, processes = self.config, self.processes
         config.check(processes.world_size)
-        self.processes = processes
         torch.manual_seed(config.seed)
         loaded = transfer.load(config)
         model, img_size = loaded.model, pair("img_size", config.img_size)
@@ -137,26 +135,29 @@ class ClassificationTask(Task):
         self.confusion: Tensor | None = None  # of the last evaluation, [C, C], rows by the label
 
     @property
-    def rows(self) -> int:
+    def rows_per_image(self) -> int:
         """Tokens of an image."""
         return self.model.num_prefix_tokens + self.model.patch_embed.num_patches
 
-    def collate(self, samples: list[LabelledSample]) -> dict[str, object]:
-        """A batch of mixed images."""
-        return self.mixer(samples)
+    @property
+    def collate(self) -> Collate:
+        """Makes a batch of mixed images."""
+        return self.mixer
 
-    def collate_held_out(self, samples: list[LabelledSample]) -> dict[str, object]:
-        """A batch of images as they are."""
-        return collate(samples)
+    @property
+    def collate_held_out(self) -> Collate:
+        """Makes a batch of images as they are."""
+        return collate
 
     def loss(self, model: nn.Module, batch: Mapping) -> Tensor:
         """Cross-entropy with mixed labels."""
         return self.entropy(model(batch["image"]), batch["target"])
 
-    def evaluate(self, batch: Mapping, first: bool) -> Tensor:
+    def evaluate(self, batch: Mapping, first: bool, observe: Observe) -> Tensor:
         """Sum of the cross-entropies, images whose class is among the best five, confusion matrix."""
         count, labels = len(self.classes), batch["label"]
-        scores = self.model(batch["image"])
+        with observe():
+            scores = self.model(batch["image"])
         best = scores.topk(min(5, count)).indices
         loss = F.cross_entropy(scores, labels, reduction="sum")
         among = (best == labels[:, None]).sum()
@@ -178,24 +179,27 @@ class ClassificationTask(Task):
         """The confusion matrix."""
         return {"confusion": plots.as_picture(plots.confusion_figure(self.confusion, self.classes))}
 
-    def finish(self, weights: Mapping[str, Tensor], records: Sequence[Mapping], folder: Path) -> dict:
-        """Write the classifier and the plots.
-
-        The model is whole on each process, so that its `weights` need not be gathered.
-        """
+    def export(self, weights: Mapping[str, Tensor], folder: Path) -> None:
+        """Write the classifier, which is whole on each process, so that `weights` need not be gathered."""
         config, classifier = self.config, self.model.cpu()
         about = classifier_metadata(
             classifier, self.architecture, self.classes, config.readout, config.causal
         )
         content = save(classifier_state_dict(classifier), metadata=about)
         write_atomically(folder / "classifier.safetensors", content)
-        plots.plot_accuracy(records, {"top5": "top 5", "top1": "top 1"}, folder / "accuracy.png")
-        save_image(self.pictures()["confusion"], folder / "confusion.png")
+
+    def summary(self, records: Sequence[Mapping]) -> dict[str, object]:
+        """Accuracies at the end and at their best, and the size of what was trained."""
         evals = [record for record in records if record["kind"] == "eval"]
         best = max(evals, key=lambda record: record["top1"])
         return {
             "top1": evals[-1]["top1"],
             "top5": evals[-1]["top5"],
             "best": {name: best[name] for name in ("top1", "top5", "heldout_loss", "step")},
-            "trained_parameters": sum(p.numel() for p in classifier.parameters() if p.requires_grad),
+            "trained_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
         }
+
+    def draw(self, records: Sequence[Mapping], folder: Path) -> None:
+        """Write the accuracies over the steps, and the confusion matrix."""
+        plots.plot_accuracy(records, {"top5": "top 5", "top1": "top 1"}, folder / "accuracy.png")
+        save_image(self.pictures()["confusion"], folder / "confusion.png")

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 import dbpkern
 from dbpkern.sites import select
 from models.classifier import Architecture
-from train.data.pretraining import DataConfig, Sample, build_data, collate, to_images
+from train.data.pretraining import DataConfig, build_data, collate, to_images
 from train.engine import config as shared
 from train.engine import plots
-from train.engine.processes import Processes
 from train.engine.run_folder import write_atomically
-from train.engine.task import Task
+from train.engine.task import Collate, Observe, Task
 
 COUNT = 8  # images in a picture
 # Settings of a run that are for the models of one family only.
@@ -278,9 +277,8 @@ class PretrainingTask(Task):
             self.processes.shard(model, self.blocks(model))
         self.model = model.to(self.processes.device)
 
-    def prepare(self, processes: Processes) -> None:
+    def make(self) -> None:
         """Make the model and open the data."""
-        self.processes = processes
         self.check()
         self.place_model()
         patches = self.model.patch_embed
@@ -291,22 +289,24 @@ class PretrainingTask(Task):
         self.shard_window = self.config.data.shard_window
 
     @property
-    def rows(self) -> int:
-        """Rows that an image has in the encoder's layers."""
+    def rows_per_image(self) -> int:
+        """Tokens of an image in the encoder."""
         return self.tokens(self.model.patch_embed.num_patches)
 
-    def collate(self, samples: list[Sample]) -> dict[str, object]:
-        """A batch of samples, with what else `forward` needs."""
-        return collate(samples)
+    @property
+    def collate(self) -> Collate:
+        """Makes a batch of samples, with what else `forward` needs."""
+        return collate
 
     def loss(self, model: nn.Module, batch: Mapping) -> Tensor:
         """The loss of a batch."""
         return self.forward(model, to_images(batch, self.model.patch_embed.img_size), batch)[0]
 
-    def evaluate(self, batch: Mapping, first: bool) -> Tensor:
+    def evaluate(self, batch: Mapping, first: bool, observe: Observe) -> Tensor:
         """The loss and the tally of a batch, and the pictures of the first one."""
         images = batch["image"]
-        loss, made = self.forward(self.model, images, batch)
+        with observe():
+            loss, made = self.forward(self.model, images, batch)
         if first:  # by all: sharded weights are gathered for it
             self.images = images[:COUNT].clone()
             self.shown = self.rows_of(self.model, images, batch, made)
@@ -330,12 +330,14 @@ class PretrainingTask(Task):
             dbpkern.fuse(model)
         return model.eval()
 
-    def finish(self, weights: Mapping[str, Tensor], records: Sequence[Mapping], folder: Path) -> dict:
-        """Write the encoder and the pictures."""
-        stock = self.stock(weights)
-        for name, content in self.exports(stock).items():
+    def export(self, weights: Mapping[str, Tensor], folder: Path) -> None:
+        """Write the encoder, or the tokenizer."""
+        self.finished = self.stock(weights)
+        for name, content in self.exports(self.finished).items():
             write_atomically(folder / name, content)
-        final = self.final_rows(stock.to(self.processes.device), self.images)
+
+    def draw(self, records: Sequence[Mapping], folder: Path) -> None:
+        """Write the pictures of the last evaluation, and those that are made once."""
+        final = self.final_rows(self.finished.to(self.processes.device), self.images)
         for name, rows in (self.shown | final).items():
             plots.save_image_grid(rows, folder / f"{name}.png")
-        return {}

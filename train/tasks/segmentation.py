@@ -36,11 +36,12 @@ from train.engine import plots
 from train.engine.processes import Processes
 from train.engine.run_folder import write_atomically
 from train.engine.schedule import warmup_linear
-from train.engine.task import Task
+from train.engine.task import Collate, Observe, Task
 from train.tasks import transfer
 
 PICTURES = 8  # held-out images in overlays.png
 LEAST_SIDE = 128  # of their pictures, in pixels
+FIGURES = {"pixel_accuracy": "of pixels", "mean_accuracy": "mean of classes", "miou": "mean IoU"}
 
 
 @dataclass
@@ -303,11 +304,10 @@ class SegmentationTask(Task):
 
     config: Config
 
-    def prepare(self, processes: Processes) -> None:
+    def make(self) -> None:
         """Make the model and open the data."""
-        config = self.config
+        config, processes = self.config, self.processes
         config.check(processes)
-        self.processes = processes
         torch.manual_seed(config.seed)
         start = load(config)
         pixels = resolve_model_data_config(start.encoder)  # as timm's own weights want them
@@ -337,18 +337,20 @@ class SegmentationTask(Task):
         self.shown: dict[str, list[Tensor]] = {}  # likewise
 
     @property
-    def rows(self) -> int:
+    def rows_per_image(self) -> int:
         """Tokens of an image in training."""
         encoder = self.model.encoder
         return encoder.num_prefix_tokens + encoder.patch_embed.num_patches
 
-    def collate(self, samples: list[SegmentedSample]) -> dict[str, object]:
-        """A batch of crops."""
-        return collate(samples)
+    @property
+    def collate(self) -> Collate:
+        """Makes a batch of crops."""
+        return collate
 
-    def collate_held_out(self, samples: list[SegmentedSample]) -> dict[str, object]:
-        """Whole images, which differ in size."""
-        return collate_whole(samples)
+    @property
+    def collate_held_out(self) -> Collate:
+        """Makes a batch of whole images, which differ in size."""
+        return collate_whole
 
     def loss(self, model: nn.Module, batch: Mapping) -> Tensor:
         """Cross-entropy of the pixels with a class."""
@@ -376,7 +378,7 @@ class SegmentationTask(Task):
             resized = F.interpolate(picture[None].cpu(), size, mode=mode)[0]
             self.shown.setdefault(name, []).append(F.pad(resized, padding, value=1.0))
 
-    def evaluate(self, batch: Mapping, first: bool) -> Tensor:
+    def evaluate(self, batch: Mapping, first: bool, observe: Observe) -> Tensor:
         """Sum of the pixels' cross-entropies, confusion matrix of pixels; and pictures."""
         if first:
             self.shown = {}
@@ -386,9 +388,10 @@ class SegmentationTask(Task):
         for part in self._parts(batch["samples"]):
             versions = [torch.stack(images) for images in zip(*(s.image for s in part), strict=True)]
             masks = torch.stack([sample.mask for sample in part]).long()
-            logits = multiscale_logits(
-                self.model, versions, masks.shape[1:], self.window, self.stride, evaluation.flip, share
-            )
+            with observe():
+                logits = multiscale_logits(
+                    self.model, versions, masks.shape[1:], self.window, self.stride, evaluation.flip, share
+                )
             predicted = logits.argmax(1)
             total[0] += F.cross_entropy(logits, masks, ignore_index=IGNORE, reduction="none").double().sum()
             total[1:] += count_pixels(predicted, masks, count).flatten()
@@ -414,7 +417,7 @@ class SegmentationTask(Task):
             "pixel_accuracy": self.scores.pixel_accuracy,
         }
 
-    def rows_shown(self) -> dict[str, Tensor]:
+    def shown_rows(self) -> dict[str, Tensor]:
         """Images, masks and predictions of the last evaluation, [B, 3, H, W] each, for `image_grid`."""
         return {name: torch.stack(pictures) for name, pictures in self.shown.items()}
 
@@ -423,25 +426,27 @@ class SegmentationTask(Task):
         figure = plots.confusion_figure(self.counts, self.classes, "pixels")
         pictures = {"confusion": plots.as_picture(figure)}
         if self.shown:  # this process may have no readable image
-            pictures["overlays"] = plots.image_grid(self.rows_shown())
+            pictures["overlays"] = plots.image_grid(self.shown_rows())
         return pictures
 
-    def finish(self, weights: Mapping[str, Tensor], records: Sequence[Mapping], folder: Path) -> dict:
-        """Write the model, the table of classes and the pictures.
-
-        The model is whole on each process, so that its `weights` need not be gathered.
-        """
+    def export(self, weights: Mapping[str, Tensor], folder: Path) -> None:
+        """Write the model, which is whole on each process, so that `weights` need not be gathered."""
         model = self.model.cpu()
         about = segmenter_metadata(model, self.architecture, self.classes, self.config.data.short_side)
         write_atomically(folder / "segmenter.safetensors", save(segmenter_state_dict(model), metadata=about))
-        write_atomically(folder / "classes.csv", class_table(self.classes, self.scores))
-        figures = {"pixel_accuracy": "of pixels", "mean_accuracy": "mean of classes", "miou": "mean IoU"}
-        plots.plot_accuracy(records, figures, folder / "accuracy.png")
-        save_image(self.pictures()["confusion"], folder / "confusion.png")
-        if self.shown:
-            plots.save_image_grid(self.rows_shown(), folder / "overlays.png")
+
+    def summary(self, records: Sequence[Mapping]) -> dict[str, object]:
+        """Figures at the end and where the mean IoU is best."""
         evals = [record for record in records if record["kind"] == "eval"]
         best = max(evals, key=lambda record: record["miou"])
-        return {name: evals[-1][name] for name in figures} | {
-            "best": {name: best[name] for name in (*figures, "heldout_loss", "step")}
+        return {name: evals[-1][name] for name in FIGURES} | {
+            "best": {name: best[name] for name in (*FIGURES, "heldout_loss", "step")}
         }
+
+    def draw(self, records: Sequence[Mapping], folder: Path) -> None:
+        """Write the table of classes, the figures over the steps, and pictures."""
+        write_atomically(folder / "classes.csv", class_table(self.classes, self.scores))
+        plots.plot_accuracy(records, FIGURES, folder / "accuracy.png")
+        save_image(self.pictures()["confusion"], folder / "confusion.png")
+        if self.shown:
+            plots.save_image_grid(self.shown_rows(), folder / "overlays.png")
