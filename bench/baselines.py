@@ -19,8 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dbpkern.sites import select
-
 SAMPLE = 0.1
 
 
@@ -112,34 +110,3 @@ def published_convert(model: nn.Module, layers: Iterable[str], draw: Callable = 
 def published_update(model: nn.Module, lr: float, kappa: float = 0.0) -> float:
     """Update every R, one after the other; returns the sum of the layers' decorrelation losses."""
     return sum(layer.update(lr, kappa).item() for layer in published_layers(model).values())
-
-
-class PublishedRule:
-    """The published rule as a training script uses it: layers converted at once, R updated by `step()`.
-
-    Args:
-        model: any model; converted in place.
-        sites: as for `dbpkern.decorrelate`.
-        filter: as for `dbpkern.decorrelate`.
-        lr: rate of R.
-        kappa: weight of the unit-variance term.
-    """
-
-    def __init__(self, model: nn.Module, sites: str, filter: Callable, lr: float, kappa: float) -> None:
-        self.model = published_convert(model, select(model, sites, filter))
-        self.lr, self.kappa = lr, kappa
-
-    def step(self) -> None:
-        """Update every R."""
-        published_update(self.model, self.lr, self.kappa)
-
-    def zero_grad(self) -> None:
-        """Nothing: the next forward draws other samples."""
-
-    def caution(self) -> dict[str, float]:
-        """Nothing: every eta stays as it is."""
-        return {}
-
-    def state_dict(self) -> dict:
-        """Nothing: R lies in the model."""
-        return {}

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from bench import record
-from bench.baselines import PublishedRule
+from bench.baselines import published_convert, published_update
 from bench.experiments import probe
 from bench.experiments.preset import Trial
 from bench.experiments.study import FINISHED, Result
+from dbpkern.sites import select
 from train import pretrain
 from train.engine import processes
 from train.engine.loop import Diverged, Loop
@@ -34,12 +35,12 @@ FIGURES = {  # of fine-tuning and segmentation, in %
 
 
 def _build_published(config: Config, model: nn.Module, ranks: None = None) -> tuple:
-    """As `train.pretrain.build_optimizers`, with R by the published rule."""
+    """As `train.pretrain.build_optimizers`, with layers by the published rule: R lies in the model."""
     decor = config.decor
-    rule = PublishedRule(model, decor.sites, decor.accepts, decor.eta, decor.kappa)
+    published_convert(model, select(model, decor.sites, decor.accepts))
     optimizer, _ = pretrain.build_optimizers(config, model)
-    optimizer.register_step_post_hook(lambda *_: rule.step())
-    return optimizer, rule
+    optimizer.register_step_post_hook(lambda *_: published_update(model, decor.eta, decor.kappa))
+    return optimizer, None
 
 
 def prepare(trial: Trial, out: str, data: Mapping[str, object], encoder: str | None = None) -> Loop:
