@@ -30,6 +30,7 @@ from train.data.augment import Crop, View
 from train.data.loading import StepSampler, build_loader
 from train.data.pretraining import DataConfig, HeldOutSet, TrainingSet, build_data
 from train.data.reading import Images
+from train.tasks.families import task_of
 
 IMG_SIZE = (16, 24)
 NUM_PATCHES = 6
@@ -1239,7 +1240,7 @@ PRESETS = sorted(Path(pretrain.__file__).parent.glob("configs/*.yaml"))
 )
 def test_presets_are_understood(preset):
     config = pretrain.parse([f"--config={preset}", "--out=runs/x"])
-    config.check()
+    task_of(config).check()
     if preset.stem in ("dbp_base", "mae_base"):
         assert (config.model, config.img_size) == ("mae_vit_base", 224)
         assert config.data.fraction == (0.1 if preset.stem == "dbp_base" else 1)
