@@ -139,11 +139,14 @@ def prepare(config: Config, procs: Processes, optimizers: Callable = build_optim
     task = task_of(config)
     task.prepare(procs)
     run, found = open_run(config, procs, task.files)
-    planned, recheck = 0.0, None
+    planned = 0.0
     if config.decor.planned:
-        start = time.perf_counter()
-        task.ranks = make_plan(task).ranks if found is None else found[1]["ranks"]
-        planned = time.perf_counter() - start if found is None else 0.0
+        if found is not None:
+            task.ranks = found[1]["ranks"]
+        else:
+            start = time.perf_counter()
+            task.ranks = make_plan(task).ranks
+            planned = time.perf_counter() - start
         if not task.ranks:
             raise ValueError(
                 f"decor.budget: no layer could be chosen for {config.decor.budget:g} of a step; expected a "
@@ -153,7 +156,7 @@ def prepare(config: Config, procs: Processes, optimizers: Callable = build_optim
             task.place_model()
     optimizer, decor = optimizers(config, task.model, task.ranks)
 
-    def replan() -> dict:
+    def recheck() -> dict:
         plan = make_plan(task)
         if plan.ranks:  # or the layers of before stay
             decor.replan(task.model, plan.decor())
@@ -161,9 +164,8 @@ def prepare(config: Config, procs: Processes, optimizers: Callable = build_optim
         chosen = [f"{group.name}: {group.chosen}" for group in plan.groups if group.chosen is not None]
         return {"overhead": plan.cost, "chosen": chosen}
 
-    if config.decor.planned and not config.decor.in_layers:
-        recheck = replan
-    loop = Loop(task, run, optimizer, decor, found, recheck)
+    rechecks = config.decor.planned and not config.decor.in_layers
+    loop = Loop(task, run, optimizer, decor, found, recheck if rechecks else None)
     loop.seconds += planned
     return loop
 

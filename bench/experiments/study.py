@@ -275,7 +275,7 @@ class Study:
                 f"{arm}: the best rate of {wanted.arm} is not known; first run {command} "
                 f"--arms {wanted.arm}{source}"
             )
-        steps = {"steps": None, "none": 0, "seconds": None}[wanted.length]
+        steps = 0 if wanted.length == "none" else None
         if wanted.length == "seconds":
             timing = parent.timing()
             if timing is None or wanted.arm not in timing["arms"]:
