@@ -12,16 +12,14 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 import torch
 
 COMMANDS = {
-    "kernels": "every op and the whole-model update against the published rule and PyTorch's best algebra",
+    "kernels": "every op against PyTorch: time, error, shares of the machine's ceilings",
     "step": "time, FLOPs and peak memory of a training step",
     "launches": "what a training step launches on a GPU, counted without one, and an estimate of its time",
     "gpu": "everything that a GPU is needed for, in one command of a few minutes",
     "memory": "where the bytes of a training step go",
     "data": "images per second of the loader and of the parts of its work",
     "study": "how soon each way to train reaches a loss, and what the encoders that it leaves are worth",
-    "rounding": "whether 16-bit operands in the maps change what the demo ends at",
     "compile": "every shipped kernel configuration ahead of time, its registers, shared memory and spills",
-    "report": "tables and plots of what the others have written",
 }
 
 

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,11 +14,11 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 import dbpkern
-from bench import anatomy, measure
+from bench import anatomy, kernels, measure
 from bench.arms import PERIOD
 from bench.cases import Case
 from bench.record import Stage
-from dbpkern import ops, problems
+from dbpkern import problems
 from dbpkern.ops import _tuned
 
 NEEDS_GPU = "needs a GPU"
@@ -113,57 +112,12 @@ def small(stage: Stage) -> None:
     anatomy.measure_arms(stage, Case("mae50", *sizes[0]), ["Muon", "DecorMuon"], 0.8)
 
 
-def fused_adamw(inputs: tuple, maps: bool) -> Callable[[], None]:
-    """PyTorch's AdamW on the inputs of `adamw_`, with the maps around it or without them."""
-    weights, gradients, *_, factors = inputs
-    for weight, gradient in zip(weights, gradients, strict=True):
-        weight.grad = gradient
-    optimizer = torch.optim.AdamW(weights, fused=True)
-
-    def step() -> None:
-        if maps:
-            ops.map_gradients_(gradients, factors)
-            kept = ops.remember(weights, factors)
-        optimizer.step()
-        if maps:
-            ops.map_changes_(weights, kept, factors)
-
-    return step
-
-
-def shoot_out(name: str, shape: tuple[int, int, int], device: str) -> dict:
-    """Seconds of an op by its kernels and by PyTorch."""
-    problem, device = problems.make(name, *shape, torch.device(device)), torch.device(device)
-    own = [*problems.kernels(problem.op), "eager"]
-    arms = {backend: (problem.fresh, backend, "ieee") for backend in own}
-    for kind, dtype, setting in (
-        ("bf16", torch.bfloat16, "ieee"),
-        ("TF32", None, "tf32"),
-        ("fp32", None, "ieee"),
-    ):
-        cast = functools.partial(problem.cast, dtype or torch.float32)
-        arms[f"PyTorch, {kind}"] = cast, "eager", setting
-    found: dict[str, dict] = {}
-    for arm, (inputs, backend, setting) in arms.items():
-        try:
-            call = functools.partial(problem.call, *inputs(), backend=backend)
-            with measure.matmul_setting(setting):
-                error = {"error_ratio": problem.error(call())} if arm in own else {}
-                found[arm] = {"seconds": problems.seconds(call, device), **error}
-        except (TypeError, ValueError, RuntimeError) as error:  # an op need not take all dtypes
-            found[arm] = {"error": f"{type(error).__name__}: {error}".partition("\n")[0]}
-    if problem.op == "adamw_":
-        for arm, maps in (("torch.optim.AdamW(fused=True)", False), ("torch's and maps", True)):
-            found[arm] = {"seconds": problems.seconds(fused_adamw(problem.fresh(), maps), device)}
-    return {"arms": found}
-
-
 def compare(stage: Stage) -> None:
     """Every op by its kernels and by PyTorch; PyTorch's maps and steps of low-rank R use no TF32."""
     for shape in ((1, 12, 32),) if stage.dry else ((12, 1280, 768), SHAPES[1], SHAPES[0]):
         for name in COMPARED:
-            found = problems.isolated(shoot_out, name, shape, stage.device.type, seconds=60)
-            stage.add(op=name, shape=shape, **found)
+            job = name, shape, stage.device.type, 2 if stage.dry else 20, False
+            stage.add(op=name, shape=shape, **problems.isolated(kernels.examine, *job, seconds=60))
 
 
 def run_tests(stage: Stage) -> None:

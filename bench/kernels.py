@@ -1,461 +1,327 @@
-"""Every op and the whole-model update, against the published rule and PyTorch's best algebra on stacks.
+"""Every op against PyTorch: time, error and shares of the machine's ceilings.
 
-The arms: ours as dispatched, ours with each backend that can serve, the published rule (a loop over layers in
-fp32; forward and backward of bf16 rows also as under autocast) in eager PyTorch and under torch.compile, and
-`baddbmm` on stacks by the cheaper association. Each is compared with fp64 in this run, on the first, middle
-and last layer: its largest error may be twice that of PyTorch with operands of the same dtype, and four units
-in the last place of the largest value. An arm that gives another result, or none without an excuse, gets no
-time, and the exit code is 1. It is excused where its backend refuses, memory runs out, PyTorch lacks a
-product or a compiler is missing.
+The ops run as `dbpkern.problems` has them, at the shapes of vision transformers: all layers of a width at
+once. The ways to compute them:
 
-The arms run one after the other in each round, in an order that rotates; speed-ups are medians over rounds of
-(published / arm) within a round, where the published rule multiplies in the dtype of the rows if it has such
-an arm. FLOPs and bytes are those of the least arithmetic known and of every operand moved once, the same for
-all arms that compute the same: an arm of low rank beside those of a full R has its own, and so has the
-published rule beside a low rank, which it knows as a dense R of the same value alone. Rates stand beside the
-ceilings of a large matrix product and a large copy, measured in this run. Steps change R in place at a rate
-of 1e-8, and Q at 4e-8, so that they stay what they were. On a GPU events are timed, L2 is flushed before each
-call and inputs rotate; CUDA graphs are replayed where an arm can be captured, and what a replay gives is
-checked likewise.
+- ours: what serves by itself here; on a GPU also each kernel by its name;
+- eager, on a GPU: PyTorch's batched algebra, the op's implementation without kernels (on a CPU it is ours);
+- plain: the few lines of PyTorch that say what the op computes; "compiled" is the same by torch.compile;
+- for `adamw_`, torch.optim.AdamW, fused and with the maps around it.
 
-By default, on a GPU: the whole-model update of all models at all batches and tokens, and every op at ViT-B,
-batch 256, 50 tokens; on the CPU: the update of ViT-B, and every op at ViT-S, batch 64. Any of --model,
---batch, --tokens, --op measures the product of what is named, with ViT-B, 256, 50 and every op for what is
-not. How many minutes are left is told after each shape.
+On a GPU PyTorch's products have bf16 operands where no "TF32" is added. Each way is checked first: its error
+against fp64 may be twice that of PyTorch's products of the same operands, plus four units in the last place
+of the largest value. A wrong result gets no time; if it is ours, the exit code is 1.
+
+The ways run one after the other in each round, in an order that rotates. A speed-up is the median over rounds
+of (PyTorch / ours) within a round, with quartiles, against the fastest of PyTorch's ways. On a GPU events are
+timed, and L2 is flushed before each call. Operations and bytes are those of the plain formula and of every
+operand moved once. Every op has a process of its own, which ends after --limit seconds. DIR gets
+kernels.json, written after each op, kernels.md, and, with matplotlib, kernels.png.
 """
 
 import argparse
 import functools
-import gc
-import itertools
-import json
 import math
-import textwrap
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
 
-from bench import accuracy, measure, options, record, report, workloads
+from bench import measure, options, record
 from bench.record import progress
-from bench.workloads import Arm, Inputs, Workload
+from dbpkern import ops, problems, tune
+from dbpkern.ops import _triton
+from dbpkern.problems import Problem
 
-NEEDS_GPU = (
-    "No CUDA device here: the kernels need an NVIDIA GPU of compute capability 8.0 or newer, and Triton; "
-    "what follows compares the eager implementation on the CPU."
-)
-CHECK_RATE = 0.05  # of R: large enough that a wrong step shows
-TIMED_RATE = 1e-8
-LEAST_SECONDS = 0.02  # that a measurement of an arm in a round should take
-MOST_INNER = 20
-ROTATED_BYTES = 2**28  # inputs up to this size are made three times over
-CAPTURED_BYTES = 2**30  # what a CUDA graph may keep for itself; larger steps gain nothing from one
+WIDTHS = {"S": (384, 12), "B": (768, 12), "L": (1024, 24), "H": (1280, 32)}
+"""Width and depth of ViTs."""
+LEAST_SECONDS, MOST_INNER = 0.02, 20
+"""That a measurement of an arm in a round should take, and most calls in it."""
+OURS = ("ours", "triton", "cuda")
+Call = Callable[..., object]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of `python -m bench kernels`."""
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if gpu else "cpu")
+    parser.add_argument("--device", type=options.device, default=device, help="default: cuda where it is")
     parser.add_argument(
-        "--device", type=options.device, help="cpu or cuda (default: cuda where there is a device)"
-    )
-    parser.add_argument("--model", nargs="+", choices=workloads.MODELS, help="ViT-S, B, L or H")
-    parser.add_argument("--batch", nargs="+", type=options.count, help="images")
-    parser.add_argument("--tokens", nargs="+", type=options.count, help="of an image")
-    parser.add_argument("--op", nargs="+", choices=workloads.OPS, help="what is measured")
-    parser.add_argument(
-        "--dtype",
+        "--model",
         nargs="+",
-        choices=workloads.DTYPES,
-        help="of rows and of folded weights; R is fp32 always (default: fp32, on a GPU bf16)",
+        choices=WIDTHS,
+        default=["B" if gpu else "S"],
+        help="ViTs (default: %(default)s)",
     )
     parser.add_argument(
-        "--matmul",
-        nargs="+",
-        choices=("ieee", "tf32"),
-        help="fp32 products of PyTorch, ours among them (default: ieee, on a GPU both)",
-    )
-    parser.add_argument("--rank", type=options.count, default=64, help="of low-rank R (default: 64)")
-    parser.add_argument("--rounds", type=options.count, help="default: 3, on a GPU 20")
-    parser.add_argument("--no-compile", action="store_true", help="leave out the arms under torch.compile")
+        "--rows", type=options.count, default=1280 if gpu else 320,
+        help="sampled rows of a layer (default: %(default)s, a tenth of 256 (CPU: 64) images of 50 tokens)",
+    )  # fmt: skip
+    names = sorted(problems.MAKERS)
+    parser.add_argument("--op", nargs="+", choices=names, default=names, metavar="OP", help="default: all")
+    parser.add_argument("--rounds", type=options.count, default=20 if gpu else 5, help="default: %(default)s")
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds for an op (default: 300)")
     parser.add_argument("--threads", type=options.count, help="CPU threads (default: as PyTorch chooses)")
-    parser.add_argument(
-        "--out", type=options.file, metavar="JSON", help="write what is measured to this file, as it comes"
-    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write the results to this folder")
 
 
-def selected(args: argparse.Namespace) -> list[Workload]:
-    """The workloads asked for."""
-    gpu = args.device.type == "cuda"
-    dtypes = args.dtype or (["bf16"] if gpu else ["fp32"])
-    choose = functools.partial(workloads.workloads, dtypes=dtypes, rank=args.rank)
-    if args.model or args.batch or args.tokens or args.op:
-        ops = args.op or workloads.OPS
-        return choose(ops, args.model or ["B"], args.batch or [256], args.tokens or [50])
-    singles = [op for op in workloads.OPS if op != "model_update"]
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """The product in fp32."""
+    return a.float() @ b.float()
+
+
+def half_product(a: Tensor, b: Tensor) -> Tensor:
+    """The product of operands in bf16 on a GPU, in fp32."""
+    multiply = torch.mm if a.dim() == b.dim() == 2 else torch.bmm
+    return multiply(a.bfloat16(), b.bfloat16(), out_dtype=torch.float32)
+
+
+def fused_adamw(maps: bool, *inputs: object) -> Call:
+    """PyTorch's fused AdamW on the inputs of `adamw_`, with the maps around it or without them."""
+    weights, gradients, *_, factors = inputs
+    for weight, gradient in zip(weights, gradients, strict=True):
+        weight.grad = gradient
+    optimizer = torch.optim.AdamW(weights, fused=True)
+
+    def step() -> None:
+        if maps:
+            ops.map_gradients_(gradients, factors)
+            kept = ops.remember(weights, factors)
+        optimizer.step()
+        if maps:
+            ops.map_changes_(weights, kept, factors)
+
+    return step
+
+
+def ways(
+    problem: Problem, dtypes: Sequence[torch.dtype], gpu: bool, compiled: bool
+) -> Iterator[tuple[str, str, Call]]:
+    """Name, setting of PyTorch's fp32 products, and call of every way to compute a problem but ours.
+
+    `dtypes` are those of our results, which the plain formulas give, too.
+    """
+    if gpu or _triton.INTERPRETED:
+        for backend in (*problems.kernels(problem.op), "eager"):
+            yield backend, "ieee", functools.partial(problem.call, backend=backend)
     if gpu:
-        updates = choose(["model_update"], workloads.MODELS, [64, 256, 1024], [50, 197])
-        return updates + choose(singles, ["B"], [256], [50])
-    return choose(["model_update"], ["B"], [256], [50]) + choose(singles, ["S"], [64], [50])
+        yield "eager, TF32", "tf32", functools.partial(problem.call, backend="eager")
+
+    def plain(product: Callable[[Tensor, Tensor], Tensor], *inputs: object) -> list[Tensor]:
+        found = tree_leaves(problem.formula(product, *inputs))
+        return [t.to(dtype) for t, dtype in zip(found, dtypes, strict=True)]
+
+    products = {"": half_product, ", TF32": wide_product} if gpu else {"": wide_product}
+    for ending, product in products.items():
+        setting = "tf32" if ending else "ieee"
+        yield f"plain{ending}", setting, functools.partial(plain, product)
+        if compiled:
+            fused = torch.compile(plain, dynamic=False)
+            yield f"plain, compiled{ending}", setting, functools.partial(fused, product)
 
 
-@dataclass
-class Candidate:
-    """An arm under a setting of PyTorch's fp32 products, and what was found of it."""
-
-    arm: Arm
-    setting: str
-    found: dict[str, object]
-
-    @property
-    def kind(self) -> str:
-        """The operands of its products."""
-        return self.arm.kind or self.setting
-
-    def call(self, function: Callable[[], object]) -> object:
-        """Call under the setting."""
-        with measure.matmul_setting(self.setting):
-            return function()
-
-    def fail(self, reason: str) -> None:
-        """It gives a wrong result, or none where it should."""
-        self.found["failed"] = reason
-
-    def refuse(self, reason: str) -> None:
-        """It cannot serve."""
-        self.found["refused"] = reason
-
-    @property
-    def valid(self) -> bool:
-        """Whether its figures may be shown."""
-        return not {"failed", "refused"} & self.found.keys()
+def cost(problem: Problem) -> dict[str, int]:
+    """Operations of the products, and bytes of all that is read and written."""
+    shapes = tree_map_only(Tensor, lambda t: t.to("meta"), problem.cast(torch.float32))
+    with FlopCounterMode(display=False) as counter:
+        found = problem.formula(torch.matmul, *shapes)
+    moved = sum(t.nbytes for t in tree_leaves((problem.inputs, found)) if isinstance(t, Tensor))
+    return {"flops": counter.get_total_flops(), "bytes": moved}
 
 
-def candidates(workload: Workload, args: argparse.Namespace) -> list[Candidate]:
-    """All arms under all settings."""
-    gpu = args.device.type == "cuda"
-    settings = args.matmul or (["ieee", "tf32"] if gpu else ["ieee"])
-    found = []
-    for setting in settings:
-        for arm in workload.arms:
-            if args.no_compile and arm.compiled:
-                continue
-            if arm.halves and setting != settings[0]:
-                continue  # without fp32 operands the settings are one
-            about = {"arm": arm.name, "family": arm.family, "group": arm.group}
-            about |= {"backend": arm.backend, "compiled": arm.compiled}
-            found.append(Candidate(arm, setting, about | {"matmul": "bf16" if arm.halves else setting}))
-    return found
+def examine(
+    name: str,
+    shape: tuple[int, int, int],
+    device: str,
+    rounds: int,
+    compiled: bool,
+    threads: int | None = None,
+) -> dict:
+    """Check and time all ways to compute an op; for a process of its own.
 
-
-def _reason(error: Exception) -> str:
-    lines = [textwrap.shorten(line, 200) for line in str(error).strip().splitlines()]
-    if isinstance(error, ValueError) and lines:
-        return lines[0]
-    return ": ".join([type(error).__name__, *lines[:1]])
-
-
-COMPILER_MISSING = (
-    "No working C++ compiler found",
-    "Failed to find C compiler",
-    "Cannot find a working triton installation",
-)
-"""How PyTorch and Triton say so; the types of these errors differ between versions."""
-
-
-def excused(arm: Arm, error: Exception) -> bool:
-    """Whether an error says that an arm cannot serve here, rather than that something is wrong with it."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    if arm.halves and isinstance(error, NotImplementedError):
-        return True  # an fp32 result of 16-bit operands
-    if arm.backend and isinstance(error, ValueError):
-        return True
-    if arm.compiled:
-        causes, cause = [], error
-        while cause is not None:
-            causes.append(str(cause))
-            cause = cause.__cause__ or cause.__context__
-        return any(sign in text for sign in COMPILER_MISSING for text in causes)
-    return False
-
-
-class Gate:
-    """Compares results of a workload with fp64."""
-
-    def __init__(self, workload: Workload, inputs: Inputs) -> None:
-        self.workload = workload
-        self.picked = {name: workloads.pick(value) for name, value in inputs.items()}
-        self.cuda = any(value.is_cuda for value in inputs.values())
-        self.known: dict[object, list] = {}
-
-    def truth(self, reference: workloads.Reference) -> list[torch.Tensor]:
-        """The specification in fp64."""
-        wide = {n: x.double() if x.is_floating_point() else x for n, x in self.picked.items()}
-        return list(reference(wide, CHECK_RATE, lambda x: x))
-
-    def yardstick(self, reference: workloads.Reference, kind: str) -> list[torch.Tensor]:
-        """The specification in fp32 with operands of a kind."""
-        wide = {n: x.float() if x.is_floating_point() else x for n, x in self.picked.items()}
-        narrow = accuracy.ROUNDING["16bit" if kind == "16bit" else "ieee"]
-        if kind == "tf32" and self.cuda:  # the device's own way to round
-            with measure.matmul_setting("tf32"):
-                return list(reference(wide, CHECK_RATE, narrow))
-        with measure.matmul_setting("ieee"), accuracy.RoundedOperands(kind):
-            return list(reference(wide, CHECK_RATE, narrow))
-
-    def judge(self, candidate: Candidate, outputs: workloads.Outputs) -> None:
-        """Note error and limit, and fail the candidate if it is wrong."""
-        references = candidate.arm.references or self.workload.references
-        exact = references[0]
-        if exact not in self.known:
-            self.known[exact] = self.truth(exact)
-        # A gradient on its way through a rounded operand is rounded, whatever dtype it ends in.
-        rounded = candidate.arm.halves and self.workload.mode == "backward"
-        key = references, candidate.kind, rounded
-        if key not in self.known:
-            orders = [self.yardstick(reference, candidate.kind) for reference in references]
-            if rounded:
-                orders = [[x.bfloat16().float() for x in results] for results in orders]
-            self.known[key] = list(zip(*orders, strict=True))
-        found = []
-        for output, truth, yardsticks in zip(outputs, self.known[exact], self.known[key], strict=True):
-            result = workloads.pick(output).detach()
-            error = accuracy.error(result, truth)
-            if not math.isfinite(error):
-                candidate.fail(f"expected finite values {list(truth.shape)}, got {list(result.shape)}")
-                return
-            limits = [accuracy.limit(yardstick, truth, result.dtype) for yardstick in yardsticks]
-            found.append((error, max(limits)))
-        error, limit = max(found, key=lambda pair: pair[0] / pair[1])
-        candidate.found |= {"error": error, "limit": limit}
-        if error > limit:
-            candidate.fail(f"its error is {error:.2g} of the largest value, at most {limit:.2g} was expected")
-
-
-def _copied(gate: Gate, inputs: Inputs) -> Inputs:
-    """The inputs, with copies of those that are changed."""
-    return inputs | {name: inputs[name].clone() for name in gate.workload.mutates}
-
-
-def check(gate: Gate, inputs: Inputs, found: Sequence[Candidate]) -> None:
-    """Run every candidate once on copies of what it changes, and judge it."""
-    for candidate in found:
-        arm = candidate.arm
-        try:
-            step = candidate.call(functools.partial(arm.prepare, _copied(gate, inputs), CHECK_RATE))
-            outputs = candidate.call(step)
-        except Exception as error:
-            (candidate.refuse if excused(arm, error) else candidate.fail)(_reason(error))
-            continue
-        gate.judge(candidate, outputs)
-
-
-def check_replay(gate: Gate, inputs: Inputs, candidate: Candidate) -> None:
-    """Capture a candidate as it was checked, and judge what the replays give.
-
-    A second one finds what the first left behind, such as a counter that nobody put back.
+    Returns:
+        `flops`, `bytes` and `arms`: by name `error_ratio`, and `seconds` of each round or `error`.
     """
-    copies = _copied(gate, inputs)
-    prepare = functools.partial(candidate.arm.prepare, copies, CHECK_RATE)
-    replay = candidate.call(lambda: measure.graph_replay(prepare))
-    for _ in range(2):
-        with torch.no_grad():
-            for tensor in itertools.chain(*replay.outputs):  # layer by layer, of stacks and of lists
-                tensor.fill_(math.nan)
-            for name in gate.workload.mutates:  # also an output, as a rule
-                copies[name].copy_(inputs[name])
-        replay()
-        gate.judge(candidate, replay.outputs)
-        if not candidate.valid:
-            candidate.fail(f"replayed as a CUDA graph: {candidate.found['failed']}")
-            return
+    place = torch.device(device)
+    gpu = place.type == "cuda"
+    torch.set_num_threads(threads or torch.get_num_threads())
+    torch._inductor.config.compile_threads = 1  # what it starts would outlive a process that is killed
+    flush = measure.flush_buffer(place)
+    problem = problems.make(name, *shape, place)
+    arms: dict[str, dict] = {}
+    timed: dict[str, Callable[[], float]] = {}
+
+    def ready(arm: str, setting: str, step: Call) -> None:
+        def seconds(inner: int) -> float:
+            with measure.matmul_setting(setting):
+                return measure.cold_seconds([step], place, inner, flush)
+
+        seconds(1)
+        inner = max(1, min(MOST_INNER, math.ceil(LEAST_SECONDS / seconds(1))))
+        timed[arm] = functools.partial(seconds, inner)
+
+    def check(arm: str, setting: str, call: Call) -> object:
+        try:
+            with measure.matmul_setting(setting):
+                result = call(*problem.fresh())
+            error = problem.error(result)
+            arms[arm] = {"error_ratio": error}
+            if error <= 1:
+                ready(arm, setting, functools.partial(call, *problem.fresh()))
+            else:
+                arms[arm]["error"] = f"wrong: its error is {error:.2g} times what is allowed"
+            return result
+        except Exception as exception:  # a product that PyTorch lacks, no compiler, no memory
+            arms[arm] = {"error": f"{type(exception).__name__}: {exception}".strip().partition("\n")[0][:200]}
+
+    own = check("ours", "ieee", functools.partial(problem.call, backend=None))
+    dtypes = [t.dtype for t in tree_leaves(own) if isinstance(t, Tensor)]
+    if dtypes:  # else ours failed, and nobody can be compared with it
+        for arm, setting, call in ways(problem, dtypes, gpu, compiled):
+            check(arm, setting, call)
+    if problem.op == "adamw_" and gpu:
+        for arm, maps in (("torch.optim.AdamW", False), ("torch.optim.AdamW and maps", True)):
+            arms[arm] = {}  # without maps it computes something else, and is shown for its time
+            ready(arm, "ieee", fused_adamw(maps, *problem.fresh()))
+    for turn in range(rounds):
+        found = measure.rotated_round(list(timed.values()), turn, lambda seconds: seconds())
+        for arm, seconds in zip(timed, found, strict=True):
+            arms[arm].setdefault("seconds", []).append(seconds)
+    return cost(problem) | {"arms": arms}
 
 
-def _skip_doubles(found: Sequence[Candidate]) -> None:
-    """Where one backend alone can serve, the automatic choice is that one: it is not measured twice."""
-    groups: dict[tuple[str, str], list[Candidate]] = {}
-    for candidate in found:
-        if candidate.arm.backend is not None:
-            groups.setdefault((candidate.arm.group, candidate.setting), []).append(candidate)
-    for group in groups.values():
-        serving = [candidate for candidate in group if "refused" not in candidate.found]
-        if len(serving) == 1 and serving[0].valid:
-            serving[0].refuse("the only one that can serve, so it is the automatic choice")
+def median(arm: dict) -> float:
+    """Seconds of an arm; infinite where it has none."""
+    return measure.quartiles(arm["seconds"]).median if "seconds" in arm else math.inf
 
 
-def measure_workload(
-    workload: Workload, args: argparse.Namespace, ceilings: dict[str, float], flush: torch.Tensor | None
-) -> dict[str, object]:
-    """All figures of a workload."""
-    device = args.device
-    torch.compiler.reset()  # what it keeps by function counts against a limit
-    gc.collect()  # what a failure left behind
-    torch.cuda.empty_cache()
-    inputs = workload.make(device, seed=0)
-    gate = Gate(workload, inputs)
-    sets = [workloads.widen(inputs)]
-    size = sum(x.nbytes for x in sets[0].values())
-    if device.type == "cuda" and size <= ROTATED_BYTES:
-        sets += [workloads.widen(workload.make(device, seed)) for seed in (1, 2)]
-    every = candidates(workload, args)
-    check(gate, sets[0], every)
-    _skip_doubles(every)
-    timed: list[tuple[Candidate, str, Callable[[], float]]] = []
-    for candidate in every:
-        if candidate.valid:
-            timed += _prepared(candidate, gate, sets, device, flush)
-    rounds = args.rounds or (20 if device.type == "cuda" else 3)
-    times = [
-        measure.rotated_round([time for *_, time in timed], turn, lambda f: f()) for turn in range(rounds)
+def best_baseline(arms: dict[str, dict]) -> str | None:
+    """The fastest of PyTorch's ways that was found right."""
+    rivals = [
+        name for name, arm in arms.items() if name not in OURS and {"seconds", "error_ratio"} <= arm.keys()
     ]
-    for (candidate, name, _), seconds in zip(timed, zip(*times, strict=True), strict=True):
-        candidate.found[name] = seconds
-    _evaluate(workload, every, ceilings)
-    return _about(workload) | {
-        "rounds": rounds,
-        "input_sets": len(sets),
-        "base": _base(workload),
-        "arms": [candidate.found for candidate in every],
-    }
+    return min(rivals, key=lambda name: median(arms[name]), default=None)
 
 
-def _about(workload: Workload) -> dict[str, object]:
-    return {
-        "op": workload.op,
-        "mode": workload.mode,
-        **workload.where,
-        "sizes": workload.sizes,
-        "dtype": workload.dtype,
-        "flops": workload.cost.flops,
-        "bytes": workload.cost.bytes,
-        "published_flops": workload.published_flops,
-    }
+def speedup(row: dict) -> measure.Quartiles | None:
+    """Of ours over the best of PyTorch's ways."""
+    arms = row.get("arms", {})
+    best = best_baseline(arms) if "seconds" in arms.get("ours", {}) else None
+    return best and measure.paired_ratio(arms[best]["seconds"], arms["ours"]["seconds"])
 
 
-def measured(
-    workload: Workload, args: argparse.Namespace, ceilings: dict[str, float], flush: torch.Tensor | None
-) -> dict[str, object]:
-    """`measure_workload`, or what it was and the reason where it does not fit into memory."""
+def tables(content: dict) -> str:
+    """The results as Markdown: ours against the best of PyTorch's ways, every way, and what has no time."""
+    products, copied = content["ceilings"]["products"], content["ceilings"]["copy"]
+    first, second, missing = [], [], []
+    names = list(dict.fromkeys(name for row in content["rows"] for name in row.get("arms", {})))
+    for row in content["rows"]:
+        label = [row["op"], "x".join(map(str, row["shape"]))]
+        if "error" in row:
+            missing.append(f"- {', '.join(label)}: {row['error']}")
+            continue
+        arms = row["arms"]
+        missing += [f"- {', '.join(label)}, {name}: {a['error']}" for name, a in arms.items() if "error" in a]
+        second.append([*label, *(_milliseconds(arms.get(name, {})) for name in names)])
+        ratio, own = speedup(row), median(arms["ours"])
+        if math.isfinite(own):
+            best = best_baseline(arms)
+            faster = "-" if ratio is None else f"{ratio.median:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"
+            shares = row["flops"] / own / products, row["bytes"] / own / copied
+            first.append(
+                [*label, _milliseconds(arms["ours"]), best or "-", _milliseconds(arms.get(best, {})), faster]
+                + [f"{share:.0%}" for share in shares] + [f"{arms['ours']['error_ratio']:.2f}"]
+            )  # fmt: skip
+    columns = ("op", "layers x rows x width", "ours, ms", "best of PyTorch", "its ms", "speed-up")
+    columns += ("of products", "of copy", "error over allowed")
+    parts = [
+        f"Ceilings: products {products / 1e12:.3g} TFLOP/s, copy {copied / 1e9:.4g} GB/s.",
+        record.table(columns, first),
+        "Every way, ms:",
+        record.table(("op", "layers x rows x width", *names), second),
+    ]
+    return "\n\n".join([*parts, "Without a time:\n\n" + "\n".join(missing)] if missing else parts)
+
+
+def _milliseconds(arm: dict) -> str:
+    return f"{1e3 * median(arm):.4g}" if "seconds" in arm else "-"
+
+
+def plot(content: dict, file: Path) -> bool:
+    """Draw the speed-ups; returns False where matplotlib is missing or there is nothing to draw."""
     try:
-        return measure_workload(workload, args, ceilings, flush)
-    except torch.OutOfMemoryError as error:
-        return _about(workload) | {"refused": _reason(error), "arms": []}
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    rows = [(row, ratio) for row in content["rows"] if (ratio := speedup(row))]
+    if not rows:
+        return False
+    figure = Figure(figsize=(8, 1.2 + 0.27 * len(rows)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    medians = [ratio.median for _, ratio in rows]
+    spread = [[m - r.low for m, (_, r) in zip(medians, rows, strict=True)]]
+    spread.append([r.high - m for m, (_, r) in zip(medians, rows, strict=True)])
+    places = range(len(rows))
+    colours = ["tab:blue" if m >= 1 else "tab:red" for m in medians]
+    axis.barh(places, [m - 1 for m in medians], left=1, color=colours, xerr=spread, ecolor="0.4")
+    axis.set_yticks(
+        places, [f"{row['op']}  {'x'.join(map(str, row['shape']))}" for row, _ in rows], fontsize=8
+    )
+    axis.set_ylim(len(rows) - 0.4, -0.6)
+    axis.axvline(1, color="black", linewidth=1)
+    axis.set_xlabel("PyTorch's time / ours (fastest of PyTorch's ways; quartiles)")
+    axis.grid(alpha=0.3, axis="x")
+    axis.set_title(record.machine_line(content).partition(";")[0], fontsize=9)
+    figure.savefig(file, dpi=110)
+    return True
 
 
-def _prepared(
-    candidate: Candidate,
-    gate: Gate,
-    sets: Sequence[Inputs],
-    device: torch.device,
-    flush: torch.Tensor | None,
-) -> list[tuple[Candidate, str, Callable[[], float]]]:
-    """Count a candidate's launches and bytes; returns how it and its CUDA graph are timed."""
-    arm, found = candidate.arm, candidate.found
-    try:
-        steps = [candidate.call(functools.partial(arm.prepare, inputs, TIMED_RATE)) for inputs in sets]
-        if arm.compiled:
-            candidate.call(steps[0])  # its compiler knows the rate as a constant
-        begin = time.perf_counter()
-        found["launches"], found["peak_bytes"] = candidate.call(lambda: measure.count_step(steps[0], device))
-        spent = time.perf_counter() - begin
-        if spent < 1:  # the profiler's part of it may be large
-            spent = candidate.call(lambda: measure.cold_seconds(steps, device, 1, flush))
-    except torch.OutOfMemoryError as error:
-        candidate.refuse(_reason(error))
-        return []
-    except Exception as error:
-        candidate.fail(_reason(error))
-        return []
-    found["inner"] = max(1, min(MOST_INNER, math.ceil(LEAST_SECONDS / spent)))
-
-    def timer(calls: Sequence[Callable[[], object]]) -> Callable[[], float]:
-        return lambda: candidate.call(lambda: measure.cold_seconds(calls, device, found["inner"], flush))
-
-    timers = [(candidate, "seconds", timer(steps))]
-    if device.type == "cuda":
-        if not arm.capturable or found["peak_bytes"] > CAPTURED_BYTES:
-            return timers
-        try:
-            check_replay(gate, sets[0], candidate)
-            if not candidate.valid:
-                return []
-            prepare = functools.partial(arm.prepare, sets[0], TIMED_RATE)
-            replay = candidate.call(lambda: measure.graph_replay(prepare))
-            timers.append((candidate, "graph_seconds", timer([replay])))
-        except Exception as error:
-            found["graph_refused"] = _reason(error)  # as of a compiler's own graphs
-    return timers
-
-
-def _base(workload: Workload) -> str:
-    """The arm that speed-ups are over: at bf16 an fp32 one would show a ratio of dtypes."""
-    names = {arm.name for arm in workload.arms}
-    return "published bf16" if "published bf16" in names else "published"
-
-
-def _evaluate(workload: Workload, every: Sequence[Candidate], ceilings: dict[str, float]) -> None:
-    """Medians, speed-ups over the published rule, and rates with their shares of the ceilings."""
-    timed = [candidate for candidate in every if "seconds" in candidate.found]
-    name = _base(workload)
-    base = next((c.found["seconds"] for c in timed if c.arm.name == name), None)
-    for candidate in timed:
-        found, cost = candidate.found, candidate.arm.cost or workload.cost
-        seconds = measure.quartiles(found["seconds"]).median
-        peak = ceilings.get(candidate.kind, ceilings["ieee"])
-        found |= {
-            "median_seconds": seconds,
-            "flops": cost.flops,
-            "bytes": cost.bytes,
-            "operands": candidate.kind,
-            "flops_per_second": cost.flops / seconds,
-            "bytes_per_second": cost.bytes / seconds,
-            "flop_share": cost.flops / seconds / peak,
-            "byte_share": cost.bytes / seconds / ceilings["copy"],
-        }
-        if base is not None:
-            found["speedup"] = measure.paired_ratio(base, found["seconds"])._asdict()
-        if "graph_seconds" in found:
-            found["median_graph_seconds"] = measure.quartiles(found["graph_seconds"]).median
-
-
-def measure_ceilings(device: torch.device) -> dict[str, float]:
-    """FLOP/s of a large product by the kind of its operands, and bytes per second of a large copy.
-
-    On the CPU those of fp32 alone, which are ours there whatever the rows.
-    """
-    kinds = ("ieee", "tf32", "16bit") if device.type == "cuda" else ("ieee",)
-    found = {kind: measure.matmul_ceiling(kind, device) for kind in kinds}
-    return found | {"copy": measure.copy_ceiling(device)}
+def write(content: dict, folder: Path) -> None:
+    """Write the report and the picture."""
+    head = f"# Ops against PyTorch\n\n`{content['command']}`\n\n{record.machine_line(content)}"
+    text = f"{head}\n\n{tables(content)}\n"
+    if plot(content, folder / "kernels.png"):
+        text += "\n![speed-up](kernels.png)\n"
+    (folder / "kernels.md").write_text(text)
 
 
 def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Check and measure one workload after the other; returns the exit code."""
-    gpu = torch.cuda.is_available()
-    if args.device is None:
-        args.device = torch.device("cuda" if gpu else "cpu")
-    if not gpu:
-        print(NEEDS_GPU)
+    """Check and time one op after the other; returns the exit code."""
+    gpu = args.device.type == "cuda"
     measure.keep_freed_memory()
-    if not args.no_compile:
-        # One function is compiled for every width, setting and rate of a workload.
-        torch._dynamo.config.recompile_limit = 64
-    chosen = selected(args)
-    result = record.header(argv, args.device, "+".join(dict.fromkeys(w.dtype for w in chosen)))
-    print(record.machine_line(result))
+    content = record.header(argv, args.device, "bf16 rows")
+    print(record.machine_line(content))
     progress("measuring the ceilings")
-    result["ceilings"] = ceilings = measure_ceilings(args.device)
-    print(report.ceilings_line(ceilings), flush=True)
-    result["results"] = []
-    flush = measure.flush_buffer(args.device)
-    begin, failed = time.monotonic(), False
-    for number, workload in enumerate(chosen):
-        left = (time.monotonic() - begin) / number * (len(chosen) - number) if number else 0
-        ahead = f", about {left / 60:.0f} min to go" if number else ""
-        progress(f"{number + 1} of {len(chosen)}: {workload.describe()}{ahead}")
-        found = measured(workload, args, ceilings, flush)
-        result["results"].append(found)
-        failed |= any("failed" in arm for arm in found["arms"])
-        print(f"\n## {report.title(found)}\n\n{report.arms_table(found)}", flush=True)
+    content["ceilings"] = {
+        "products": measure.matmul_ceiling("16bit" if gpu else "ieee", args.device),
+        "copy": measure.copy_ceiling(args.device),
+    }
+    content["rows"] = rows = []
+    work = [
+        (name, (layers, args.rows, d))
+        for name in args.op
+        for width, depth in map(WIDTHS.get, args.model)
+        for layers, d in ((3 * depth, width), (depth, 4 * width))
+    ]
+    begin = time.monotonic()
+    for number, (name, shape) in enumerate(work):
+        left = (time.monotonic() - begin) / number * (len(work) - number) if number else 0
+        progress(
+            f"{number + 1} of {len(work)}: {name} {shape}" + f", {left / 60:.0f} min to go" * bool(number)
+        )
+        job = name, shape, args.device.type, args.rounds, not args.no_compile, args.threads
+        found = problems.isolated(examine, *job, seconds=args.limit)
+        rows.append({"op": name, "shape": shape} | found)
         if args.out:  # after each: what was measured outlives an interruption
-            args.out.write_text(json.dumps(result, indent=1) + "\n")
-    return int(failed)
+            tune.write(args.out / "kernels.json", content)
+    print(f"\n{tables(content)}")
+    if args.out:
+        write(content, args.out)
+    return int(any("error" in arm for row in rows for arm in (row.get("arms", {}).get("ours", row),)))

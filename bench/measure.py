@@ -15,7 +15,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 
@@ -120,43 +119,6 @@ def graph_replay(prepare: Callable[[], Callable[[], object]]) -> Replay:
     with torch.cuda.graph(graph, stream=stream):
         outputs = step()
     return Replay(graph, step, outputs)
-
-
-def count_step(step: Callable[[], object], device: torch.device) -> tuple[int | None, int]:
-    """Launches and most bytes held by one call, its inputs excepted, its results included.
-
-    On a GPU launches are kernels; None where the profiler sees none, as without the right to trace. On the
-    CPU they are the operators of PyTorch that were called, views among them.
-    """
-    with Allocations(device) as memory, memory.phase("step"):
-        step()
-    span = memory.spans["step"]
-    if device.type != "cuda":
-        return _operators(memory.profile), span.peak - span.start
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
-        step()
-        torch.cuda.synchronize()
-    kernels = sum(
-        event.device_type == DeviceType.CUDA
-        and not event.is_user_annotation  # regions that compiled code marks
-        and not event.name.startswith(("Memcpy", "Memset"))
-        for event in profiled.events()
-    )
-    return kernels or None, span.peak - span.start
-
-
-def _operators(profiled: profile) -> int:
-    """ATen operators that no other ATen operator called: those inside of custom operators count."""
-
-    def called_by_another(event) -> bool:
-        parent = event.cpu_parent
-        while parent is not None and not parent.name.startswith("aten::"):
-            parent = parent.cpu_parent
-        return parent is not None
-
-    return sum(
-        event.name.startswith("aten::") and not called_by_another(event) for event in profiled.events()
-    )
 
 
 @contextlib.contextmanager

@@ -29,11 +29,3 @@ def file(text: str) -> Path:
     if not path.parent.is_dir():  # better now than after the measurement
         raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
     return path
-
-
-def readable(text: str) -> Path:
-    """A file that exists, for argparse."""
-    path = Path(text)
-    if not path.is_file():
-        raise argparse.ArgumentTypeError(f"there is no file {path}")
-    return path

@@ -260,9 +260,9 @@ def _eager_correlation(
     if scale_free:
         G.div_(a[:, :, None] + a[:, None, :])  # by zero, too: no number, see the next line
     G.nan_to_num_(0.0, 0.0, 0.0)
-    bound = torch.minimum(
-        torch.linalg.vector_norm(G, dim=(1, 2)), torch.linalg.vector_norm(G, 1, dim=2).amax(1)
-    )
+    norm = torch.linalg.vector_norm
+    # Of the norms of the rows: one sum over a wide G loses digits on a CPU, which adds one after the other.
+    bound = torch.minimum(norm(norm(G, dim=2), dim=1), norm(G, 1, dim=2).amax(1))
     return G.to(dtype), a, bound
 
 

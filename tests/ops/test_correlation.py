@@ -1,5 +1,6 @@
 """`ops.correlation`: second moments of the sampled rows, M, and the bound of its eigenvalues."""
 
+import math
 import sys
 
 import pytest
@@ -121,6 +122,14 @@ def test_squares_beyond_the_range_of_fp16(backend, out):
     close(a, torch.full((1, 6), 9e4, device=DEVICE))
     assert M.isfinite().all()
     close(bound, torch.full((1,), 5 * 9e4, device=DEVICE))
+
+
+def test_the_bound_of_a_wide_layer_has_all_its_digits():
+    z = tensor(3, 32, 1536) + tensor(3, 32, 1)  # so that the norm is the smaller of the two bounds
+    M, _, bound = ops.correlation(z, 0.0, True, backend="eager")
+    M = M.double()
+    exact = torch.minimum(torch.linalg.matrix_norm(M), torch.linalg.matrix_norm(M, math.inf))
+    torch.testing.assert_close(bound.double(), exact, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(("backend", "dtype"), SERVED)
