@@ -15,6 +15,8 @@ columns * channels), D the width, V entries of a vocabulary, n tokens, E twice t
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -263,10 +265,95 @@ class Cache:
         return keys.to(k.dtype), values.to(v.dtype)
 
 
+@dataclass
+class DarlConfig:
+    """What a DARL model predicts, and how.
+
+    Args:
+        objective: "mse" on pixels; "diffusion", by noise of its own for every patch; or "tokens", the
+            cross-entropy of a tokenizer's codes.
+        positions: "none"; "sincos" or "learned", which are added to the patches; "rope1d" or "rope2d", which
+            rotate queries and keys.
+        rope_temperature: RoPE's longest wavelength, over 2 pi, in patches.
+        order: In which order patches are predicted: see `patch_order`; or "random", another one for every
+            image, which needs two_stream.
+        order_block: Side of the squares of "nested" and "round-robin", in patches.
+        two_stream: Predict by query tokens that know where the patch is, beside the stream of patches, as
+            XLNet does (Yang et al. 2019, arXiv 1906.08237). It doubles the tokens.
+        decoder: "mlp" or, for diffusion, "transformer"; null for "transformer" there and "mlp" otherwise.
+        decoder_depth: Its blocks; null for 1 in diffusion and 0, a linear decoder, otherwise.
+        gamma: Parameters of the Beta distribution of noise levels.
+        gamma_conditioned: Tell the decoder the noise level, as one more value of the noisy patch.
+        prediction: Of diffusion: "x0", the clean patch, or "epsilon", the noise.
+        norm_pix_loss: Predict pixels that are standardised patch by patch; such a model cannot draw images.
+        inputs: "pixels", or "tokens" for a tokenizer's codes in place of patches.
+    """
+
+    objective: Literal["mse", "diffusion", "tokens"] = "mse"
+    positions: Literal["none", "sincos", "learned", "rope1d", "rope2d"] = "rope2d"
+    rope_temperature: float = 100.0
+    order: Literal["raster", "nested", "round-robin", "fixed", "random"] = "raster"
+    order_block: int = 2
+    two_stream: bool = False
+    decoder: Literal["mlp", "transformer"] | None = None
+    decoder_depth: int | None = None
+    gamma: tuple[float, float] = (0.03, 1.0)
+    gamma_conditioned: bool = False
+    prediction: Literal["x0", "epsilon"] = "x0"
+    norm_pix_loss: bool = False
+    inputs: Literal["pixels", "tokens"] = "pixels"
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether a tokenizer is needed."""
+        return "tokens" in (self.objective, self.inputs)
+
+    @property
+    def rotates(self) -> bool:
+        """Whether positions rotate queries and keys."""
+        return self.positions in ("rope1d", "rope2d")
+
+    def resolved(self) -> "DarlConfig":
+        """The same with the decoder that null stands for.
+
+        Raises:
+            ValueError: for choices that do not exist, or do not go together.
+        """
+        for name, value, known in (
+            ("positions", self.positions, POSITIONS), ("order", self.order, ORDERS),
+            ("objective", self.objective, OBJECTIVES), ("decoder", self.decoder, (None, *DECODERS)),
+            ("prediction", self.prediction, PREDICTIONS), ("inputs", self.inputs, INPUTS),
+        ):  # fmt: skip
+            _check_choice(name, value, known)
+        if not 0 < self.rope_temperature < float("inf"):
+            raise ValueError(
+                f"rope_temperature: expected a finite number above 0, got {self.rope_temperature}"
+            )
+        diffuses = self.objective == "diffusion"
+        decoder = self.decoder or ("transformer" if diffuses else "mlp")
+        depth = int(diffuses) if self.decoder_depth is None else self.decoder_depth
+        if decoder == "transformer" and not diffuses:
+            raise ValueError(f'decoder: "transformer" denoises patches; expected "mlp" for {self.objective}')
+        least = int(decoder == "transformer")
+        if depth < least:
+            raise ValueError(f"decoder_depth: expected at least {least} for {decoder}, got {depth}")
+        if self.order == "random" and not (self.two_stream and self.positions != "none"):
+            raise ValueError(
+                'order: "random" needs two_stream and positions, for a patch whose place is not known cannot '
+                "be predicted"
+            )
+        if not all(0 < value < float("inf") for value in self.gamma) or len(self.gamma) != 2:
+            raise ValueError(f"gamma: expected two finite numbers above 0, got {self.gamma}")
+        if self.norm_pix_loss and self.objective == "tokens":
+            raise ValueError("norm_pix_loss: expected False for the objective tokens, which are no pixels")
+        return replace(self, decoder=decoder, decoder_depth=depth)
+
+
 class DARL(nn.Module):
     """Causal ViT that predicts each patch of an image from those before it.
 
     Args:
+        config: What is predicted, and how; None for the defaults.
         img_size: Height and width of the images; one number for squares. Other sizes that the patch divides
             are served, too, by positions that are interpolated.
         patch_size: Height and width of a patch; has to divide the image.
@@ -275,24 +362,7 @@ class DARL(nn.Module):
         depth: Blocks.
         num_heads: Attention heads.
         mlp_ratio: Hidden width of the MLPs over their width.
-        positions: "none"; "sincos" or "learned", which are added to the patches; "rope1d" or "rope2d", which
-            rotate queries and keys.
-        rope_temperature: RoPE's longest wavelength, over 2 pi, in patches.
-        order: In which order patches are predicted: see `patch_order`; or "random", another one for every
-            image, which needs `two_stream`.
-        order_block: Side of a square in the orders "nested" and "round-robin".
         order_seed: Of the order "fixed".
-        two_stream: Predict by query tokens that know where the patch is, beside the stream of patches, as
-            XLNet does (Yang et al. 2019, arXiv 1906.08237). It doubles the tokens.
-        objective: "mse" on pixels; "diffusion", by noise of its own for every patch; or "tokens", the
-            cross-entropy of the entries of a vocabulary.
-        decoder: "mlp" or, for diffusion, "transformer"; None for "transformer" there and "mlp" otherwise.
-        decoder_depth: Its blocks; None for 1 in diffusion and 0, a linear decoder, otherwise.
-        gamma: Parameters (a, b) of the Beta distribution of noise levels.
-        gamma_conditioned: Whether the decoder is told the noise level, as one more value of the noisy patch.
-        prediction: Of diffusion: "x0", the clean patch, or "epsilon", the noise.
-        norm_pix_loss: Predict pixels that are standardised patch by patch, in place of plain pixels.
-        inputs: "pixels", or "tokens" for the entries of a vocabulary in place of patches.
         vocabulary: V, where inputs or objective are tokens.
 
     Raises:
@@ -301,6 +371,7 @@ class DARL(nn.Module):
 
     def __init__(
         self,
+        config: DarlConfig | None = None,
         *,
         img_size: int | tuple[int, int] = 224,
         patch_size: int | tuple[int, int] = 16,
@@ -309,125 +380,74 @@ class DARL(nn.Module):
         depth: int,
         num_heads: int,
         mlp_ratio: float = 4.0,
-        positions: Literal["none", "sincos", "learned", "rope1d", "rope2d"] = "rope2d",
-        rope_temperature: float = 100.0,
-        order: Literal["raster", "nested", "round-robin", "fixed", "random"] = "raster",
-        order_block: int = 2,
         order_seed: int = 0,
-        two_stream: bool = False,
-        objective: Literal["mse", "diffusion", "tokens"] = "mse",
-        decoder: Literal["mlp", "transformer"] | None = None,
-        decoder_depth: int | None = None,
-        gamma: tuple[float, float] = (0.03, 1.0),
-        gamma_conditioned: bool = False,
-        prediction: Literal["x0", "epsilon"] = "x0",
-        norm_pix_loss: bool = False,
-        inputs: Literal["pixels", "tokens"] = "pixels",
         vocabulary: int | None = None,
     ):
         super().__init__()
+        self.config = config = (config or DarlConfig()).resolved()
         img_size = pair("img_size", img_size)
-        rows, columns = patch_size = pair("patch_size", patch_size)
+        patch_size = pair("patch_size", patch_size)
         check_sizes(img_size, patch_size)
         check_transformer("", embed_dim, num_heads, depth)
         head_dim = embed_dim // num_heads
-        for name, value, known in (
-            ("positions", positions, POSITIONS), ("order", order, ORDERS),
-            ("objective", objective, OBJECTIVES), ("decoder", decoder, (None, *DECODERS)),
-            ("prediction", prediction, PREDICTIONS), ("inputs", inputs, INPUTS),
-        ):  # fmt: skip
-            _check_choice(name, value, known)
-        if positions[:4] == "rope" and head_dim % 4:
-            raise ValueError(f"a head's width must be divisible by 4 for {positions}, got {head_dim}")
-        if not 0 < rope_temperature < float("inf"):
-            raise ValueError(f"rope_temperature: expected a finite number above 0, got {rope_temperature}")
-        diffuses = objective == "diffusion"
-        decoder = decoder or ("transformer" if diffuses else "mlp")
-        decoder_depth = int(diffuses) if decoder_depth is None else decoder_depth
-        if decoder == "transformer" and not diffuses:
-            raise ValueError(f'decoder: "transformer" denoises patches; expected "mlp" for {objective}')
-        least = int(decoder == "transformer")
-        if decoder_depth < least:
-            raise ValueError(f"decoder_depth: expected at least {least} for {decoder}, got {decoder_depth}")
-        if order == "random" and not (two_stream and positions != "none"):
-            raise ValueError(
-                'order: "random" needs two_stream and positions, for a patch whose place is not known cannot '
-                "be predicted"
-            )
-        if not all(0 < value < float("inf") for value in gamma) or len(gamma) != 2:
-            raise ValueError(f"gamma: expected two finite numbers above 0, got {gamma}")
-        if norm_pix_loss and objective == "tokens":
-            raise ValueError("norm_pix_loss: expected False for the objective tokens, which are no pixels")
-        if "tokens" in (inputs, objective) and not (vocabulary and vocabulary > 1):
+        if config.rotates and head_dim % 4:
+            raise ValueError(f"a head's width must be divisible by 4 for {config.positions}, got {head_dim}")
+        if config.reads_tokens and not (vocabulary and vocabulary > 1):
             raise ValueError(f"vocabulary: expected at least 2 entries for tokens, got {vocabulary}")
+        self.in_chans, self.order_seed, self.vocabulary = in_chans, order_seed, vocabulary
 
-        self.in_chans = in_chans
-        self.positions = positions
-        self.rope_temperature = rope_temperature
-        self.order = order
-        self.order_block = order_block
-        self.order_seed = order_seed
-        self.two_stream = two_stream
-        self.objective = objective
-        self.gamma = tuple(gamma)
-        self.gamma_conditioned = gamma_conditioned
-        self.prediction = prediction
-        self.norm_pix_loss = norm_pix_loss
-        self.inputs = inputs
-        self.vocabulary = vocabulary
-
-        if inputs == "tokens":
+        if config.inputs == "tokens":
             self.patch_embed = TokenEmbed(img_size, patch_size, vocabulary, embed_dim)
         else:
             self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim, strict_img_size=False)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         grid_size = self.patch_embed.grid_size
-        if positions == "sincos":
+        if config.positions == "sincos":
             self.pos_embed = nn.Parameter(sincos_positions(grid_size, embed_dim), requires_grad=False)
-        elif positions == "learned":
+        elif config.positions == "learned":
             self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid_size[0] * grid_size[1], embed_dim))
-        self.query_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if two_stream else None
-        self.blocks = nn.ModuleList(
-            EvaBlock(
-                embed_dim,
-                num_heads,
-                mlp_ratio=mlp_ratio,
-                attn_type="rope",
-                num_prefix_tokens=1,
-                norm_layer=norm_layer,
-            )
-            for _ in range(depth)
+        self.query_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if config.two_stream else None
+        block = partial(
+            EvaBlock, mlp_ratio=mlp_ratio, attn_type="rope", num_prefix_tokens=1, norm_layer=norm_layer
         )
+        self.blocks = nn.ModuleList(block(embed_dim, num_heads) for _ in range(depth))
         self.norm = norm_layer(embed_dim)
-        values = rows * columns * in_chans
-        noisy = values + gamma_conditioned if diffuses else None
-        if decoder == "transformer":
-            self.decoder = PairDecoder(embed_dim, values, decoder_depth, num_heads, mlp_ratio, noisy)
-        else:
-            out = vocabulary if objective == "tokens" else values
-            self.decoder = MlpDecoder(embed_dim, out, decoder_depth, mlp_ratio, noisy)
-        if positions[:4] == "rope":
+        self.decoder = self._make_decoder(embed_dim, num_heads, mlp_ratio)
+        if config.rotates:
             self.register_buffer("rope", self._rope(grid_size), persistent=False)
-        if order != "random":
-            places = patch_order(order, grid_size, order_block, order_seed)
+        if config.order != "random":
+            places = patch_order(config.order, grid_size, config.order_block, order_seed)
             self.register_buffer("places", places, persistent=False)
         self._init_weights()
+
+    def _make_decoder(self, dim: int, num_heads: int, mlp_ratio: float) -> MlpDecoder | PairDecoder:
+        config, (rows, columns) = self.config, self.patch_embed.patch_size
+        values = rows * columns * self.in_chans
+        noisy = values + config.gamma_conditioned if config.objective == "diffusion" else None
+        if config.decoder == "transformer":
+            return PairDecoder(dim, values, config.decoder_depth, num_heads, mlp_ratio, noisy)
+        out = self.vocabulary if config.objective == "tokens" else values
+        return MlpDecoder(dim, out, config.decoder_depth, mlp_ratio, noisy)
 
     def _init_weights(self) -> None:
         """Initialise by MAE's recipe: Xavier-uniform weights, zero biases, tokens from N(0, 0.02)."""
         nn.init.normal_(self.cls_token, std=0.02)
-        if self.two_stream:
+        if self.config.two_stream:
             nn.init.normal_(self.query_token, std=0.02)
-        if self.positions == "learned":
+        if self.config.positions == "learned":
             nn.init.normal_(self.pos_embed, std=0.02)
-        if self.inputs == "tokens":
+        if self.config.inputs == "tokens":
             nn.init.normal_(self.patch_embed.embedding.weight, std=0.02)
         init_xavier(self)
 
     def _rope(self, grid_size: tuple[int, int]) -> Tensor:
         head_dim = self.blocks[0].attn.head_dim
         return rotary_positions(
-            self.positions, grid_size, head_dim, self.patch_embed.grid_size, self.rope_temperature
+            self.config.positions,
+            grid_size,
+            head_dim,
+            self.patch_embed.grid_size,
+            self.config.rope_temperature,
         )
 
     def grid(self, imgs: Tensor) -> tuple[int, int]:
@@ -437,20 +457,20 @@ class DARL(nn.Module):
     def place(self, grid_size: tuple[int, int], device: torch.device) -> tuple[Tensor | None, Tensor | None]:
         """Added positions [1, 1 + L, D] and rotations [L, E] of a grid, None for those that there are not."""
         own = grid_size == self.patch_embed.grid_size
-        if self.positions == "none":
+        if self.config.positions == "none":
             return None, None
-        if self.positions[:4] == "rope":
+        if self.config.rotates:
             return None, self.rope if own else self._rope(grid_size).to(device)
         if own:
             return self.pos_embed, None
-        if self.positions == "learned":
+        if self.config.positions == "learned":
             return resample_abs_pos_embed(self.pos_embed, list(grid_size), self.patch_embed.grid_size), None
         made = sincos_positions(grid_size, self.pos_embed.shape[-1], self.patch_embed.grid_size)
         return made.to(device, self.pos_embed.dtype), None
 
     def order_of(self, grid_size: tuple[int, int], noise: Tensor | None, imgs: Tensor) -> Tensor:
         """The order [L] of the patches of a grid, or [B, L] where every image has its own."""
-        if self.order == "random":
+        if self.config.order == "random":
             shape = (len(imgs), grid_size[0] * grid_size[1])
             if noise is None:
                 noise = torch.rand(shape, device=imgs.device)
@@ -459,12 +479,14 @@ class DARL(nn.Module):
             return noise.argsort(dim=1, stable=True)
         if grid_size == self.patch_embed.grid_size:
             return self.places
-        return patch_order(self.order, grid_size, self.order_block, self.order_seed).to(imgs.device)
+        return patch_order(self.config.order, grid_size, self.config.order_block, self.order_seed).to(
+            imgs.device
+        )
 
     def _embed(self, imgs: Tensor, codes: Tensor | None) -> tuple[Tensor, tuple[int, int]]:
         """Tokens of the patches [B, L, D] in raster order, without positions, and their grid."""
         grid_size = self.grid(imgs)
-        if self.inputs == "pixels":
+        if self.config.inputs == "pixels":
             return self.patch_embed(imgs), grid_size
         self.check_codes(codes, len(imgs), grid_size)
         return self.patch_embed(codes), grid_size
@@ -481,7 +503,7 @@ class DARL(nn.Module):
 
     def embed_patches(self, patches: Tensor) -> Tensor:
         """Tokens [B, n, D] of any patches [B, n, P], or of entries of the vocabulary [B, n]."""
-        if self.inputs == "tokens":
+        if self.config.inputs == "tokens":
             return self.patch_embed(patches)
         patches = patches.to(self.norm.weight.dtype)
         single = unpatchify(patches.flatten(0, 1).unsqueeze(1), (1, 1), self.patch_embed.patch_size)
@@ -501,7 +523,7 @@ class DARL(nn.Module):
         Raises:
             ValueError: For images or codes that do not fit, and for a causal order that is random.
         """
-        if is_causal and self.order == "random":
+        if is_causal and self.config.order == "random":
             raise ValueError('features: expected is_causal=False for the order "random"')
         x, grid_size = self._embed(imgs, codes)
         added, rope = self.place(grid_size, imgs.device)
@@ -538,7 +560,7 @@ class DARL(nn.Module):
         x = _take(x, order)[:, :-1]  # nothing comes after the last patch
         if rope is not None:
             rope = rope[order] if order.dim() == 1 else rope[order].unsqueeze(1)
-        if not self.two_stream:
+        if not self.config.two_stream:
             x = torch.cat([start, x], dim=1)
             rope = None if rope is None else rope[..., :-1, :]
             for block in self.blocks:
@@ -566,7 +588,7 @@ class DARL(nn.Module):
     def targets(self, imgs: Tensor) -> Tensor:
         """What pixels are predicted, [B, L, P] in raster order and float32."""
         patches = patchify(imgs.float(), self.patch_embed.patch_size)
-        if self.norm_pix_loss:
+        if self.config.norm_pix_loss:
             mean, std = patch_statistics(patches)
             patches = (patches - mean) / std
         return patches
@@ -580,19 +602,19 @@ class DARL(nn.Module):
             gamma: Noise levels [...]; above 0 where the model predicts the noise.
         """
         made = self._decode(context, noisy, gamma).float()
-        if self.prediction == "epsilon":
+        if self.config.prediction == "epsilon":
             return diffusion.clean_from_noise(noisy, gamma, made)
         return made
 
     def _decode(self, context: Tensor, noisy: Tensor, gamma: Tensor) -> Tensor:
-        told = torch.cat([noisy, gamma.unsqueeze(-1)], dim=-1) if self.gamma_conditioned else noisy
+        told = torch.cat([noisy, gamma.unsqueeze(-1)], dim=-1) if self.config.gamma_conditioned else noisy
         return self.decoder(context, told.to(context.dtype))
 
     def draw(self, imgs: Tensor) -> tuple[Tensor, Tensor]:
         """The random numbers of diffusion for images [B, C, H, W]: see `diffusion.draw`."""
         rows, columns = self.grid(imgs)
         shape = (len(imgs), rows * columns, imgs.shape[1:].numel() // (rows * columns))
-        return diffusion.draw(shape, *self.gamma, imgs.device)
+        return diffusion.draw(shape, *self.config.gamma, imgs.device)
 
     def forward(
         self,
@@ -619,18 +641,18 @@ class DARL(nn.Module):
         grid_size = self.grid(imgs)
         order = self.order_of(grid_size, noise, imgs)
         context = self.in_raster_order(self.contexts(imgs, order, codes), order)
-        if self.objective == "tokens":
+        if self.config.objective == "tokens":
             self.check_codes(codes, len(imgs), grid_size)
             scores = self.decoder(context).float()
             return F.cross_entropy(scores.flatten(0, 1), codes.flatten()), scores
         target = self.targets(imgs)
-        if self.objective == "mse":
+        if self.config.objective == "mse":
             made = self.decoder(context).float()
             return (made - target).square().mean(), made
         gamma, eps = self.draw(imgs) if drawn is None else drawn
         noisy = diffusion.corrupt(target, gamma, eps)
         made = self._decode(context, noisy, gamma).float()
-        if self.prediction == "epsilon":
+        if self.config.prediction == "epsilon":
             clean = diffusion.clean_from_noise(noisy, gamma.clamp(min=1e-4), made.detach())
             return (made - eps).square().mean(), clean
         return (made - target).square().mean(), made
@@ -650,7 +672,7 @@ class DARL(nn.Module):
         if list(patches.shape) != expected:
             raise ValueError(f"expected patches of shape {expected}, got {list(patches.shape)}")
         patches = patches.float()
-        if self.norm_pix_loss:
+        if self.config.norm_pix_loss:
             mean, std = patch_statistics(patchify(imgs.float(), self.patch_embed.patch_size))
             patches = patches * std + mean
         return unpatchify(patches, grid_size, self.patch_embed.patch_size)
@@ -708,9 +730,12 @@ def create_darl(name: str, **overrides) -> DARL:
 
     Args:
         name: A key of `SIZES`, such as "darl_vit_base".
-        overrides: Arguments of `DARL` that replace those of the table.
+        overrides: Arguments of `DARL` that replace those of the table, and fields of its config.
 
     Raises:
         ValueError: If there is no such model or argument, or a value is out of its range.
     """
-    return create(DARL, SIZES, name, overrides)
+    config = overrides.pop("config", DarlConfig())
+    names = {field.name for field in fields(DarlConfig)} & overrides.keys()
+    config = replace(config, **{name: overrides.pop(name) for name in names})
+    return create(DARL, SIZES, name, {"config": config, **overrides})

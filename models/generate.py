@@ -37,7 +37,7 @@ class _Reader:
         """
         model = self.model
         if self.cache is None:
-            if model.inputs == "tokens":
+            if model.config.inputs == "tokens":
                 return model.contexts(self.imgs, self.order, patches)[:, t]
             imgs = model.images_of(self.imgs, patches).to(model.norm.weight.dtype)
             return model.contexts(imgs, self.order)[:, t]
@@ -50,7 +50,7 @@ class _Reader:
             x = torch.cat([start.expand(len(x), -1, -1), x], dim=1)
         keep = x.shape[1]
         places = torch.arange(read, read + keep, device=x.device)
-        if model.two_stream:
+        if model.config.two_stream:
             query = model.queries(self.added, self.order[t : t + 1])
             x = torch.cat([x, query.expand(len(x), -1, -1)], dim=1)
             places = torch.cat([places, places.new_tensor([1 + t])])
@@ -91,21 +91,21 @@ def generate(
         ValueError: The model predicts normalised patches, tokens from pixels or pixels from tokens, or has
             no order of its own; images or order do not fit; or a number is out of range.
     """
-    if model.norm_pix_loss:
+    if model.config.norm_pix_loss:
         raise ValueError("generate: the model predicts normalised patches, without brightness")
-    if (model.inputs == "tokens") != (model.objective == "tokens"):
+    if (model.config.inputs == "tokens") != (model.config.objective == "tokens"):
         raise ValueError(
-            f"generate: expected a model that reads what it predicts, got inputs {model.inputs} and "
-            f"objective {model.objective}"
+            f"generate: expected a model that reads what it predicts, got inputs {model.config.inputs} and "
+            f"objective {model.config.objective}"
         )
     if steps < 1:
         raise ValueError(f"generate: steps: expected at least 1, got {steps}")
     grid_size = model.grid(imgs)
-    tokens = model.inputs == "tokens"
+    tokens = model.config.inputs == "tokens"
     patches = patchify(imgs.float(), model.patch_embed.patch_size)
     length = patches.shape[1]
     if order is None:
-        if model.order == "random":
+        if model.config.order == "random":
             raise ValueError('generate: order: expected one for a model of the order "random"')
         order = model.order_of(grid_size, None, imgs)
     elif order.shape != (length,) or not torch.equal(order.sort().values.cpu(), torch.arange(length)):
@@ -126,9 +126,9 @@ def generate(
 
 def _draw(model: DARL, context: Tensor, steps: int, generator: torch.Generator) -> Tensor:
     """One patch [B, P], or one entry [B], by its context [B, D]."""
-    if model.objective == "mse":
+    if model.config.objective == "mse":
         return model.decoder(context).float()
-    if model.objective == "tokens":
+    if model.config.objective == "tokens":
         chances = model.decoder(context).float().softmax(-1)
         return torch.multinomial(chances, 1, generator=generator).squeeze(1)
     values = model.decoder.pred.out_features
@@ -140,5 +140,5 @@ def _draw(model: DARL, context: Tensor, steps: int, generator: torch.Generator) 
         return model.denoise(context, x, context.new_full((len(context),), gamma))
 
     # Noise cannot be subtracted where there is nothing else.
-    first = 0.5 / steps if model.prediction == "epsilon" else 0.0
+    first = 0.5 / steps if model.config.prediction == "epsilon" else 0.0
     return diffusion.sample(denoise, normal(), diffusion.levels(steps, first), normal)

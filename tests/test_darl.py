@@ -78,7 +78,7 @@ def perturbed(model: nn.Module) -> nn.Module:
 
 
 def small(**overrides) -> DARL:
-    return perturbed(DARL(**{**SMALL, **overrides}))
+    return perturbed(create_darl("darl_vit_tiny", **{**SMALL, **overrides}))
 
 
 def images(count: int = 2, size: tuple[int, int] = SMALL["img_size"]) -> torch.Tensor:
@@ -225,7 +225,7 @@ def test_nobody_sees_queries(order, positions):
 @each_position
 def test_the_stream_of_patches_is_that_of_a_plain_model(positions):
     model, imgs = small(two_stream=True, order="nested", positions=positions), images()
-    plain = DARL(**SMALL, order="nested", positions=positions)
+    plain = create_darl("darl_vit_tiny", **SMALL, order="nested", positions=positions)
     plain.load_state_dict(model.state_dict() | {"query_token": None}, strict=False)
     _, last = two_stream_tokens(model)
     model.contexts(imgs, model.places)
@@ -446,7 +446,7 @@ def test_temperature_sets_the_longest_wavelength():
 @pytest.mark.parametrize("size", [(384, 384), (112, 336)])
 def test_rope_serves_other_sizes_as_timm_does(size):
     options = {"img_size": 224, "patch_size": 16, "embed_dim": 48, "depth": 1, "num_heads": 3}
-    model = perturbed(DARL(**options))
+    model = perturbed(create_darl("darl_vit_tiny", **options))
     vit = timm_rope_vit(**options, dynamic_img_size=True, ref_feat_shape=(14, 14))
     vit.load_state_dict(model.encoder_state_dict(), strict=True)
     with torch.no_grad():
@@ -537,7 +537,7 @@ def test_what_is_no_encoder_is_named_decoder(options):
     model = small(**options)
     others = model.state_dict().keys() - model.encoder_state_dict().keys()
     assert all(name.startswith("decoder") for name in others - {"query_token"})
-    assert ("query_token" in others) == model.two_stream
+    assert ("query_token" in others) == model.config.two_stream
     assert {"decoder.pred.weight", "decoder.pred.bias"} <= others
 
 
@@ -583,7 +583,7 @@ def test_features_without_causality_have_no_order(positions):
     model, imgs = small(positions=positions), images()
     expected = model.features(imgs)
     for order in ("nested", "fixed", "random"):
-        other = DARL(**SMALL, positions=positions, order=order, two_stream=True)
+        other = create_darl("darl_vit_tiny", **SMALL, positions=positions, order=order, two_stream=True)
         other.load_state_dict(model.state_dict(), strict=False)
         assert torch.equal(other.features(imgs), expected)
 
@@ -648,7 +648,7 @@ DENOISERS = [
 def decode(model: DARL, context: torch.Tensor, noisy: torch.Tensor, gamma: float) -> torch.Tensor:
     """What the decoder of a diffusion model makes of one patch, in terms of timm's blocks: [288]."""
     decoder = model.decoder
-    if model.gamma_conditioned:
+    if model.config.gamma_conditioned:
         noisy = torch.cat([noisy, torch.tensor([gamma])])
     embedded = decoder.embed(noisy)
     if isinstance(decoder, PairDecoder):
@@ -754,9 +754,9 @@ def test_pixels_are_predicted_from_tokens():
 def arguments(model: DARL, imgs: torch.Tensor) -> dict:
     """What a step of this model needs beside the images, random numbers included."""
     found = {"noise": torch.rand(len(imgs), LENGTH)}
-    if model.objective == "diffusion":
+    if model.config.objective == "diffusion":
         found["drawn"] = model.draw(imgs)
-    if "tokens" in (model.inputs, model.objective):
+    if "tokens" in (model.config.inputs, model.config.objective):
         found["codes"] = codes(len(imgs))
     return found
 
@@ -788,7 +788,7 @@ def test_loss_stays_float32_under_autocast(options):
         loss, pred = model(imgs, **extra)
     assert loss.dtype == pred.dtype == torch.float32
     assert loss.item() == pytest.approx(expected.item(), rel=0.05)
-    if model.prediction == "x0" and model.objective != "tokens":
+    if model.config.prediction == "x0" and model.config.objective != "tokens":
         # Arithmetic in bfloat16 that was cast at the end would be off by 1e-3.
         again = (pred - model.targets(imgs)).square().mean()
         torch.testing.assert_close(loss, again, rtol=1e-6, atol=0)
@@ -908,7 +908,7 @@ def test_initial_values(options):
 
 
 def test_embeddings_of_entries_start_small():
-    model = DARL(**SMALL, inputs="tokens", vocabulary=1000)
+    model = create_darl("darl_vit_tiny", **SMALL, inputs="tokens", vocabulary=1000)
     assert model.patch_embed.embedding.weight.std().item() == pytest.approx(0.02, rel=0.02)
 
 
@@ -1011,12 +1011,12 @@ def test_any_number_of_channels(in_chans):
 )
 def test_arguments_are_checked(overrides, message):
     with pytest.raises(ValueError, match=message):
-        DARL(**{**SMALL, **overrides})
+        create_darl("darl_vit_tiny", **{**SMALL, **overrides})
 
 
 def test_a_headwidth_of_six_serves_absolute_positions():
     for positions in ("none", "sincos", "learned"):
-        loss, _ = DARL(**{**SMALL, "num_heads": 8, "positions": positions})(images())
+        loss, _ = create_darl("darl_vit_tiny", **{**SMALL, "num_heads": 8, "positions": positions})(images())
         assert loss.isfinite()
 
 
@@ -1087,7 +1087,7 @@ def test_models_by_name():
     with pytest.raises(ValueError, match=r"unknown model 'vit_base', expected one of darl_vit_tiny, .*_huge"):
         create_darl("vit_base")
     with pytest.raises(
-        ValueError, match="unknown argument 'depht' for darl_vit_tiny, expected some of img_size, "
+        ValueError, match="unknown argument 'depht' for darl_vit_tiny, expected some of config, img_size, "
     ):
         create_darl("darl_vit_tiny", depht=3)
 

@@ -177,9 +177,9 @@ def test_orders_by_image_follow_the_data(tmp_path):
     [
         (
             ["--model=mae_vit_tiny", "--darl.objective=diffusion"],
-            "darl: a setting of models darl_*, got model",
+            "darl: settings of models darl_*, got model",
         ),
-        (["--mask_ratio=0.5"], "mask_ratio: a setting of models mae_*, got model darl_vit_tiny"),
+        (["--mae.mask_ratio=0.5"], "mae: settings of models mae_*, got model darl_vit_tiny"),
         (["--model_args={decoder_depth: 1}"], "model_args: unknown argument 'decoder_depth'"),
         (["--darl.order=random"], 'order: "random" needs two_stream'),
         (["--darl.objective=tokens"], "darl.tokenizer: expected the file of one, got None"),
@@ -227,7 +227,7 @@ def test_bad_input_to_drawing_is_named(mse, tmp_path, arguments, message):
 
 
 def test_a_masked_autoencoder_draws_nothing(tmp_path):
-    small = ["--model=mae_vit_tiny", "--decoder=dbp", "--steps=1", "--optim.warmup_steps=0"]
+    small = ["--model=mae_vit_tiny", "--mae.decoder=dbp", "--steps=1", "--optim.warmup_steps=0"]
     pretrain.main([*TINY, *small, f"--out={tmp_path / 'mae'}"])
     with pytest.raises(SystemExit) as stop:
         generate.main([f"--run={tmp_path / 'mae'}", f"--out={tmp_path / 'x.png'}"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from models import diffusion
-from models.darl import DARL, POSITIONS, patch_order
+from models.darl import DARL, POSITIONS, create_darl, patch_order
 from models.generate import generate
 from models.vit import patchify, unpatchify
 
@@ -33,7 +33,7 @@ OBJECTIVES = [
 
 def small(**overrides) -> DARL:
     """A model none of whose biases or scales is trivial."""
-    model = DARL(**{**SMALL, **overrides})
+    model = create_darl("darl_vit_tiny", **{**SMALL, **overrides})
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -47,12 +47,12 @@ def images(count: int = 2, size: tuple[int, int] = SMALL["img_size"]) -> torch.T
 
 def given(model: DARL, count: int = 2) -> dict:
     """Entries of the vocabulary, for a model that reads them."""
-    return {"codes": torch.randint(7, (count, LENGTH))} if model.inputs == "tokens" else {}
+    return {"codes": torch.randint(7, (count, LENGTH))} if model.config.inputs == "tokens" else {}
 
 
 def parts(model: DARL, made: torch.Tensor) -> torch.Tensor:
     """What was generated, patch by patch in raster order: [B, L, ...]."""
-    return made if model.inputs == "tokens" else patchify(made, model.patch_embed.patch_size)
+    return made if model.config.inputs == "tokens" else patchify(made, model.patch_embed.patch_size)
 
 
 def name_of(options: dict) -> str:
@@ -71,7 +71,7 @@ def check_cache(model: DARL, known: int, **arguments) -> None:
     imgs = images()
     arguments = given(model) | {"known": known, "steps": 2, "seed": 4} | arguments
     cached, anew = (generate(model, imgs, cached=cached, **arguments) for cached in (True, False))
-    if model.inputs == "tokens":
+    if model.config.inputs == "tokens":
         assert torch.equal(cached, anew)
     else:
         torch.testing.assert_close(cached, anew, rtol=1e-5, atol=2e-5)
@@ -176,7 +176,7 @@ def test_patches_are_denoised_by_their_contexts(cached, options, two_stream, mon
     assert len(seen) == steps * (LENGTH - 2)
     with torch.no_grad():
         contexts = model.contexts(made, model.places)
-    first = 0.5 / steps if model.prediction == "epsilon" else 0.0
+    first = 0.5 / steps if model.config.prediction == "epsilon" else 0.0
     levels = diffusion.levels(steps, first)
     for t in range(2, LENGTH):
         calls = seen[steps * (t - 2) : steps * (t - 1)]
@@ -252,11 +252,11 @@ def test_given_arguments_are_left_alone():
 @each_objective
 def test_a_seed_decides_what_is_drawn(options):
     model, imgs, state = small(**options), images(), torch.get_rng_state()
-    extra = {"codes": torch.zeros(2, LENGTH, dtype=torch.long)} if model.inputs == "tokens" else {}
+    extra = {"codes": torch.zeros(2, LENGTH, dtype=torch.long)} if model.config.inputs == "tokens" else {}
     made = [generate(model, imgs, known=3, steps=2, seed=seed, **extra) for seed in (1, 1, 2)]
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(made[0], made[1])
-    assert torch.equal(made[0], made[2]) == (model.objective == "mse")
+    assert torch.equal(made[0], made[2]) == (model.config.objective == "mse")
 
 
 def test_images_of_a_batch_have_noise_of_their_own():
@@ -277,7 +277,7 @@ def test_a_model_of_random_orders_takes_one(options):
     other = generate(model, imgs, known=5, steps=2, order=order.flip(0))
     assert torch.equal(parts(model, other)[:, order[10:]], patchify(imgs, (8, 12))[:, order[10:]])
     assert not torch.allclose(made, other, atol=1e-2)
-    if model.objective == "mse":
+    if model.config.objective == "mse":
         with torch.no_grad():
             pred = model.decoder(model.contexts(made, order))
         torch.testing.assert_close(parts(model, made)[:, order[5:]], pred[:, 5:], rtol=1e-4, atol=1e-4)
@@ -300,7 +300,7 @@ def test_images_of_another_size(size, positions):
 def test_any_number_of_images(options, count):
     model = small(**options)
     made = generate(model, images(count), known=2, steps=2, **given(model, count))
-    assert made.shape == ((count, LENGTH) if model.inputs == "tokens" else (count, 3, 24, 60))
+    assert made.shape == ((count, LENGTH) if model.config.inputs == "tokens" else (count, 3, 24, 60))
 
 
 def test_images_of_any_layout():
@@ -318,7 +318,7 @@ def test_autocast_gives_finite_float32(options):
         for cached in (False, True):
             made = generate(model, imgs, known=2, steps=2, cached=cached, **given(model))
             assert made.isfinite().all()
-            assert made.dtype == (torch.long if model.inputs == "tokens" else torch.float32)
+            assert made.dtype == (torch.long if model.config.inputs == "tokens" else torch.float32)
 
 
 # Errors.
@@ -352,7 +352,7 @@ def test_autocast_gives_finite_float32(options):
 )
 def test_arguments_are_checked(options, arguments, message):
     with pytest.raises(ValueError, match=message):
-        generate(DARL(**SMALL, **options), images(), **arguments)
+        generate(create_darl("darl_vit_tiny", **SMALL, **options), images(), **arguments)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 20, 60), (2, 3, 24, 50), (2, 1, 24, 60), (3, 24, 60)])

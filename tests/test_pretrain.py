@@ -39,7 +39,7 @@ TINY = [
     "--checkpoint_every=4",
     "--device=cpu",
 ]
-SITES = ["--decor.sites=sublayers", "--decor.decoder=false"]
+SITES = ["--decor.sites=sublayers", "--decor.encoder_only=true"]
 # The published rule, by an optimizer that holds R; "--decor.enable=true" alone is the default rule.
 DBP = [
     "--decor.enable=true",
@@ -390,10 +390,10 @@ def test_profile_writes_a_trace_for_tensorboard(tmp_path):
     ("arguments", "message"),
     [
         (["--model=mae_vit_giant"], "unknown model 'mae_vit_giant'"),
-        (["--decoder=none"], "unknown decoder 'none'"),
+        (["--mae.decoder=none"], "mae.decoder"),
         (["--model_args={width: 3}"], "unknown argument 'width'"),
         (["--model_args={depth: 2.5}"], "depth: expected a whole number, got 2.5"),
-        (["--mask_ratio=0.99"], "keeps none of 16 patches"),
+        (["--mae.mask_ratio=0.99"], "keeps none of 16 patches"),
         (["--optim.warmup_steps=-1"], "warmup_steps: expected a finite number >= 0"),
         (["--optim.warmup_steps=25"], "warm-up of 25 steps is longer than the run of 24"),
         ([*DBP, "--batch_size=2", "--accumulation=4"], "multiple of"),
@@ -401,8 +401,8 @@ def test_profile_writes_a_trace_for_tensorboard(tmp_path):
         (["--data.source=foo"], "source must be"),
         (["--data.fraction=2"], "fraction must be"),
         (["--img_size=30"], "30"),
-        (["--mask_ratio=1"], r"mask_ratio: expected a number in \(0, 1\), got 1"),
-        (["--mask_ratio=.nan"], "mask_ratio"),
+        (["--mae.mask_ratio=1"], r"mae\.mask_ratio: expected a number in \(0, 1\), got 1"),
+        (["--mae.mask_ratio=.nan"], "mask_ratio"),
         (["--parallel=fsdp", "--optim.name=muon"], "parallel: muon works on whole matrices"),
         (["--steps=0"], "steps: expected at least 1, got 0"),
         (["--batch_size=9", "--accumulation=2"], "multiple of"),
@@ -425,7 +425,7 @@ def test_profile_writes_a_trace_for_tensorboard(tmp_path):
 )
 def test_bad_input_is_refused_before_anything_is_written(tmp_path, capsys, arguments, message):
     if arguments == ["--device=cuda"] and torch.cuda.is_available():
-        arguments, message = ["--device=cuda", "--mask_ratio=0"], "mask_ratio"
+        arguments, message = ["--device=cuda", "--mae.mask_ratio=0"], "mask_ratio"
     out = tmp_path / "run"
     with pytest.raises(SystemExit) as stop:
         pretrain.main([*TINY, *arguments, f"--out={out}"])

@@ -86,7 +86,9 @@ def draw(config: Config) -> dict[str, Tensor]:
         batch = collate([held_out[i % len(held_out)] for i in range(config.count)])
         images = batch["image"].to(device)
     codes = task.codes(images)
-    order = torch.arange(patches.num_patches, device=device) if model.order == "random" else model.places
+    order = (
+        torch.arange(patches.num_patches, device=device) if model.config.order == "random" else model.places
+    )
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)  # fails now rather than after the work
     start = time.perf_counter()
     made = generate(model, images, known, config.steps, config.seed, config.cache, order, codes)

@@ -13,6 +13,7 @@ from train import pretrain
 from train.engine.config import RunConfig
 from train.engine.plots import WINDOW
 from train.engine.run_folder import NEUTRAL, flat
+from train.tasks.pretraining import FAMILIES
 
 KEPT = 600  # losses of a trial that are kept, at most, where the window allows it
 PRESETS: dict[str, "Preset"] = {}  # by name of the study; the modules of presets fill it
@@ -212,8 +213,8 @@ class Trial:
         if not (published or settings["decor.enable"]):
             settings = {k: v for k, v in settings.items() if k == "decor.enable" or k[:6] != "decor."}
         if preset.pretrains:
-            others = {"darl.", "dvae."} - {f"{settings['model'].partition('_')[0]}."}
-            settings = {k: v for k, v in settings.items() if k[:5] not in others}
+            others = set(FAMILIES) - {settings["model"].partition("_")[0]}
+            settings = {k: v for k, v in settings.items() if k.partition(".")[0] not in others}
         return json.loads(json.dumps(settings | {"stride": preset.stride, "published": published}))
 
 

@@ -46,7 +46,7 @@ _CIFAR_DARL = _CIFAR | {
 }
 _IMAGENET = {
     "img_size": 224,
-    "decoder": "dbp",
+    "mae.decoder": "dbp",
     "steps": 20_000,
     "batch_size": 512,
     "optim.warmup_steps": 1_000,
@@ -94,7 +94,7 @@ ARMS = {
         "DBP as published",
         {
             "decor.sites": "all",
-            "decor.decoder": False,
+            "decor.encoder_only": True,
             "decor.eta": 5e-4,
             "decor.rank": None,
             "decor.every": 1,
@@ -135,7 +135,7 @@ ABLATIONS = {
         ("sublayers", "sublayer sites", {"decor.sites": "sublayers"}),
         ("without-proj", "without proj", {"decor.sites": ["patch_embed", "qkv", "fc1", "fc2"]}),
         ("without-fc2", "without fc2", {"decor.sites": ["patch_embed", "qkv", "proj", "fc1"]}),
-        ("encoder", "encoder alone", {"decor.decoder": False}),
+        ("encoder", "encoder alone", {"decor.encoder_only": True}),
         ("auto", "sites by measurement", {"decor.sites": "auto"}),
         arms=["decor-adamw"],
     ),
@@ -163,7 +163,7 @@ ABLATIONS = {
         ("full", "full R everywhere", {"decor.rank": None}),
         ("qkv", "qkv alone", {"decor.sites": ["qkv"]}),
         ("patches", "patch embedding alone", {"decor.sites": ["patch_embed"], "decor.rank": None}),
-        ("encoder", "encoder alone", {"decor.decoder": False}),
+        ("encoder", "encoder alone", {"decor.encoder_only": True}),
         ("eta-0.02", "eta 0.02", {"decor.eta": 0.02}),
         ("eta-0.005", "eta 0.005", {"decor.eta": 0.005}),
         ("unscaled", "not scale-free, eta 0.01", {"decor.scale_free": False, "decor.eta": 1e-2}),

@@ -45,7 +45,7 @@ class DecorConfig:
         enable: Turns it on.
         sites: Which layers of a block: "sublayers" (patch embedding, qkv, fc1), "all", or a list of
             patch_embed, qkv, proj, fc1, fc2.
-        decoder: Whether to decorrelate the decoder, too.
+        encoder_only: Leaves the decoder as it is.
         eta: Rate of the decorrelation step.
         follow: Whether eta follows the schedule of the learning rate.
         scale_free: Whether the step is free of the variances of z.
@@ -60,7 +60,7 @@ class DecorConfig:
 
     enable: bool = False
     sites: str | list[str] = "all"
-    decoder: bool = True
+    encoder_only: bool = False
     eta: float = Decor.eta
     follow: bool = Decor.follow
     scale_free: bool = Decor.scale_free
@@ -78,8 +78,8 @@ class DecorConfig:
         return [self.sites] if isinstance(self.sites, str) else self.sites
 
     def accepts(self, name: str, module: nn.Module) -> bool:
-        """The filter for `dbpkern.decorrelate`: leaves the decoder out unless it is asked for."""
-        return self.decoder or not name.startswith("decoder")
+        """The filter of the rule: leaves the decoder out where only the encoder is asked for."""
+        return not (self.encoder_only and name.startswith("decoder"))
 
     def rule(self, model: nn.Module, seed: int, ranks: Mapping[str, int | None] | None = None) -> Decor:
         """The rule for a model, with the layers of the options, or those of a plan by its `ranks`.

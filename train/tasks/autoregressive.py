@@ -1,7 +1,7 @@
 """DARL: predict each patch from those before it."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -96,14 +96,12 @@ class AutoregressiveTask(PretrainingTask):
     def build(self) -> nn.Module:
         """The stock model, from torch's random numbers."""
         config = self.config
-        options = asdict(config.darl)
-        options.pop("tokenizer")
         model = darl.create_darl(
             config.model,
+            config=config.darl,
             img_size=config.img_size,
             order_seed=config.seed,
             vocabulary=None if self.tokenizer is None else self.tokenizer.vocabulary,
-            **options,
             **config.model_args,
         )
         if self.tokenizer is not None and self.tokenizer.patch_size != model.patch_embed.patch_size:
@@ -174,14 +172,14 @@ class AutoregressiveTask(PretrainingTask):
         """Pictures of what `forward` gave."""
         images, made = images[:COUNT], made[:COUNT]
         grid_size = model.patch_embed.grid_size
-        if model.objective == "tokens":
+        if model.config.objective == "tokens":
             rows = {
                 "original": denormalize(images),
                 "its codes": denormalize(self.tokenizer.decode(self.codes(images), grid_size)),
                 "predicted codes": denormalize(self.tokenizer.decode(made.argmax(-1), grid_size)),
             }
             return {"predictions": rows}
-        if model.objective == "mse":
+        if model.config.objective == "mse":
             rows = {
                 "original": denormalize(images),
                 "predicted from the patches before": denormalize(model.images_of(images, made)),
@@ -198,7 +196,7 @@ class AutoregressiveTask(PretrainingTask):
         rows = {"original": denormalize(images)}
         for gamma in GAMMAS:
             # Noise cannot be subtracted where there is nothing else.
-            least = 1e-3 if model.prediction == "epsilon" else 0.0
+            least = 1e-3 if model.config.prediction == "epsilon" else 0.0
             level = torch.full(target.shape[:2], max(gamma, least), device=images.device)
             noisy = diffusion.corrupt(target, level, eps)
             clean = model.denoise(context, noisy, level)
@@ -215,7 +213,7 @@ class AutoregressiveTask(PretrainingTask):
         images = images[:COUNT]
         length = model.patch_embed.num_patches
         known = length // 2
-        order = torch.arange(length, device=images.device) if model.order == "random" else model.places
+        order = torch.arange(length, device=images.device) if model.config.order == "random" else model.places
         codes = self.codes(images)
         made = generate(model, images, known, SAMPLING_STEPS, self.config.seed, order=order, codes=codes)
         if codes is not None:

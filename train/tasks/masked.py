@@ -22,17 +22,17 @@ class MaskedTask(PretrainingTask):
     def check(self) -> None:
         """Raise ValueError for settings out of range."""
         super().check()
-        if not 0 < self.config.mask_ratio < 1:
-            raise ValueError(f"mask_ratio: expected a number in (0, 1), got {self.config.mask_ratio}")
+        if not 0 < self.config.mae.mask_ratio < 1:
+            raise ValueError(f"mae.mask_ratio: expected a number in (0, 1), got {self.config.mae.mask_ratio}")
 
     def build(self) -> nn.Module:
         """The stock model, from torch's random numbers."""
         config = self.config
         return mae.create_mae(
             config.model,
-            config.decoder,
+            config.mae.decoder,
             img_size=config.img_size,
-            norm_pix_loss=config.norm_pix_loss,
+            norm_pix_loss=config.mae.norm_pix_loss,
             **config.model_args,
         )
 
@@ -42,11 +42,11 @@ class MaskedTask(PretrainingTask):
 
     def tokens(self, num_patches: int) -> int:
         """Tokens of an image in the encoder."""
-        return 1 + mae.num_kept(num_patches, self.config.mask_ratio)
+        return 1 + mae.num_kept(num_patches, self.config.mae.mask_ratio)
 
     def forward(self, model: nn.Module, images: Tensor, batch: Mapping) -> tuple[Tensor, tuple]:
         """The loss of a batch and what its picture is made of."""
-        loss, pred, mask = model(images, self.config.mask_ratio, batch["noise"])
+        loss, pred, mask = model(images, self.config.mae.mask_ratio, batch["noise"])
         return loss, (pred, mask)
 
     def rows_of(self, model: nn.Module, images: Tensor, batch: Mapping, made: tuple) -> dict[str, Rows]:

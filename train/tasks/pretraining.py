@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import dbpkern
 from dbpkern.sites import select
+from models import darl
 from models.classifier import Architecture
 from train.data.pretraining import DataConfig, build_data, collate, to_images
 from train.engine import config as shared
@@ -20,8 +21,8 @@ from train.engine.run_folder import write_atomically
 from train.engine.task import Collate, Observe, Task
 
 COUNT = 8  # images in a picture
-# Settings of a run that are for the models of one family only.
-FAMILIES = {"mae": ("decoder", "mask_ratio", "norm_pix_loss"), "darl": ("darl",), "dvae": ("dvae",)}
+# Each has settings under its own name, which are for its models only.
+FAMILIES = ("mae", "darl", "dvae")
 Rows = dict[str, Tensor]
 """A picture: rows of images, each `[B, 3, H, W]` with values in [0, 1], by what they show."""
 
@@ -43,46 +44,29 @@ class OptimConfig(shared.OptimConfig):
 
 
 @dataclass
-class DarlConfig:
+class DarlConfig(darl.DarlConfig):
     """DARL, for models darl_vit_*.
 
     Args:
-        objective: "mse", "diffusion", or "tokens", the cross-entropy of a tokenizer's codes.
-        positions: "none", "sincos", "learned", "rope1d" or "rope2d".
-        rope_temperature: RoPE's longest wavelength, over 2 pi, in patches.
-        order: In which order patches are predicted: "raster", "nested", "round-robin", "fixed" (one random
-            order, by the seed) or "random" (one for every image; needs two_stream).
-        order_block: Side of the squares of "nested" and "round-robin", in patches.
-        two_stream: Predict by query tokens that know the patch's place, as XLNet does.
-        decoder: "mlp" or, for diffusion, "transformer"; null for "transformer" there and "mlp" otherwise.
-        decoder_depth: Its blocks; null for 1 in diffusion and 0, a linear decoder, otherwise.
-        gamma: Parameters of the Beta distribution of noise levels.
-        gamma_conditioned: Whether the decoder is told the noise level.
-        prediction: Of diffusion: "x0", the clean patch, or "epsilon", the noise.
-        norm_pix_loss: Whether the targets are pixels normalised per patch; such a model cannot draw images.
-        inputs: "pixels", or "tokens" for a tokenizer's codes.
         tokenizer: tokenizer.safetensors of a run of train/tokenizer.py, where inputs or objective are tokens.
     """
 
-    objective: Literal["mse", "diffusion", "tokens"] = "mse"
-    positions: Literal["none", "sincos", "learned", "rope1d", "rope2d"] = "rope2d"
-    rope_temperature: float = 100.0
-    order: Literal["raster", "nested", "round-robin", "fixed", "random"] = "raster"
-    order_block: int = 2
-    two_stream: bool = False
-    decoder: Literal["mlp", "transformer"] | None = None
-    decoder_depth: int | None = None
-    gamma: tuple[float, float] = (0.03, 1.0)
-    gamma_conditioned: bool = False
-    prediction: Literal["x0", "epsilon"] = "x0"
-    norm_pix_loss: bool = False
-    inputs: Literal["pixels", "tokens"] = "pixels"
     tokenizer: str | None = None
 
-    @property
-    def reads_tokens(self) -> bool:
-        """Whether a tokenizer is needed."""
-        return "tokens" in (self.objective, self.inputs)
+
+@dataclass
+class MaeConfig:
+    """MAE, for models mae_*.
+
+    Args:
+        decoder: Preset of the decoder: "mae" (8 blocks, 512 wide) or "dbp" (2 blocks, 512 wide).
+        mask_ratio: Part of the patches that is hidden, in (0, 1).
+        norm_pix_loss: Whether the targets are pixels normalised per patch.
+    """
+
+    decoder: Literal["mae", "dbp"] = "mae"
+    mask_ratio: float = 0.75
+    norm_pix_loss: bool = True
 
 
 @dataclass
@@ -140,13 +124,11 @@ class Config(shared.RunConfig):
     Args:
         model: mae_vit_tiny, mae_vit_small, mae_vit_base, mae_vit_large or mae_vit_huge; or darl_vit_tiny and
             so on; dvae_tiny, dvae_small or dvae_base.
-        decoder: Preset of MAE's decoder: "mae" (8 blocks, 512 wide) or "dbp" (2 blocks, 512 wide).
         model_args: Changes to the model, such as {depth: 6, embed_dim: 128}; any of patch_size (one number or
             two), embed_dim, depth, num_heads, mlp_ratio, and for MAE decoder_embed_dim, decoder_depth,
             decoder_num_heads; of a discrete VAE patch_size, vocabulary, width, depth.
         img_size: Side of the training crops in pixels, or height and width.
-        mask_ratio: Part of the patches that MAE hides, in (0, 1).
-        norm_pix_loss: Whether MAE's targets are pixels normalised per patch.
+        mae: What MAE hides and predicts.
         darl: What DARL predicts, and how.
         dvae: The loss of a discrete VAE.
         data: The images.
@@ -157,11 +139,9 @@ class Config(shared.RunConfig):
     """
 
     model: str = "mae_vit_base"
-    decoder: str = "mae"
     model_args: dict[str, int | float | list[int]] = field(default_factory=dict)
     img_size: int | tuple[int, int] = 224
-    mask_ratio: float = 0.75
-    norm_pix_loss: bool = True
+    mae: MaeConfig = field(default_factory=MaeConfig)
     darl: DarlConfig = field(default_factory=DarlConfig)
     dvae: DvaeConfig = field(default_factory=DvaeConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -192,11 +172,10 @@ class PretrainingTask(Task):
         """Raise ValueError for settings out of range, or that do not go together."""
         config = self.config
         config.check_numbers()
-        for family, names in FAMILIES.items():
-            changed = [name for name in names if getattr(config, name) != getattr(Config(""), name)]
-            if changed and family != self.name:
+        for family in FAMILIES:
+            if family != self.name and getattr(config, family) != getattr(Config(""), family):
                 raise ValueError(
-                    f"{changed[0]}: a setting of models {family}_*, got model {config.model}; leave it out"
+                    f"{family}: settings of models {family}_*, got model {config.model}; leave them out"
                 )
         for name, value in config.model_args.items():
             if name not in self.model_args:
