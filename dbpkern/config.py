@@ -29,13 +29,15 @@ class Decor:
             as in `{"fc2": 128}`, where others get a full R; or a preset: "low" (1/12 of the width, and 1/48
             for fc2) or "mixed" (the same, with a full R for qkv).
         eta: rate of R, at least 0, before `limit` and `every`; a number or a 0-d tensor, which is read at
-            each step. With `scale_free` it is the part of a correlation that one step removes.
+            each step. With `scale_free` it is the part of a correlation that one step removes: then give
+            about 0.05.
         sample: fraction in (0, 1] of a layer's input rows that are sampled, without replacement; at least
             one row is taken.
         every: R is updated on every so-many-th step, by `every` times the rate; nothing is sampled on the
             others.
         scale_free: divide `M_ij` by `a_i + a_j`, a the mean squares of z: correlations then shrink by the
             factor `1 - eta` a step, whatever the variances. For a low-rank R, divide M by twice their mean.
+            It is ahead in runs of some hundred steps and behind from some thousand on.
         limit: each layer's rate is at most this over an upper bound of the largest eigenvalue of its M. A
             step is stable below 2 and turns no direction round below 1. None for no limit.
         kappa: weight in [0, 1] of the unit-variance term (arXiv 2405.02385); 0 for pure decorrelation.
@@ -51,10 +53,10 @@ class Decor:
     sites: str | tuple[str, ...] | None = "all"
     filter: Filter | None = None
     rank: Ranks = "mixed"
-    eta: float | Tensor = 0.05
+    eta: float | Tensor = 0.01
     sample: float = 0.1
     every: int = 2
-    scale_free: bool = True
+    scale_free: bool = False
     limit: float | None = 0.5
     kappa: float = 0.0
     follow: bool = False
@@ -80,7 +82,7 @@ class Decor:
     @classmethod
     def published(cls) -> Self:
         """The papers' rule and sites: a full R everywhere, a constant eta, no limiter (arXiv 2510.14657)."""
-        return cls(rank=None, eta=5e-4, every=1, scale_free=False, limit=None)
+        return cls(rank=None, eta=5e-4, every=1, limit=None)
 
     @classmethod
     def layers(cls) -> Self:

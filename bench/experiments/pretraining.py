@@ -76,10 +76,9 @@ _LAYERS = _DECOR | {
     "decor.sites": "all",
     "decor.rank": None,
     "decor.every": 1,
-    "decor.scale_free": False,
-    "decor.eta": 1e-2,
     "decor.follow": True,
 }
+_SCALE_FREE = {"decor.scale_free": True, "decor.eta": 0.05}  # for runs of some hundred steps
 # Spelled out, as runs that are finished say what they were: the preset of this name may change.
 _SUBLAYERS = {"proj": 1 / 12, "fc2": 1 / 48}
 _WIDE = _CIFAR["model_args"] | {
@@ -140,7 +139,7 @@ ABLATIONS = {
         arms=["decor-adamw"],
     ),
     "rate": _changes(
-        *((f"eta-{eta:g}", f"eta {eta:g}", {"decor.eta": eta}) for eta in (0.01, 0.02, 0.15)),
+        *((f"eta-{eta:g}", f"eta {eta:g}", {"decor.eta": eta}) for eta in (0.0025, 0.005, 0.02, 0.04)),
         arms=["decor-adamw"],
     ),
     "sample": _changes(
@@ -152,10 +151,30 @@ ABLATIONS = {
         arms=["decor-adamw"],
     ),
     "rule": _changes(
-        ("unscaled", "not scale-free, eta 0.01", {"decor.scale_free": False, "decor.eta": 1e-2}),
         ("unlimited", "no limiter", {"decor.limit": None}),
         ("kappa", "towards unit variances, kappa 0.5", {"decor.kappa": 0.5}),
         ("follow", "eta follows the learning rate", {"decor.follow": True}),
+        arms=["decor-adamw"],
+    ),
+    # The rule that was the default before, and what was changed of it then.
+    "scale-free": _changes(
+        *(
+            (f"scale-free{name and '-'}{name}", f"scale-free{title and ', '}{title}", _SCALE_FREE | settings)
+            for name, title, settings in (
+                ("", "", {}),
+                *((f"eta-{eta:g}", f"eta {eta:g}", {"decor.eta": eta}) for eta in (0.01, 0.02, 0.15)),
+                ("low", "low rank", {"decor.rank": "low"}),
+                ("full", "full R everywhere", {"decor.rank": None}),
+                ("sublayers", "sublayer sites", {"decor.sites": "sublayers"}),
+                ("without-proj", "without proj", {"decor.sites": ["patch_embed", "qkv", "fc1", "fc2"]}),
+                ("encoder", "encoder alone", {"decor.encoder_only": True}),
+                ("sample-2", "sample 2 %", {"decor.sample": 0.02}),
+                ("every-4", "every 4 steps", {"decor.every": 4}),
+                ("unlimited", "no limiter", {"decor.limit": None}),
+                ("kappa", "towards unit variances, kappa 0.5", {"decor.kappa": 0.5}),
+                ("follow", "eta follows the learning rate", {"decor.follow": True}),
+            )
+        ),
         arms=["decor-adamw"],
     ),
     "beside-muon": _changes(
@@ -166,7 +185,7 @@ ABLATIONS = {
         ("encoder", "encoder alone", {"decor.encoder_only": True}),
         ("eta-0.02", "eta 0.02", {"decor.eta": 0.02}),
         ("eta-0.005", "eta 0.005", {"decor.eta": 0.005}),
-        ("unscaled", "not scale-free, eta 0.01", {"decor.scale_free": False, "decor.eta": 1e-2}),
+        ("scale-free", "scale-free", _SCALE_FREE),
         ("kappa", "towards unit variances, kappa 0.5", {"decor.kappa": 0.5}),
         ("follow", "eta follows the learning rate", {"decor.follow": True}),
         arms=["decor-muon"],
@@ -192,6 +211,9 @@ ABLATIONS = {
 }
 
 
+_SHORT = dict.fromkeys(("dbp", "decor-adamw", "decor-muon"), _SCALE_FREE)
+
+
 def _study(settings: Mapping[str, object], **further: object) -> Preset:
     return Preset(pretrain, settings, ARMS, ABLATIONS, **further)
 
@@ -202,9 +224,9 @@ def _images(settings: Mapping[str, object], **further: object) -> Preset:
 
 
 PRESETS |= {
-    "photos": _study(_PHOTOS, probe=400),
-    "darl": _study(_DARL, probe=400),
-    "darl-diffusion": _study(_DARL | {"darl.objective": "diffusion"}, probe=400),
+    "photos": _study(_PHOTOS, probe=400, own=_SHORT),
+    "darl": _study(_DARL, probe=400, own=_SHORT),
+    "darl-diffusion": _study(_DARL | {"darl.objective": "diffusion"}, probe=400, own=_SHORT),
     "cifar10": _images(
         _CIFAR,
         evaluations=12,
