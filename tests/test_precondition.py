@@ -39,7 +39,15 @@ def loss_of(model, x):
 
 
 def precondition(model, optimizer, **options):
-    chosen = {"sites": None, "filter": everything, "eta": ETA, "sample": 1.0, "rank": None, "every": 1}
+    chosen = {
+        "sites": None,
+        "filter": everything,
+        "eta": ETA,
+        "sample": 1.0,
+        "rank": None,
+        "every": 1,
+        "scale_free": True,
+    }
     return preconditioner(model, optimizer, **chosen | options)
 
 

@@ -390,7 +390,7 @@ def test_profile_writes_a_trace_for_tensorboard(tmp_path):
     ("arguments", "message"),
     [
         (["--model=mae_vit_giant"], "unknown model 'mae_vit_giant'"),
-        (["--mae.decoder=none"], "mae.decoder"),
+        (["--mae.decoder=none"], "unknown decoder 'none'"),
         (["--model_args={width: 3}"], "unknown argument 'width'"),
         (["--model_args={depth: 2.5}"], "depth: expected a whole number, got 2.5"),
         (["--mae.mask_ratio=0.99"], "keeps none of 16 patches"),

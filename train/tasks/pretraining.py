@@ -64,7 +64,7 @@ class MaeConfig:
         norm_pix_loss: Whether the targets are pixels normalised per patch.
     """
 
-    decoder: Literal["mae", "dbp"] = "mae"
+    decoder: str = "mae"
     mask_ratio: float = 0.75
     norm_pix_loss: bool = True
 
