@@ -15,9 +15,15 @@ from train.engine.plots import WINDOW
 from train.engine.run_folder import to_json, write_atomically
 
 CROWD = 8  # arms whose names still fit among their curves
-# Shown beside a family of ablations, black and silver: the arm that they change, and another.
+# Shown above a family of ablations: the arm that they change, and another.
 BESIDE = {"decor-muon": ("decor-muon", "muon")}
-DECIDES = {"loss": "final training loss", "heldout_loss": "held-out loss at the end"}
+
+
+def _decides(figures: StudyFigures) -> str:
+    """What chooses the best rate, in words."""
+    named = {"loss": "final training loss", "heldout_loss": "held-out loss at the end"}
+    decides = figures.preset.decides
+    return named[decides] if decides in named else f"{FIGURES[decides]} at the end, %"
 
 
 def _number(value: float | None, form: str) -> str:
@@ -186,11 +192,10 @@ def _target_text(figures: StudyFigures) -> str:
 
 def _intro(figures: StudyFigures) -> list[str]:
     settings, preset = figures.preset.settings, figures.preset
-    best = DECIDES.get(preset.decides) or f"{FIGURES[preset.decides]} at the end"
     about = (
         f"{preset.steps} steps of {settings['batch_size']} images of {settings['img_size']} pixels, of "
         f"{figures.source}; {max(r.held_out for r in figures.study.results.values())} held-out images. Each "
-        f"arm has its own best rate, by the {best}, with one seed."
+        f"arm has its own best rate, by the {_decides(figures)}, with one seed."
     )
     if preset.pretrains:
         about += " " + _target_text(figures)
@@ -214,7 +219,7 @@ def _probed(figures: StudyFigures) -> str:
 
 
 def _beside(figures: StudyFigures, names: Sequence[str]) -> tuple[str, str]:
-    """What a family is shown beside: by default the first rival that is not the changed arm itself."""
+    """What a family is shown below: by default the changed arm and the first rival that is another."""
     changed = figures.preset.tuned(names[0])
     return BESIDE.get(changed, (changed, next(rival for rival in RIVALS if rival != changed)))
 
@@ -244,11 +249,10 @@ def markdown(figures: StudyFigures, pictures: Mapping[str, str]) -> str:
             heldout_table(figures, figures.main),
         )
         section("Costs", "costs", _cost_text(figures), costs_table(figures, figures.arms))
-    best = DECIDES.get(figures.preset.decides) or f"{FIGURES[figures.preset.decides]} at the end, %"
     section(
         "Rates",
-        "rates",
-        f"By peak learning rate: {best}, one seed. The best is run with the other seeds.",
+        "",
+        f"By peak learning rate: {_decides(figures)}, one seed. The best is run with the other seeds.",
         rates_table(figures),
     )
     for probe, title in PROBES.items():
@@ -258,7 +262,7 @@ def markdown(figures: StudyFigures, pictures: Mapping[str, str]) -> str:
             section(title, probe, text, table)
     for family, names in figures.families.items():
         shown = [name for name in _beside(figures, names) if name in figures.arms]
-        section(f"Ablation: {family}", f"ablation_{family}", arms_table(figures, [*shown, *names]))
+        section(f"Ablation: {family}", "", arms_table(figures, [*shown, *names]))
     if figures.diverged:
         section("Diverged", "", "\n".join(f"- {r.trial.name}: {r.outcome}" for r in figures.diverged))
     if figures.study.unusable:
@@ -327,35 +331,6 @@ def _draw_curves(
         figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside right upper")
 
 
-def _draw_family(figure: Figure, figures: StudyFigures, names: Sequence[str], near: Sequence[str]) -> None:
-    many = colormaps["tab20"].colors
-    colours = {name: many[i % len(many)] for i, name in enumerate(names)}
-    _draw_curves(figure, figures, names, colours | dict(zip(near, ("black", "silver"), strict=True)))
-
-
-def _draw_rates(figure: Figure, figures: StudyFigures) -> None:
-    axis = figure.subplots()
-    colours = _colours(figures)
-    for name in figures.main:
-        found = {float(lr): value for lr, value in figures.rows[name]["lrs"].items()}
-        known = {lr: value for lr, value in found.items() if value is not None}
-        axis.plot(
-            list(known), list(known.values()), "o-", color=colours[name], label=figures.arms[name].title
-        )
-        for lr in found.keys() - known.keys():
-            axis.plot(lr, 1.0, "x", color=colours[name], transform=axis.get_xaxis_transform(), clip_on=False)
-    lrs = sorted({lr for name in figures.main for lr in figures.arms[name].sweep})
-    axis.set_xscale("log")
-    axis.set_xticks(lrs, [f"{lr:g}" for lr in lrs], fontsize=8)
-    axis.minorticks_off()
-    axis.set_xlabel("peak learning rate")
-    decides = figures.preset.decides
-    axis.set_ylabel(f"{DECIDES.get(decides) or FIGURES[decides] + ' at the end, %'}, one seed")
-    axis.set_title("x at the top: diverged", fontsize=9, pad=10)
-    axis.grid(alpha=0.3)
-    figure.legend(fontsize=8, loc="outside right upper")  # curves go everywhere
-
-
 def _draw_evals(figure: Figure, figures: StudyFigures, key: str, label: str) -> None:
     axis = figure.subplots()
     for name, colour in _colours(figures).items():
@@ -387,17 +362,10 @@ def plots(figures: StudyFigures, folder: Path) -> dict[str, str]:
     if not preset.pretrains:
         label = f"{FIGURES[preset.decides]}, held out, %"
         drawn["figure"] = partial(_draw_evals, figures=figures, key=preset.decides, label=label)
-    if any(len(figures.arms[name].sweep) > 1 for name in figures.main):
-        drawn["rates"] = partial(_draw_rates, figures=figures)
     for probe, title in PROBES.items():
         if steps_table(figures, probe):
             label = f"{title}, accuracy on {_probed(figures)}"
             drawn[probe] = partial(_draw_evals, figures=figures, key=probe, label=label)
-    for family, names in figures.families.items():
-        near = _beside(figures, names)
-        chosen = [n for n in (*near, *names) if n in figures.arms and figures.arms[n].curve is not None]
-        if chosen:
-            drawn[f"ablation_{family}"] = partial(_draw_family, figures=figures, names=chosen, near=near)
     for name, draw in drawn.items():
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         draw(figure)
