@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bench.options import count, device, file
 from dbpkern.sites import PRESETS
-from models.darl import DARL
+from models.darl import DARL, DarlConfig
 from models.mae import MaskedAutoencoder
 
 PATCH = 16
@@ -148,7 +148,8 @@ class Case:
         if self.segments:
             return Segmenter("upernet" if self.name == "segment" else "linear", **sizes)
         if not self.masked:
-            return Autoregression(**sizes, objective="diffusion" if self.name == "darl-diffusion" else "mse")
+            objective = "diffusion" if self.name == "darl-diffusion" else "mse"
+            return Autoregression(DarlConfig(objective=objective), **sizes)
         decoder_width = min(512, self.width)  # narrower than MAE's 512 for small models alone
         decoder = {
             "decoder_embed_dim": decoder_width,

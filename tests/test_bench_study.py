@@ -419,7 +419,7 @@ def last_loss_becomes(path, text):
     [
         (damage, "is damaged"),
         (lambda path: last_loss_becomes(path, "NaN,"), "is damaged"),
-        (lambda path: change(path, **{"decor.eta": 0.5}), "decor.eta was 0.5, is 0.05"),
+        (lambda path: change(path, **{"decor.eta": 0.5}), "decor.eta was 0.5, is 0.01"),
         (lambda path: change(path, **{"decor.old": 1}), "decor.old was 1, is not there"),
         (
             lambda path: path.write_text(
@@ -474,7 +474,7 @@ def test_the_decorrelation_settings_of_an_arm_without_it_do_not_matter():
         Trial("made", arm, 1e-3, 0).settings({}) for arm in ("adamw", "dbp", "published")
     )
     assert [name for name in plain if name.startswith("decor.")] == ["decor.enable"]
-    assert dbp["decor.eta"] == 0.05
+    assert dbp["decor.eta"] == 0.01
     assert published["decor.eta"] == 5e-4
     assert published["published"]
     with pytest.raises(ValueError, match=r"name of a setting.*'decor.speed'"):
