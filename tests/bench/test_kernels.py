@@ -14,7 +14,7 @@ from bench.__main__ import main
 from dbpkern import ops, problems
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SHAPE = (2, 12, 32)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from test_bench_study import ENERGY, HEADER, TINY
+from test_study import ENERGY, HEADER, TINY
 
 from bench import study as command
 from bench.__main__ import main
@@ -49,7 +49,7 @@ WORKER = f"""\
 import sys
 
 sys.path.insert(0, {os.path.dirname(__file__)!r})
-from test_bench_encoders import shrink
+from test_encoders import shrink
 from bench.__main__ import main
 
 shrink(dict.__setitem__)

@@ -16,7 +16,7 @@ from bench import gpu, gpu_stages
 from bench.__main__ import main
 from bench.record import Stage
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def options(out, **changes):

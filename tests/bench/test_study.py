@@ -66,7 +66,7 @@ WORKER = f"""\
 import sys
 
 sys.path.insert(0, {os.path.dirname(__file__)!r})
-from test_bench_study import shrink
+from test_study import shrink
 from bench.__main__ import main
 
 shrink(dict.__setitem__)

@@ -34,7 +34,7 @@ LAYERS = {
 }
 CPU = torch.device("cpu")
 TORCH = torch.__version__.partition("+")[0]
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def near_identity(d: int) -> torch.Tensor:
