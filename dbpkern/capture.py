@@ -13,7 +13,7 @@ import struct
 import warnings
 import weakref
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ class Sampler:
         self.seen = False
         """Whether a layer has met an input since the last step, also on a step that is not due."""
         self.warned = False
-        self._drawn: dict[tuple, Tensor] = {}
+        self._drawn: dict[tuple[int, int, torch.device], Tensor] = {}
         self._generators: dict[torch.device, torch.Generator] = {}
 
     @property
@@ -136,7 +136,7 @@ class _Part:
     """Whether they lie in the slot's room."""
     delivered: bool
     """Whether their backward has come."""
-    token: weakref.ref | None = None
+    token: weakref.ref[_Token] | None = None
 
     @property
     def waits(self) -> bool:
@@ -157,10 +157,12 @@ class Slot:
     A layer in the applied form brings `-M R` of its rows with them, from `ops.fused_step`.
     """
 
+    kind: RowKind
+    """Of the stack, which sets it."""
+
     def __init__(self, layer: RowSource, sampler: Sampler) -> None:
         self.layer = layer
         self.sampler = sampler
-        self.kind: RowKind | None = None
         self.linear = False
         """Whether R's step is linear in M, so that the applied form may bring it."""
         self.kappa = 0.0
@@ -240,8 +242,9 @@ class Slot:
 
     def moves(self) -> Tensor | None:
         """`-M R` of all rows, or None where some of them came without."""
-        complete = self._moved is not None and self._moved_rows == self.count()
-        return self._moved / self._moved_rows if complete else None
+        if self._moved is None or self._moved_rows != self.count():
+            return None
+        return self._moved / self._moved_rows
 
     def forward(self, x: Tensor, output: Tensor) -> None:
         """Sample x in the forward that made `output` of it; the rows count once its backward comes."""
@@ -263,7 +266,8 @@ class Slot:
 
         # Not an autograd function around the output: that would be a view, which others may not change in
         # place. A hook on a view is lost when its base changes, so it goes on the base.
-        (output._base if output._is_view() and output._base.requires_grad else output).register_hook(deliver)
+        base = output._base
+        (base if base is not None and base.requires_grad else output).register_hook(deliver)
 
     def deliver(self) -> None:
         """Count all rows as if their backward had come, where there can be none (on fake tensors)."""
@@ -303,19 +307,16 @@ class Slot:
             return None
         dtype = self.kind.of(x)
         start = sum(len(part.rows) for part in self._parts) if all(p.housed for p in self._parts) else None
-        fits = (
+        if (
             start is not None
             and self.room is not None
             and start + n <= len(self.room)
             and self.room.dtype == dtype
             and self.room.device == x.device
-        )
-        rows = (
-            self.room[start : start + n]
-            if fits
-            else torch.empty(n, self.kind.width, dtype=dtype, device=x.device)
-        )
-        part = _Part(rows, fits, False)
+        ):
+            part = _Part(self.room[start : start + n], True, False)
+        else:
+            part = _Part(torch.empty(n, self.kind.width, dtype=dtype, device=x.device), False, False)
         self._parts.append(part)
         return part
 
@@ -355,14 +356,14 @@ class Tap(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, weight: Tensor, x: Tensor, key: Tensor) -> Tensor:  # noqa: D102
+    def forward(ctx: Any, weight: Tensor, x: Tensor, key: Tensor) -> Tensor:  # noqa: D102
         # Not with setup_context: apply() would then inspect this signature at every call, per layer.
         ctx.save_for_backward(x)
         ctx.key = key
         return weight.detach()  # a view could not be changed in place by what comes next
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # noqa: D102
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # noqa: D102
         (x,) = ctx.saved_tensors
         if torch.compiler.is_compiling():
             torch.ops.dbpkern.capture(grad, x, ctx.key)
@@ -375,13 +376,15 @@ class MovedTap(torch.autograd.Function):
     """As `Tap`, for an input whose sampled rows have said already what R moves by."""
 
     @staticmethod
-    def forward(ctx, weight: Tensor, x: Tensor, index: Tensor, moved: Tensor, key: Tensor) -> Tensor:  # noqa: D102
+    def forward(  # noqa: D102
+        ctx: Any, weight: Tensor, x: Tensor, index: Tensor, moved: Tensor, key: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(x, index, moved)
         ctx.key = key
         return weight.view_as(weight)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # noqa: D102
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # noqa: D102
         slot = slot_of(ctx.key)
         if slot is not None and slot.sampler.due:
             slot.add_moved(*ctx.saved_tensors)

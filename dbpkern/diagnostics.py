@@ -9,6 +9,7 @@
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -128,7 +129,9 @@ def observe(
     Raises:
         ValueError: as `decorrelate`, for stock models.
     """
-    found = {name: m for name, m in model.named_modules() if isinstance(m, Decorrelated)}
+    found: dict[str, nn.Module] = {
+        name: m for name, m in model.named_modules() if isinstance(m, Decorrelated)
+    }
     if found:
         found = {name: m for name, m in found.items() if filter is None or filter(name, m)}
     else:
@@ -142,7 +145,13 @@ def observe(
     handles = []
     for name, module in found.items():
 
-        def hook(_, args, kwargs, layer=layers[name], source=sources[name]):
+        def hook(
+            _: nn.Module,
+            args: tuple[Any, ...],
+            kwargs: dict[str, Any],
+            layer: Layer = layers[name],
+            source: Decorrelated | StockLayer = sources[name],
+        ) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
             n = source.count_rows(x)
             if n:

@@ -131,6 +131,7 @@ def _reduce_scatter(tensor: Tensor, read: Callable[[Tensor], Any]) -> Transfer:
     world = world_size()
     part = tensor.new_empty(len(tensor) // world, *tensor.shape[1:])
     work = dist.reduce_scatter_tensor(part, tensor, async_op=True)
+    assert work is not None  # as for a process outside the group
     return Transfer(work, part, (world - 1) * part.nbytes, read)
 
 
@@ -139,6 +140,7 @@ def _all_gather(part: Tensor, read: Callable[[Tensor], Any]) -> Transfer:
     world = world_size()
     whole = part.new_empty(world * len(part), *part.shape[1:])
     work = dist.all_gather_into_tensor(whole, part, async_op=True)
+    assert work is not None
     return Transfer(work, whole, (world - 1) * part.nbytes, read)
 
 

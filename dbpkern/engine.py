@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,27 +18,34 @@ from dbpkern import distributed, ops
 from dbpkern.capture import RowKind, RowSource, Sampler, Slot
 from dbpkern.config import Decor
 from dbpkern.ops._common import check_eta
-from dbpkern.sites import SharedInput
+from dbpkern.sites import Shares
 from dbpkern.structure import Full, LowRank
 
 HALVES = (torch.float16, torch.bfloat16)
 
 
-class Holder(RowSource, Protocol):
+class Holder(RowSource, Shares, Protocol):
     """A layer that holds an R: a decorrelated one, or a stock layer with an R beside it."""
 
     structure: Full | LowRank
-    factors: tuple[Tensor, ...]
-    """The tensors that hold R: one, or Q and S."""
-    shared: SharedInput | None
-    """Layers that hold the same object read one input and have one R."""
-    weight: Tensor
-    trains: bool
-    """Whether the weight is trained; R rests where it is not."""
-    slot_key: Tensor | None
+
+    @property
+    def weight(self) -> Tensor:
+        """What R acts on, `[o, ...]`."""
+
+    @property
+    def trains(self) -> bool:
+        """Whether the weight is trained; R rests where it is not."""
+
+    @property
+    def slot_key(self) -> Tensor | None:
+        """The key of the slot that samples go to, or None."""
 
     def attach(self, slot: Slot | None, samples: bool = True) -> None:
         """Belong to `slot` from now on, and send samples there if this layer is to; None ends both."""
+
+
+HolderT = TypeVar("HolderT", bound=Holder)
 
 
 @dataclass(frozen=True)
@@ -67,15 +74,18 @@ class Site:
     def __init__(self, name: str, layer: Holder, sampler: Sampler) -> None:
         self.name = name
         self.layers = [layer]
+        self.source = layer
+        """The layer that is sampled."""
         self.slot = Slot(layer, sampler)
         self.caution = torch.ones_like(layer.factors[0][0, 0])
         """By what the rate of this R is multiplied: halved when its samples were not finite."""
 
     def choose_source(self) -> None:
         """Sample from a layer whose weight trains, if any does: one sample of a common input is enough."""
-        self.slot.layer = next((layer for layer in self.layers if layer.trains), self.layers[0])
+        self.source = next((layer for layer in self.layers if layer.trains), self.layers[0])
+        self.slot.layer = self.source
         for layer in self.layers:
-            layer.attach(self.slot, layer is self.slot.layer)
+            layer.attach(self.slot, layer is self.source)
 
     @property
     def factors(self) -> tuple[Tensor, ...]:
@@ -83,7 +93,7 @@ class Site:
         return self.layers[0].factors
 
     @property
-    def kind(self) -> tuple:
+    def kind(self) -> tuple[Any, ...]:
         """What sites must agree in to lie in one stack."""
         return (type(self.layers[0].structure), *((f.shape, f.dtype, f.device) for f in self.factors))
 
@@ -98,6 +108,8 @@ class Stack:
 
     traffic: distributed.Traffic | None = None
     """What this process sent in the last step, where there are several processes."""
+    halves = False
+    """Whether all processes sample rows of 16 bits on GPUs; known where there are several processes."""
 
     def __init__(self, sites: list[Site]) -> None:
         self.sites = sites
@@ -189,10 +201,10 @@ class Stack:
 
     def _rows(self, where: slice, sites: list[Site], count: int) -> Tensor:
         buffer = self.samples.get((where.start, where.stop))
-        lands = buffer is not None and all(
-            site.slot.in_room(count) and site.slot.room._base is buffer for site in sites
-        )
-        if not lands:
+        if buffer is None or not all(
+            site.slot.in_room(count) and site.slot.room is not None and site.slot.room._base is buffer
+            for site in sites
+        ):
             # The first step, or more rows than before: gather once, and give every site its room in the
             # new buffer, where later rows are written at once.
             buffer = torch.stack([site.slot.gather() for site in sites])
@@ -231,8 +243,9 @@ class FullStack(Stack):
     def step_alone(self, step: Step) -> None:  # noqa: D102
         (R,) = self.factors
         for where, rows in self.runs():
-            moves = [site.slot.moves() for site in self.sites[where]] if step.linear else [None]
-            if all(move is not None for move in moves):
+            sites = self.sites[where] if step.linear else []
+            moves = [move for site in sites if (move := site.slot.moves()) is not None]
+            if sites and len(moves) == len(sites):
                 self._move(where, torch.stack(moves), step)
                 continue
             z = self.decorrelated(where, rows)
@@ -246,9 +259,9 @@ class FullStack(Stack):
 
     def _choose_rates(self, where: slice, a: Tensor, bound: Tensor, step: Step) -> Tensor:
         """The rates `[L']` of the sites `where`, see `ops.choose_rates_`."""
-        bound = None if step.limit is None else bound
+        limited = None if step.limit is None else bound
         eta = step.eta if step.keep is None else step.eta * step.keep
-        return ops.choose_rates_(self.caution[where], self.rates[where], a, bound, eta, step.limit)
+        return ops.choose_rates_(self.caution[where], self.rates[where], a, limited, eta, step.limit)
 
     def _associate(self, where: slice, z: Tensor, step: Step) -> None:
         """Step the sites `where` by fewer rows than features: M need not be formed."""
@@ -273,9 +286,6 @@ class FullStack(Stack):
         rates = self._choose_rates(where, a, eigenvalue_bound(M), step)
         # In 16 bits where rows are, M and R are the operands that they are with one process.
         ops.apply_(self.factors[0][where], M.bfloat16() if self.halves else M, rates)
-
-    halves = False
-    """Whether all processes sample rows of 16 bits on GPUs; known where there are several processes."""
 
     def decorrelated(self, where: slice, rows: Tensor) -> Tensor:  # noqa: D102
         return ops.transform(rows, self.factors[0][where])
@@ -356,7 +366,7 @@ def _loss_of_rows(z: Tensor, kappa: float) -> Tensor:
     return _loss((squares - a.square().sum(1)).clamp(min=0), a, kappa)
 
 
-class Engine:
+class Engine(Generic[HolderT]):
     """All R of some layers, and the rule by which they move.
 
     Args:
@@ -364,7 +374,7 @@ class Engine:
         decor: the rule; its sites, filter and ranks have had their say in `layers`.
     """
 
-    def __init__(self, layers: Mapping[str, Holder], decor: Decor) -> None:
+    def __init__(self, layers: Mapping[str, HolderT], decor: Decor) -> None:
         self.decor = decor
         self.eta = decor.eta
         """The rate of R, a number or a 0-d tensor; may be set between steps."""
@@ -397,14 +407,14 @@ class Engine:
 
     def stacks(self) -> list[Stack]:
         """The stacks of R, rebuilt where a module got other storage since the last look."""
-        taken = [site.name for site in self.sites if site.slot.layer.slot_key is not site.slot.key]
+        taken = [site.name for site in self.sites if site.source.slot_key is not site.slot.key]
         if taken:
             raise RuntimeError(
                 f"the samples of {taken[0]} no longer come here: the layer's R has another optimizer since, "
                 "or was fused"
             )
         if not self._stacks or not all(stack.holds() for stack in self._stacks):
-            kinds: dict[tuple, list[Site]] = {}
+            kinds: dict[tuple[Any, ...], list[Site]] = {}
             for site in self.sites:
                 kinds.setdefault(site.kind, []).append(site)
             self._stacks = [STACKS[structure](sites) for (structure, *_), sites in kinds.items()]
@@ -435,7 +445,7 @@ class Engine:
                 range.
         """
         for site in self.sites:
-            if not site.slot.layer.trains and any(layer.trains for layer in site.layers):
+            if not site.source.trains and any(layer.trains for layer in site.layers):
                 site.choose_source()  # it was frozen since, or another no longer is
         together = distributed.world_size() > 1
         idle = not self.sampler.seen
@@ -539,7 +549,7 @@ class Engine:
             losses |= {s.name: v for s, v, n in zip(stack.sites, values, counts.tolist(), strict=True) if n}
         return {name: losses[name] for name in self.names if name in losses}
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         # A filter has had its say, and may be a function that cannot be pickled.
         decor = replace(self.decor, sites="all", filter=None)
         where = (self.sampler.seed, self.sampler.step)
@@ -547,7 +557,7 @@ class Engine:
         kept = {"layers": self.layers, "factors": factors, "eta": self.eta, "_checked": self._checked}
         return {**kept, "decor": decor, "sampling": where, "caution": self.caution()}
 
-    def __setstate__(self, state: dict) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         sampling, caution, factors = (state.pop(name) for name in ("sampling", "caution", "factors"))
         self.__dict__.update(state)
         for name, layer in self.layers.items():

@@ -17,8 +17,10 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 # In the package in a wheel, beside it in a checkout.
 SOURCES = next(Path(__file__).parent.glob("csrc"), Path(__file__).parent.parent / "csrc")
@@ -132,10 +134,17 @@ def _find() -> tuple[Path | None, str]:
     return None, "no build for this torch and these GPUs: python -m dbpkern.extension makes one"
 
 
-_decision: tuple[object | None, str] | None = None
+class Operators(Protocol):
+    """The extension's operators."""
+
+    def lowrank_statistics(self, x: Tensor, Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """B, Y and c of `x [L, n, d]` and `Q [L, d, r]`."""
 
 
-def load() -> object | None:
+_decision: tuple[Operators | None, str] | None = None
+
+
+def load() -> Operators | None:
     """The extension's operators, or None where no build fits; decided once a process, with one log line.
 
     They are a namespace with `lowrank_statistics(x [L, n, d], Q [L, d, r]) -> (B, Y, c)`.
@@ -146,7 +155,7 @@ def load() -> object | None:
         try:
             if library is not None:
                 torch.ops.load_library(library)
-            _decision = library and torch.ops.dbpkern_cuda, reason
+            _decision = None if library is None else torch.ops.dbpkern_cuda, reason
         except (OSError, RuntimeError) as error:
             _decision = None, f"{library} did not load: {error}"
         logging.getLogger("dbpkern").info("CUDA extension: %s", _decision[1])

@@ -10,6 +10,8 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,10 @@ from dbpkern import extension, ops
 from dbpkern.ops._dispatch import AUTOMATIC
 
 Product = Callable[[Tensor, Tensor], Tensor]
+Factors = tuple[Tensor, ...]
+Three = tuple[Tensor, Tensor, Tensor]
+Made = tuple[tuple[Any, ...], Callable[..., object], Callable[..., object]]
+"""Inputs, call and formula of a `Problem`."""
 REPEATS, WARM_UP = 15, 3
 STEP = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.05}
 
@@ -59,7 +65,7 @@ class Sizes:
         Q = torch.linalg.qr(self.draw(self.L, self.d, self.r)).Q.contiguous()
         return Q, self.draw(self.L, self.r, self.r) / (10 * self.r**0.5)
 
-    def factors(self, low: bool) -> list[tuple[Tensor, ...]]:
+    def factors(self, low: bool) -> list[Factors]:
         """R for each layer."""
         return list(zip(*(self.QS() if low else (self.R(),)), strict=True))
 
@@ -73,18 +79,18 @@ class Problem:
     """An op with inputs."""
 
     op: str
-    inputs: tuple
+    inputs: tuple[Any, ...]
     """Nested tensors; an op that works in place changes them."""
     call: Callable[..., object]
     """`call(*inputs, backend=...)` returns all that the op writes."""
     formula: Callable[..., object]
     """`formula(product, *inputs)` returns the same, with every product by `product`."""
 
-    def fresh(self) -> tuple:
+    def fresh(self) -> tuple[Any, ...]:
         """A copy of the inputs."""
         return tree_map_only(Tensor, torch.clone, self.inputs)
 
-    def cast(self, dtype: torch.dtype) -> tuple:
+    def cast(self, dtype: torch.dtype) -> tuple[Any, ...]:
         """A copy of the inputs with all numbers in this dtype; counts of steps have one of their own."""
 
         def copy(t: Tensor) -> Tensor:
@@ -126,25 +132,25 @@ def _deviation(p: Product, x: Tensor, factors: Sequence[Tensor], transposed: boo
     return p(p(p(x, Q[0]), last), Q[0].mT) if Q else p(x, last - _eye(last))
 
 
-def _eagerly(call: Callable) -> Callable:
+def _eagerly(call: Callable[..., object]) -> Callable[..., object]:
     """The formula of an op whose operands have the inputs' dtypes."""
     return lambda p, *inputs: call(*inputs, backend="eager")
 
 
-def _correlation(s: Sizes) -> tuple:
-    def formula(p, z):
+def _correlation(s: Sizes) -> Made:
+    def formula(p: Product, z: Tensor) -> Three:
         G = p(z.mT, z) / z.shape[1]
         a = G.diagonal(dim1=-2, dim2=-1)
         M = (G - torch.diag_embed(a)) / (a[:, :, None] + a[:, None, :])
         return M, a, torch.minimum(M.square().sum((1, 2)).sqrt(), M.abs().sum(2).amax(1))
 
-    def call(z, backend):
+    def call(z: Tensor, backend: str) -> Three:
         return ops.correlation(z, 0.0, True, torch.bfloat16, backend=backend)
 
     return (s.rows(),), call, formula
 
 
-def _apply(s: Sizes) -> tuple:
+def _apply(s: Sizes) -> Made:
     M = s.draw(s.L, s.d, s.d).bfloat16() / s.d**0.5
     return (
         (s.R(), M),
@@ -153,30 +159,30 @@ def _apply(s: Sizes) -> tuple:
     )
 
 
-def _transform(s: Sizes) -> tuple:
+def _transform(s: Sizes) -> Made:
     return (s.rows(), s.R()), ops.transform, lambda p, x, R: x + _deviation(p, x, (R,), True)
 
 
-def _fold(s: Sizes) -> tuple:
-    def call(W, R, backend):
+def _fold(s: Sizes) -> Made:
+    def call(W: Tensor, R: Tensor, backend: str) -> Tensor:
         return ops.fold(W, R, torch.bfloat16, backend=backend)
 
     return (torch.stack(s.weights()), s.R()), call, lambda p, W, R: W + _deviation(p, W, (R,))
 
 
-def _lowrank_transform(s: Sizes) -> tuple:
+def _lowrank_transform(s: Sizes) -> Made:
     return (s.rows(), *s.QS()), ops.lowrank_transform, (lambda p, x, Q, S: x + p(p(x, Q), S.mT @ Q.mT))
 
 
-def _lowrank_fold(s: Sizes) -> tuple:
-    def call(W, Q, S, backend):
+def _lowrank_fold(s: Sizes) -> Made:
+    def call(W: Tensor, Q: Tensor, S: Tensor, backend: str) -> Tensor:
         return ops.lowrank_fold(W, Q, S, torch.bfloat16, backend=backend)
 
     return (torch.stack(s.weights()), *s.QS()), call, lambda p, W, Q, S: W + p(p(W, Q), S @ Q.mT)
 
 
-def _fused_step(s: Sizes) -> tuple:
-    def formula(p, x, R, index):
+def _fused_step(s: Sizes) -> Made:
+    def formula(p: Product, x: Tensor, R: Tensor, index: Tensor) -> Three:
         z = x + _deviation(p, x, (R,), True)
         sampled = z.to(x.dtype)[index].to(R.dtype)
         # What one product leaves to the next waits in the dtype of the rows.
@@ -185,30 +191,34 @@ def _fused_step(s: Sizes) -> tuple:
         M = (G - torch.diag(G.diagonal())).to(x.dtype).to(R.dtype)
         return z, R - 0.05 * (M + _deviation(p, M, (R,))), sampled.square().mean(0)
 
-    def call(x, R, index, backend):
+    def call(x: Tensor, R: Tensor, index: Tensor, backend: str) -> Three:
         return ops.fused_step(x, R, index, 0.05, backend=backend)
 
     x = s.rows().flatten(0, 1)[: 4 * s.n]
     return (x, s.R()[0], torch.randperm(len(x), device=s.device)[: max(1, len(x) // 10)]), call, formula
 
 
-def _map_gradients(s: Sizes, low: bool = False) -> tuple:
-    def call(gradients, factors, backend):
+def _map_gradients(s: Sizes, low: bool = False) -> Made:
+    def call(gradients: list[Tensor], factors: list[Factors], backend: str) -> list[Tensor]:
         ops.map_gradients_(gradients, factors, backend=backend)
         return gradients
 
-    def formula(p, gradients, factors):
+    def formula(p: Product, gradients: list[Tensor], factors: list[Factors]) -> list[Tensor]:
         return [g + _deviation(p, g, own, True) for g, own in zip(gradients, factors, strict=True)]
 
     return (s.weights(), s.factors(low)), call, formula
 
 
-def _map_changes(s: Sizes, low: bool = False) -> tuple:
-    def call(weights, old, kept, factors, backend):
+def _map_changes(s: Sizes, low: bool = False) -> Made:
+    def call(
+        weights: list[Tensor], old: object, kept: list[Tensor], factors: list[Factors], backend: str
+    ) -> list[Tensor]:
         ops.map_changes_(weights, kept, factors, backend=backend)
         return weights
 
-    def formula(p, weights, old, kept, factors):
+    def formula(
+        p: Product, weights: list[Tensor], old: list[Tensor], kept: object, factors: list[Factors]
+    ) -> list[Tensor]:
         parts = zip(weights, old, factors, strict=True)
         return [V + _deviation(p, V - before, own) for V, before, own in parts]
 
@@ -217,21 +227,26 @@ def _map_changes(s: Sizes, low: bool = False) -> tuple:
     return (weights, old, ops.remember(old, factors, backend="eager"), factors), call, formula
 
 
-def _remember(s: Sizes) -> tuple:
+def _remember(s: Sizes) -> Made:
     return (s.weights(), s.factors(low=True)), ops.remember, _eagerly(ops.remember)
 
 
-def _adamw(s: Sizes, low: bool = False) -> tuple:
-    def call(V, g, m, v, steps, factors, backend):
+def _adamw(s: Sizes, low: bool = False) -> Made:
+    def call(
+        V: list[Tensor], g: list[Tensor], m: list[Tensor], v: list[Tensor], steps: list[Tensor],
+        factors: list[Factors], backend: str,
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:  # fmt: skip
         ops.adamw_(V, g, m, v, steps, factors, **STEP, backend=backend)
         return V, m, v
 
-    def formula(p, *groups):
+    def formula(p: Product, *groups: Sequence[Any]) -> tuple[tuple[Tensor, ...], ...]:
         return tuple(zip(*(one(p, *parts) for parts in zip(*groups, strict=True)), strict=True))
 
-    def one(p, V, g, m, v, step, own):
+    def one(p: Product, V: Tensor, g: Tensor, m: Tensor, v: Tensor, step: Tensor, own: Factors) -> Three:
         # The products of a full R wait in 16 bits.
-        held = (lambda t: t) if low or V.dtype == torch.float64 else (lambda t: t.bfloat16().float())
+        def held(t: Tensor) -> Tensor:
+            return t if low or V.dtype == torch.float64 else t.bfloat16().float()
+
         g = g + held(_deviation(p, g, own, True))
         m, v = m.lerp(g, 1 - STEP["beta1"]), v.lerp(g * g, 1 - STEP["beta2"])
         first, second = m / (1 - STEP["beta1"] ** step), v / (1 - STEP["beta2"] ** step)
@@ -243,16 +258,18 @@ def _adamw(s: Sizes, low: bool = False) -> tuple:
     return (s.weights(), s.weights(), s.weights(0.3), squares, steps, s.factors(low)), call, formula
 
 
-def _lowrank_statistics(s: Sizes) -> tuple:
-    def formula(p, x, Q):
+def _lowrank_statistics(s: Sizes) -> Made:
+    def formula(p: Product, x: Tensor, Q: Tensor) -> Three:
         n, P = x.shape[1], p(x, Q)
         return p(P.mT, P) / n, p(x.mT, P) / n, x.to(Q.dtype).square().mean(1)
 
     return (s.rows(), s.QS()[0]), ops.lowrank_statistics, formula
 
 
-def _lowrank_step(s: Sizes) -> tuple:
-    def call(Q, S, caution, rates, B, Y, c, backend):
+def _lowrank_step(s: Sizes) -> Made:
+    def call(
+        Q: Tensor, S: Tensor, caution: Tensor, rates: Tensor, B: Tensor, Y: Tensor, c: Tensor, backend: str
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         ops.lowrank_step_([(Q, S, caution, rates, B, Y, c)], 0.1, backend=backend)
         return Q, S, caution, rates
 
@@ -262,8 +279,8 @@ def _lowrank_step(s: Sizes) -> tuple:
     return (Q, S, ones, ones.clone(), *statistics), call, _eagerly(call)
 
 
-def _choose_rates(s: Sizes) -> tuple:
-    def call(caution, rates, a, bound, backend):
+def _choose_rates(s: Sizes) -> Made:
+    def call(caution: Tensor, rates: Tensor, a: Tensor, bound: Tensor, backend: str) -> tuple[Tensor, Tensor]:
         ops.choose_rates_(caution, rates, a, bound, 0.1, 0.5, backend=backend)
         return caution, rates
 
@@ -271,32 +288,32 @@ def _choose_rates(s: Sizes) -> tuple:
     return (ones, ones.clone(), s.draw(s.L, s.d).square(), 10 * bound), call, _eagerly(call)
 
 
-def _orthogonalize(s: Sizes) -> tuple:
+def _orthogonalize(s: Sizes) -> Made:
     call = ops.orthogonalize
     return (torch.stack(s.weights()).bfloat16(),), call, _eagerly(call)
 
 
-def _sample_rows(s: Sizes) -> tuple:
+def _sample_rows(s: Sizes) -> Made:
     inputs = torch.empty(s.n, s.d, dtype=torch.bfloat16, device=s.device), s.draw(4 * s.n, s.d), s.index(s.n)
     return inputs, ops.sample_rows_, lambda p, out, x, index: x[index]
 
 
-def _sample_patches(s: Sizes) -> tuple:
+def _sample_patches(s: Sizes) -> Made:
     size = 16 if s.d >= 768 else 2
     images = s.draw(max(1, 4 * s.n // 196), 3, 14 * size, 14 * size)
     index = torch.randperm(196 * len(images), device=s.device)[: s.n]
     out = torch.empty(len(index), 3 * size**2, dtype=torch.bfloat16, device=s.device)
 
-    def call(out, x, index, backend):
+    def call(out: Tensor, x: Tensor, index: Tensor, backend: str) -> Tensor:
         return ops.sample_patches_(out, x, index, (size, size), (size, size), backend=backend)
 
-    def formula(p, out, x, index):
+    def formula(p: Product, out: Tensor, x: Tensor, index: Tensor) -> Tensor:
         return F.unfold(x, size, stride=size).mT.flatten(0, 1)[index]
 
     return (out, images, index), call, formula
 
 
-MAKERS: dict[str, Callable[..., tuple]] = {
+MAKERS: dict[str, Callable[[Sizes], Made]] = {
     "adamw_": _adamw,
     "adamw_, low rank": lambda s: _adamw(s, True),
     "apply_": _apply,
@@ -333,7 +350,7 @@ def kernels(op: str) -> list[str]:
     return ["triton"] * (op in AUTOMATIC) + ["cuda"] * built
 
 
-def isolated(work: Callable, *args, seconds: float) -> dict:
+def isolated(work: Callable[..., dict[str, Any]], *args: object, seconds: float) -> dict[str, Any]:
     """What `work(*args)` returns, a dict, from a process of its own; `{"error": why}` if it does not.
 
     The process is killed after that many seconds.
@@ -355,7 +372,7 @@ def isolated(work: Callable, *args, seconds: float) -> dict:
         process.join(10)  # a driver may hold it longer: nobody waits
 
 
-def _answer(sender, work: Callable, args: tuple) -> None:
+def _answer(sender: Connection, work: Callable[..., dict[str, Any]], args: tuple[object, ...]) -> None:
     try:
         sender.send(work(*args))
     except Exception as error:

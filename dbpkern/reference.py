@@ -91,6 +91,7 @@ def choose_rates(
     caution = torch.where(sound, caution, caution / 2)
     rates = caution * eta
     if bound is not None:
+        assert limit is not None
         rates = torch.minimum(rates, limit / bound.clamp(min=torch.finfo(bound.dtype).tiny))
     return caution, torch.where(sound, rates, 0)
 
@@ -196,7 +197,7 @@ def lowrank_apply(
     B: Tensor,
     Y: Tensor,
     c: Tensor,
-    eta: float,
+    eta: float | Tensor,
     kappa: float = 0.0,
     q_eta: float = 0.2,
     ridge: float = 1e-4,
@@ -262,6 +263,8 @@ def lowrank_step(
         if limit is not None:
             bound = (torch.linalg.matrix_norm(T @ B[i] @ T.T) + kappa) / unit
             rates[i] = torch.minimum(rates[i], limit / bound.clamp(min=tiny))
-        layer = (t[i : i + 1] for t in (Q, S, B, Y, c))
-        Q_new[i : i + 1], S_new[i : i + 1] = lowrank_apply(*layer, rates[i] / unit, kappa, q_eta, ridge)
+        one = slice(i, i + 1)
+        Q_new[one], S_new[one] = lowrank_apply(
+            Q[one], S[one], B[one], Y[one], c[one], rates[i] / unit, kappa, q_eta, ridge
+        )
     return Q_new, S_new, caution, rates

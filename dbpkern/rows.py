@@ -35,12 +35,13 @@ def patch_grid(conv: nn.Conv2d, x: Tensor) -> tuple[int, int]:
     """Numbers of rows and columns of patches in the images x."""
     left, right, top, bottom = _margins(conv)
     sizes = (x.shape[-2] + top + bottom, x.shape[-1] + left + right)
-    return tuple(
+    rows, columns = [
         (size - dilation * (kernel - 1) - 1) // stride + 1
         for size, kernel, stride, dilation in zip(
             sizes, conv.kernel_size, conv.stride, conv.dilation, strict=True
         )
-    )
+    ]
+    return rows, columns
 
 
 def count_patches(conv: nn.Conv2d, x: Tensor) -> int:

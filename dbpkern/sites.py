@@ -4,6 +4,7 @@ import math
 import re
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol, TypeGuard
 
 from torch import Tensor, nn
 
@@ -26,6 +27,9 @@ PRESETS = {
     "all": ("patch_embed", "qkv", "proj", "fc1", "fc2"),
 }
 
+Layer = nn.Linear | nn.Conv2d | nn.MultiheadAttention
+"""What could hold an R."""
+
 Filter = Callable[[str, nn.Module], bool]
 Rank = int | float | None
 Ranks = Rank | str | Mapping[str, Rank]
@@ -35,19 +39,19 @@ RANK_PRESETS = {"mixed": {**_LOW, "qkv": None}, "low": _LOW}
 """Presets of ranks by site; None stands for layers of no known site. fc2's input is four times as wide as the
 others': the same number of dimensions is a smaller part of it."""
 
-Chosen = Mapping[str, tuple[nn.Module, str | None]]
+Chosen = Mapping[str, tuple[Layer, str | None]]
 """Layers by name, with the site at which each stands, if known."""
 
 
-def _is_layer(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | nn.Conv2d | nn.MultiheadAttention)
+def _is_layer(module: nn.Module) -> TypeGuard[Layer]:
+    return isinstance(module, Layer)
 
 
 def _is_patch_conv(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv2d) and tuple(module.stride) == tuple(module.kernel_size) != (1, 1)
 
 
-def _layers(model: nn.Module) -> dict[str, nn.Module]:
+def _layers(model: nn.Module) -> dict[str, Layer]:
     """Every layer that could hold an R, by name, in the model's order."""
     return {name: module for name, module in model.named_modules() if _is_layer(module)}
 
@@ -98,7 +102,7 @@ def _describe(found: dict[str, dict[str, nn.Module]], model: nn.Module) -> str:
 
 def select(
     model: nn.Module, sites: str | Iterable[str] | None, filter: Filter | None = None
-) -> dict[str, tuple[nn.Module, str | None]]:
+) -> dict[str, tuple[Layer, str | None]]:
     """The layers that `sites` and `filter` choose: name -> (module, site).
 
     Raises:
@@ -180,10 +184,11 @@ def inputs_of(chosen: Chosen) -> list[list[str]]:
     One block's projections of one site and width do, in timm's and Hugging Face's models; every other layer
     is a group of its own.
     """
-    groups: dict[tuple, list[str]] = {}
+    groups: dict[tuple[object, ...], list[str]] = {}
     for name, (module, site) in chosen.items():
-        shares = site in ("qkv", "fc1") and isinstance(module, nn.Linear)
-        key = (name.rpartition(".")[0], site, module.in_features) if shares else (name,)
+        key: tuple[object, ...] = (name,)
+        if site in ("qkv", "fc1") and isinstance(module, nn.Linear):
+            key = (name.rpartition(".")[0], site, module.in_features)
         groups.setdefault(key, []).append(name)
     return list(groups.values())
 
@@ -207,11 +212,20 @@ class SharedInput:
                 "these layers out with filter"
             )
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return {"_seen": {}}
 
 
-def share_inputs(chosen: Chosen, holders: Mapping[str, object]) -> None:
+class Shares(Protocol):
+    """A layer that holds an R, as far as others may hold the same."""
+
+    factors: tuple[Tensor, ...]
+    """The tensors that hold R: one, or Q and S."""
+    shared: SharedInput | None
+    """Layers that hold the same object read one input and have one R."""
+
+
+def share_inputs(chosen: Chosen, holders: Mapping[str, Shares]) -> None:
     """Give one R to the holders of layers that read one input, decorrelated or preconditioned ones."""
     for first, *others in inputs_of(chosen):
         if others:
@@ -245,15 +259,14 @@ def check_ranks(rank: Ranks) -> None:
         _check_rank(one)
 
 
-def _as_integer(rank: Rank, module: nn.Module) -> int | None:
+def _as_integer(rank: Rank, module: Layer) -> int | None:
     """The rank that a part of this layer's width stands for: a multiple of 8, as tensor cores like it.
 
     None, a full R, where that is the whole width.
     """
     if not isinstance(rank, float):
         return rank
-    attends = isinstance(module, nn.MultiheadAttention)
-    d = module.embed_dim if attends else module.weight.shape[1:].numel()
+    d = module.embed_dim if isinstance(module, nn.MultiheadAttention) else module.weight.shape[1:].numel()
     r = 8 * math.ceil(round(rank * d / 8, 6))  # 0.07 of 800 is 56 and a rounding error
     return r if r < d else None
 
@@ -280,7 +293,8 @@ def ranks_of(rank: Ranks, chosen: Chosen) -> dict[str, int | None]:
             "the chosen layers either"
         )
     ranks = {
-        name: _as_integer(rank.get(name, rank.get(site)), module) for name, (module, site) in chosen.items()
+        name: _as_integer(rank.get(name, None if site is None else rank.get(site)), module)
+        for name, (module, site) in chosen.items()
     }
     for names in inputs_of(chosen):
         if len({ranks[name] for name in names}) > 1:

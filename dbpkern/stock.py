@@ -4,13 +4,14 @@ import sys
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dbpkern.capture import Slot, Tap, slot_of
 from dbpkern.rows import count_patches, count_tokens, take_patches, take_tokens
-from dbpkern.sites import Chosen, SharedInput, share_inputs
+from dbpkern.sites import Chosen, Layer, SharedInput, share_inputs
 from dbpkern.structure import structure_of
 
 
@@ -30,7 +31,7 @@ class StockLayer:
 
     shared: SharedInput | None = None
 
-    def __init__(self, layer: nn.Module, rank: int | None) -> None:
+    def __init__(self, layer: Layer, rank: int | None) -> None:
         self.layer = layer
         self.structure = structure_of(rank)
         if getattr(layer, "groups", 1) != 1:
@@ -41,13 +42,15 @@ class StockLayer:
         if any(p.is_shard() and not p.is_shard(0) for p in placements):
             raise ValueError(f"expected a weight sharded by rows, Shard(0), got {placements}")
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        self._factors = self.structure.start(self.weight.shape[1:].numel(), dtype, self.weight.device)
+        self._factors: tuple[Tensor, ...] = self.structure.start(
+            self.weight.shape[1:].numel(), dtype, self.weight.device
+        )
         self._owner: weakref.ref[Slot] | None = None
         self._key: Tensor | None = None
         self._hook = layer.register_forward_hook(self._sample, with_kwargs=True)
 
     @property
-    def weight(self) -> nn.Parameter | None:
+    def weight(self) -> Tensor:
         """V, `[o, d]`, or `[o, C, kh, kw]` of a convolution."""
         return (
             self.layer.in_proj_weight if isinstance(self.layer, nn.MultiheadAttention) else self.layer.weight
@@ -97,7 +100,7 @@ class StockLayer:
         else:
             take_tokens(out, x, index)
 
-    def _sample(self, layer: nn.Module, args: tuple, kwargs: dict, output: Tensor | tuple) -> object:
+    def _sample(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> object:
         """Forward hook: sample the input, for when the output's backward comes."""
         if not layer.training or not torch.is_grad_enabled() or not self.trains:
             return None
@@ -136,7 +139,7 @@ class StockLayer:
         self._hook.remove()
         self.attach(None)
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         # A copy of the model alone has no R, and does not send its samples to the original's optimizer.
         return {**self.__dict__, "_factors": (), "_owner": None, "_key": None}
 

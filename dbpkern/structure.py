@@ -14,7 +14,7 @@ from dbpkern.capture import derive_seed
 class Full:
     """R as a matrix of its own: one buffer `R [d, d]`."""
 
-    names: ClassVar = ("R",)
+    names: ClassVar[tuple[str, ...]] = ("R",)
 
     def start(self, d: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor]:
         """The buffers of R = I."""
@@ -47,7 +47,7 @@ class LowRank:
 
     rank: int
 
-    names: ClassVar = ("Q", "S")
+    names: ClassVar[tuple[str, ...]] = ("Q", "S")
 
     def start(self, d: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
         """The buffers of R = I: a random subspace, the same in every process, and S = 0."""

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,7 +38,9 @@ TRIED = {
 }
 """Tiles tried beyond those of a table, by the first op that uses it; later ones take what was found."""
 
-Entries = list[dict]
+Row = dict[str, Any]
+"""What is known of a candidate, by name, or of a table's row."""
+Entries = list[Row]
 """Rows of tables as they lie in the file: kernel, kind, least, multiple, and the fields of a `Tiles`."""
 
 
@@ -47,7 +50,7 @@ class Candidate:
 
     op: str
     backend: str
-    entry: dict | None = None
+    entry: Row | None = None
 
     def describe(self) -> str:
         """In words."""
@@ -66,15 +69,15 @@ def candidates(op: str, width: int) -> list[Candidate]:
     return found
 
 
-def examine(candidate: Candidate, sizes: tuple[int, int, int], device: str, entries: Entries) -> dict:
+def examine(candidate: Candidate, sizes: tuple[int, int, int], device: str, entries: Entries) -> Row:
     """Error, seconds and PyTorch's seconds of a candidate in all forms of its op.
 
     `entries` are tiles that were found before.
     """
     depth, rows, width = sizes
     gpu = torch.device(device)
-    content = {"backends": {}, "tiles": entries + [candidate.entry] * (candidate.entry is not None)}
-    content |= _tuned.versions("")
+    tiles = entries if candidate.entry is None else [*entries, candidate.entry]
+    content = {"backends": {}, "tiles": tiles, **_tuned.versions("")}
     _tuned.use(_tuned.parse(json.dumps(content), "", _dispatch.BACKENDS))
     found = {"error_ratio": 0.0, "seconds": 0.0, "eager_seconds": 0.0}
     for name in (name for name in problems.MAKERS if name.partition(",")[0] == candidate.op):
@@ -93,13 +96,13 @@ def examine(candidate: Candidate, sizes: tuple[int, int, int], device: str, entr
     return found
 
 
-def choose(rows: Sequence[dict]) -> dict:
+def choose(rows: Sequence[Row]) -> Row:
     """The row of the candidate that serves an op: the fastest that is right, else PyTorch's, the first."""
     right = [row for row in rows if row.get("error_ratio", 2.0) <= 1.0]
     return min(right, key=lambda row: row["seconds"] / row["eager_seconds"], default=rows[0])
 
 
-def write(file: Path, content: dict) -> None:
+def write(file: Path, content: dict[str, Any]) -> None:
     """Write JSON so that nobody ever reads half of it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f"{file.name}.{os.getpid()}")
@@ -107,7 +110,7 @@ def write(file: Path, content: dict) -> None:
     part.replace(file)
 
 
-def line(row: dict) -> str:
+def line(row: Row) -> str:
     """A row of the table."""
     name = f"{row['op']:20} {row['candidate']:24}"
     if "error" in row:
@@ -136,11 +139,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     gpu, device = ("dry run", "cpu") if args.dry else (torch.cuda.get_device_name(), "cuda")
     file = args.out or (None if args.dry else _tuned.tuned_file(gpu))
-    content = {**_tuned.versions(gpu), "backends": {}, "tiles": [], "rows": []}
+    content: dict[str, Any] = {**_tuned.versions(gpu), "backends": {}, "tiles": [], "rows": []}
     content |= {"date": datetime.now(UTC).isoformat(timespec="seconds"), "command": " ".join(sys.argv[1:])}
     sizes = args.depth, args.rows, args.width
     for op in args.ops:
-        rows = []
+        rows: list[Row] = []
         for one in candidates(op, args.width):
             found = problems.isolated(examine, one, sizes, device, content["tiles"], seconds=args.limit)
             rows.append(

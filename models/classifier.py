@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from math import isqrt
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import timm
 import torch
@@ -58,7 +58,7 @@ class Architecture:
 
     model: str
     img_size: int | tuple[int, int] = 224
-    sizes: Mapping[str, object] = field(default_factory=dict)
+    sizes: Mapping[str, Any] = field(default_factory=dict)
     positions: str = "rope2d"
     rope_temperature: float = 100.0
     order: str = "raster"
@@ -100,7 +100,7 @@ class Architecture:
             )
         if about.get("inputs", "pixels") != "pixels":
             raise ValueError(f"expected an encoder that reads pixels, got one for {about['inputs']}")
-        values = {name: _value(about[name]) for name in names & about.keys()}
+        values: dict[str, Any] = {name: _value(about[name]) for name in names & about.keys()}
         sizes = {name: _value(about[name]) for name in SIZE_ARGS if name in about}
         return cls(about["model"], sizes=sizes, **values)
 
@@ -139,6 +139,8 @@ class RasterRotations(nn.Module):
         temperature: The longest wavelength, over 2 pi, in patches.
     """
 
+    pos_embed: Tensor
+
     def __init__(self, grid_size: tuple[int, int], head_dim: int, temperature: float):
         super().__init__()
         self._make = partial(
@@ -149,7 +151,8 @@ class RasterRotations(nn.Module):
 
     def update_feat_shape(self, grid_size: tuple[int, int]) -> None:
         """Keep those of another grid from now on."""
-        self.grid_size = tuple(grid_size)
+        rows, columns = grid_size
+        self.grid_size = (rows, columns)
         self.pos_embed = self._make(self.grid_size).to(self.pos_embed.device)
 
     def get_embed(self, shape: Sequence[int] | None = None) -> Tensor:
@@ -162,7 +165,8 @@ class RasterRotations(nn.Module):
         # A comparison would bind an exported graph to this one size.
         if not torch.compiler.is_exporting() and tuple(shape) == self.grid_size:
             return self.pos_embed
-        return self._make(tuple(shape)).to(self.pos_embed.device)
+        rows, columns = shape
+        return self._make((rows, columns)).to(self.pos_embed.device)
 
 
 class TakeToken(nn.Module):
@@ -202,6 +206,8 @@ def create_vit(
     img_size = pair("img_size", architecture.img_size)
     family, _, name = architecture.model.partition(":")
     if family == "timm":
+        # Few models know the argument.
+        dynamic: dict[str, Any] = {"dynamic_img_size": True} if dynamic_img_size else {}
         try:
             model = timm.create_model(
                 name,
@@ -209,7 +215,7 @@ def create_vit(
                 img_size=img_size,
                 num_classes=0,
                 drop_path_rate=drop_path,
-                **({"dynamic_img_size": True} if dynamic_img_size else {}),  # few models know the argument
+                **dynamic,
                 **architecture.sizes,
             )
         except (RuntimeError, TypeError) as error:  # for unknown names and arguments
@@ -223,14 +229,14 @@ def create_vit(
     if architecture.model not in SIZES:
         known = ", ".join(SIZES)
         raise ValueError(f"unknown model {architecture.model!r}, expected timm:NAME or one of {known}")
-    sizes = {"mlp_ratio": 4.0, **SIZES[architecture.model], **architecture.sizes}
+    sizes: dict[str, Any] = {"mlp_ratio": 4.0, **SIZES[architecture.model], **architecture.sizes}
     unknown = [name for name in sizes if name not in SIZE_ARGS]
     if unknown:
         raise ValueError(f"unknown argument {unknown[0]!r}, expected some of {', '.join(SIZE_ARGS)}")
     patch_size = sizes["patch_size"] = pair("patch_size", sizes["patch_size"])
     check_sizes(img_size, patch_size)
     check_transformer("", sizes["embed_dim"], sizes["num_heads"], sizes["depth"])
-    build = {
+    build: dict[str, Any] = {
         "img_size": img_size,
         "num_classes": 0,
         "global_pool": "token",
@@ -285,10 +291,10 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
 
 
 def load_encoder(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     drop_path: float = 0.0,
     model: str | None = None,
-    sizes: Mapping[str, object] | None = None,
+    sizes: Mapping[str, Any] | None = None,
     dynamic_img_size: bool = False,
 ) -> Loaded:
     """Load an encoder, or a classifier with `classifier_metadata`, from a file.
@@ -328,13 +334,14 @@ def load_encoder(
         return Loaded(vit, architecture)
     classes = tuple(json.loads(about["classes"]))
     size, causal = literal_eval(about["fine_tuned_at"]), literal_eval(about["causal"])
-    to_classifier(vit, architecture, len(classes), about["readout"], img_size=size, causal=causal)
+    readout = cast(Readout, about["readout"])
+    to_classifier(vit, architecture, len(classes), readout, img_size=size, causal=causal)
     fill(vit, weights, path)
-    return Loaded(vit, architecture, classes, about["readout"], causal)
+    return Loaded(vit, architecture, classes, readout, causal)
 
 
 def _load_mae(
-    path: Path, drop_path: float, model: str | None, sizes: Mapping[str, object], dynamic_img_size: bool
+    path: Path, drop_path: float, model: str | None, sizes: Mapping[str, Any], dynamic_img_size: bool
 ) -> Loaded:
     if model is None:
         raise ValueError(
@@ -389,13 +396,15 @@ def causal_mask(order: Tensor) -> Tensor:
     return place[:, None] >= place
 
 
-def _give_mask(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def _give_mask(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return args, {"attn_mask": model.attn_mask, **kwargs}
 
 
 def _set_mask(model: Vit, mask: Tensor | None) -> None:
     if hasattr(model, "attn_mask"):
-        model.attn_mask = mask
+        model.attn_mask = mask  # type: ignore[assignment]  # a buffer may be None
     elif mask is not None:
         model.register_buffer("attn_mask", mask, persistent=False)
         model.register_forward_pre_hook(_give_mask, with_kwargs=True)
@@ -403,7 +412,7 @@ def _set_mask(model: Vit, mask: Tensor | None) -> None:
 
 def _set_readout(model: Vit, architecture: Architecture, readout: Readout) -> None:
     norms = [norm for norm in (model.norm, model.fc_norm) if not isinstance(norm, nn.Identity)]
-    model.attn_pool = None
+    model.attn_pool = None  # type: ignore[assignment]  # as timm itself does
     if readout == "mean":
         model.global_pool = "avg"
         if not isinstance(model.norm, nn.Identity):
@@ -418,7 +427,8 @@ def _set_readout(model: Vit, architecture: Architecture, readout: Readout) -> No
         model.global_pool = "token"
         return
     order = _order(model, architecture, "readout")
-    model.global_pool, model.attn_pool = "", TakeToken(int(order[-1]) - len(order))
+    model.global_pool = ""
+    model.attn_pool = TakeToken(int(order[-1]) - len(order))  # type: ignore[assignment]  # timm calls any
 
 
 def to_classifier(
@@ -470,13 +480,15 @@ def to_classifier(
     _set_readout(model, architecture, readout)
     mask = causal_mask(_order(model, architecture, "causal")) if causal else None
     _set_mask(model, mask)
-    head = nn.Linear(model.embed_dim, num_classes)
-    nn.init.trunc_normal_(head.weight, std=0.01 if linear else 2e-5)
-    nn.init.zeros_(head.bias)
+    last = nn.Linear(model.embed_dim, num_classes)
+    nn.init.trunc_normal_(last.weight, std=0.01 if linear else 2e-5)
+    nn.init.zeros_(last.bias)
+    head: nn.Module = last
     if linear:
         model.requires_grad_(False)
-        head = nn.Sequential(nn.BatchNorm1d(model.embed_dim, eps=1e-6, affine=False), head)
-    model.head, model.num_classes = head, num_classes
+        head = nn.Sequential(nn.BatchNorm1d(model.embed_dim, eps=1e-6, affine=False), last)
+    model.head = head  # type: ignore[assignment]  # timm calls any
+    model.num_classes = num_classes
     return replace(architecture, sizes=dict(architecture.sizes) | {"depth": len(model.blocks)})
 
 
@@ -511,11 +523,14 @@ def classifier_state_dict(model: Vit) -> dict[str, Tensor]:
         for name, tensor in model.state_dict().items()
         if not name.startswith("head.")
     }
-    head = model.head
-    weight, bias = (head[1] if isinstance(head, nn.Sequential) else head).parameters()
-    weight, bias = weight.detach().clone(), bias.detach().clone()
+    head: nn.Module = model.head
+    last = head[1] if isinstance(head, nn.Sequential) else head
+    weight, bias = (parameter.detach().clone() for parameter in last.parameters())
     if isinstance(head, nn.Sequential):
         norm = head[0]
+        assert isinstance(norm, nn.BatchNorm1d)
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
         weight /= (norm.running_var + norm.eps).sqrt()
         bias -= weight @ norm.running_mean
     return state | {"head.weight": weight, "head.bias": bias}

@@ -17,11 +17,18 @@ columns * channels), D the width, V entries of a vocabulary, n tokens, E twice t
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp, PatchEmbed, apply_rot_embed_cat, build_rotary_pos_embed, resample_abs_pos_embed
+from timm.layers import (
+    Attention,
+    Mlp,
+    PatchEmbed,
+    apply_rot_embed_cat,
+    build_rotary_pos_embed,
+    resample_abs_pos_embed,
+)
 from timm.models.eva import EvaBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -55,7 +62,7 @@ PREDICTIONS = ("x0", "epsilon")
 INPUTS = ("pixels", "tokens")
 
 
-def _check_choice(name: str, value: object, known: Sequence[str]) -> None:
+def _check_choice(name: str, value: object, known: Sequence[object]) -> None:
     if value not in known:
         raise ValueError(f"{name}: expected one of {', '.join(map(str, known))}, got {value!r}")
 
@@ -184,7 +191,10 @@ class MlpDecoder(nn.Module):
 
     def forward(self, context: Tensor, noisy: Tensor | None = None) -> Tensor:
         """Context [..., D], and the noisy patch [..., noisy], to predictions [..., out]."""
-        x = context if noisy is None else context + self.embed(noisy)
+        x = context
+        if noisy is not None:
+            assert self.embed is not None
+            x = x + self.embed(noisy)
         for block in self.blocks:
             x = block(x)
         return self.pred(self.norm(x))
@@ -197,7 +207,9 @@ class PairBlock(Block):
     on the projections, with no kernel for sequences of length 2.
     """
 
-    def forward(self, x: Tensor, second: bool = False) -> Tensor:
+    attn: Attention
+
+    def forward(self, x: Tensor, second: bool = False) -> Tensor:  # type: ignore[override]  # no masks
         """Pairs [..., 2, D] to pairs, or to their second tokens [..., 1, D] alone."""
         attn = self.attn
         q, k, v = attn.qkv(self.norm1(x)).unflatten(-1, (3, attn.num_heads, attn.head_dim)).unbind(-3)
@@ -225,7 +237,14 @@ class PairDecoder(nn.Module):
         super().__init__()
         self.embed = nn.Linear(noisy, dim)
         self.blocks = nn.ModuleList(
-            PairBlock(dim, num_heads, mlp_ratio, qkv_bias=True, norm_layer=norm_layer) for _ in range(depth)
+            PairBlock(
+                dim,
+                num_heads,
+                mlp_ratio,
+                qkv_bias=True,
+                norm_layer=norm_layer,  # type: ignore[arg-type]  # timm takes any function that makes one
+            )
+            for _ in range(depth)
         )
         self.norm = norm_layer(dim)
         self.pred = nn.Linear(dim, out)
@@ -251,8 +270,7 @@ class Cache:
 
     def __init__(self, model: "DARL", batch: int, capacity: int):
         weight = model.norm.weight
-        attn = model.blocks[0].attn
-        shape = (len(model.blocks), 2, batch, attn.num_heads, capacity, attn.head_dim)
+        shape = (len(model.blocks), 2, batch, model.num_heads, capacity, model.head_dim)
         self.tokens = 0
         self._held = weight.new_empty(shape)
 
@@ -369,6 +387,10 @@ class DARL(nn.Module):
         ValueError: For sizes that break these conditions, and choices that do not go together.
     """
 
+    patch_embed: PatchEmbed | TokenEmbed
+    rope: Tensor
+    places: Tensor
+
     def __init__(
         self,
         config: DarlConfig | None = None,
@@ -395,11 +417,19 @@ class DARL(nn.Module):
         if config.reads_tokens and not (vocabulary and vocabulary > 1):
             raise ValueError(f"vocabulary: expected at least 2 entries for tokens, got {vocabulary}")
         self.in_chans, self.order_seed, self.vocabulary = in_chans, order_seed, vocabulary
+        self.num_heads, self.head_dim = num_heads, head_dim
 
         if config.inputs == "tokens":
+            assert vocabulary is not None
             self.patch_embed = TokenEmbed(img_size, patch_size, vocabulary, embed_dim)
         else:
-            self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim, strict_img_size=False)
+            self.patch_embed = PatchEmbed(
+                img_size,
+                patch_size,  # type: ignore[arg-type]  # timm takes two numbers, too
+                in_chans,
+                embed_dim,
+                strict_img_size=False,
+            )
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         grid_size = self.patch_embed.grid_size
         if config.positions == "sincos":
@@ -424,28 +454,31 @@ class DARL(nn.Module):
         config, (rows, columns) = self.config, self.patch_embed.patch_size
         values = rows * columns * self.in_chans
         noisy = values + config.gamma_conditioned if config.objective == "diffusion" else None
+        depth = config.decoder_depth
+        assert depth is not None
         if config.decoder == "transformer":
-            return PairDecoder(dim, values, config.decoder_depth, num_heads, mlp_ratio, noisy)
+            assert noisy is not None
+            return PairDecoder(dim, values, depth, num_heads, mlp_ratio, noisy)
         out = self.vocabulary if config.objective == "tokens" else values
-        return MlpDecoder(dim, out, config.decoder_depth, mlp_ratio, noisy)
+        assert out is not None
+        return MlpDecoder(dim, out, depth, mlp_ratio, noisy)
 
     def _init_weights(self) -> None:
         """Initialise by MAE's recipe: Xavier-uniform weights, zero biases, tokens from N(0, 0.02)."""
         nn.init.normal_(self.cls_token, std=0.02)
-        if self.config.two_stream:
+        if self.query_token is not None:
             nn.init.normal_(self.query_token, std=0.02)
         if self.config.positions == "learned":
             nn.init.normal_(self.pos_embed, std=0.02)
-        if self.config.inputs == "tokens":
+        if isinstance(self.patch_embed, TokenEmbed):
             nn.init.normal_(self.patch_embed.embedding.weight, std=0.02)
         init_xavier(self)
 
     def _rope(self, grid_size: tuple[int, int]) -> Tensor:
-        head_dim = self.blocks[0].attn.head_dim
         return rotary_positions(
             self.config.positions,
             grid_size,
-            head_dim,
+            self.head_dim,
             self.patch_embed.grid_size,
             self.config.rope_temperature,
         )
@@ -527,7 +560,7 @@ class DARL(nn.Module):
             raise ValueError('features: expected is_causal=False for the order "random"')
         x, grid_size = self._embed(imgs, codes)
         added, rope = self.place(grid_size, imgs.device)
-        start = self.cls_token
+        start: Tensor = self.cls_token
         if added is not None:
             start, x = start + added[:, :1], x + added[:, 1:]
         if is_causal:
@@ -553,7 +586,7 @@ class DARL(nn.Module):
         x, grid_size = self._embed(imgs, codes)
         length = x.shape[1]
         added, rope = self.place(grid_size, imgs.device)
-        start = self.cls_token
+        start: Tensor = self.cls_token
         if added is not None:
             start, x = start + added[:, :1], x + added[:, 1:]
         start = start.expand(len(x), -1, -1)
@@ -581,6 +614,7 @@ class DARL(nn.Module):
 
     def queries(self, added: Tensor | None, order: Tensor) -> Tensor:
         """Query tokens of patches in an order, [1 or B, n, D]."""
+        assert self.query_token is not None
         if added is None:
             return self.query_token.expand(-1, order.shape[-1], -1)
         return self.query_token + _take(added[:, 1:], order)
@@ -643,6 +677,7 @@ class DARL(nn.Module):
         context = self.in_raster_order(self.contexts(imgs, order, codes), order)
         if self.config.objective == "tokens":
             self.check_codes(codes, len(imgs), grid_size)
+            assert codes is not None
             scores = self.decoder(context).float()
             return F.cross_entropy(scores.flatten(0, 1), codes.flatten()), scores
         target = self.targets(imgs)
@@ -694,7 +729,8 @@ class DARL(nn.Module):
         n = x.shape[1]
         known = torch.ones(n, cache.tokens, dtype=torch.bool, device=x.device)
         mask = torch.cat([known, known.new_ones(n, keep).tril()], dim=1)
-        for i, block in enumerate(self.blocks):
+        for i, module in enumerate(self.blocks):
+            block = cast(EvaBlock, module)
             attn = block.attn
             qkv = attn.qkv(block.norm1(x)).unflatten(-1, (3, attn.num_heads, attn.head_dim))
             q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
@@ -725,7 +761,7 @@ def two_stream_mask(length: int, device: torch.device | None = None) -> Tensor:
     return torch.cat([torch.cat([before, before]), before.new_zeros(2 * length, length)], dim=1)
 
 
-def create_darl(name: str, **overrides) -> DARL:
+def create_darl(name: str, **overrides: Any) -> DARL:
     """Build a model by name.
 
     Args:

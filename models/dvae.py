@@ -16,6 +16,7 @@ entries of the vocabulary.
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -92,7 +93,12 @@ class DiscreteVae(nn.Module):
         self.vocabulary = vocabulary
         self.kl_weight = kl_weight
         self.patch_embed = PatchEmbed(
-            img_size, patch_size, in_chans, width, flatten=False, strict_img_size=False
+            img_size,
+            patch_size,  # type: ignore[arg-type]  # timm takes two numbers, too
+            in_chans,
+            width,
+            flatten=False,
+            strict_img_size=False,
         )
         self.encoder = nn.Sequential(*(ResidualConv(width) for _ in range(depth)))
         # Without it the scores start out alike, and few entries ever come into use.
@@ -148,7 +154,8 @@ class DiscreteVae(nn.Module):
         if temperature is None:
             embedded = self.codebook(logits.argmax(-1))
         else:
-            embedded = F.gumbel_softmax(logits, temperature) @ self.codebook.weight
+            soft = F.gumbel_softmax(logits, temperature)  # type: ignore[arg-type]  # torch divides by it
+            embedded = soft @ self.codebook.weight
         made = self._image(embedded, grid_of(imgs, self.in_chans, self.patch_size))
         error = (made - imgs.float()).square().mean()
         log_q = logits.log_softmax(-1)
@@ -190,7 +197,7 @@ class DiscreteVae(nn.Module):
         return self._image(self.codebook(codes), grid_size)
 
 
-def create_dvae(name: str, **overrides) -> DiscreteVae:
+def create_dvae(name: str, **overrides: Any) -> DiscreteVae:
     """Build a model by name.
 
     Args:

@@ -115,6 +115,7 @@ def generate(
     made = patches.new_zeros(patches.shape)
     if tokens:
         model.check_codes(codes, len(imgs), grid_size)
+        assert codes is not None
         patches, made = codes, torch.zeros_like(codes)
     made[:, order[:known]] = patches[:, order[:known]]
     generator = torch.Generator(imgs.device).manual_seed(seed)

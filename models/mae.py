@@ -11,6 +11,7 @@ patch (rows * columns * channels), D the width of the encoder, K the patches tha
 import argparse
 import os
 from functools import partial
+from typing import Any
 
 import torch
 from timm.layers import PatchEmbed
@@ -104,9 +105,19 @@ class MaskedAutoencoder(nn.Module):
 
         self.in_chans = in_chans
         self.norm_pix_loss = norm_pix_loss
-        block = partial(Block, mlp_ratio=mlp_ratio, qkv_bias=True, norm_layer=norm_layer)
+        block = partial(
+            Block,
+            mlp_ratio=mlp_ratio,
+            qkv_bias=True,
+            norm_layer=norm_layer,  # type: ignore[arg-type]  # timm takes any function that makes one
+        )
 
-        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
+        self.patch_embed = PatchEmbed(
+            img_size,
+            patch_size,  # type: ignore[arg-type]  # timm takes two numbers, too
+            in_chans,
+            embed_dim,
+        )
         grid_size = self.patch_embed.grid_size
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         # Positions are parameters, although fixed, because the checkpoints hold them.
@@ -304,7 +315,7 @@ class MaskedAutoencoder(nn.Module):
         }
 
 
-def read_mae_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
+def read_mae_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Read the weights in a checkpoint file of facebookresearch/mae, by name.
 
     The released files hold only the encoder, or all of the model, under "model"; those written while training
@@ -324,7 +335,7 @@ def read_mae_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
     return weights
 
 
-def load_mae_checkpoint(model: MaskedAutoencoder, path: str | os.PathLike) -> list[str]:
+def load_mae_checkpoint(model: MaskedAutoencoder, path: str | os.PathLike[str]) -> list[str]:
     """Load a checkpoint file of facebookresearch/mae into `model`: see `read_mae_checkpoint`.
 
     Returns:
@@ -350,7 +361,7 @@ def load_mae_checkpoint(model: MaskedAutoencoder, path: str | os.PathLike) -> li
     return [name for name in own if name not in weights]
 
 
-def create_mae(name: str, decoder: str = "mae", **overrides) -> MaskedAutoencoder:
+def create_mae(name: str, decoder: str = "mae", **overrides: Any) -> MaskedAutoencoder:
     """Build a model by name.
 
     Args:
@@ -366,26 +377,26 @@ def create_mae(name: str, decoder: str = "mae", **overrides) -> MaskedAutoencode
     return create(MaskedAutoencoder, SIZES, name, {**DECODERS[decoder], **overrides})
 
 
-def mae_vit_tiny(**overrides) -> MaskedAutoencoder:
+def mae_vit_tiny(**overrides: Any) -> MaskedAutoencoder:
     """Build MAE with a ViT-Ti/16 encoder; not among the sizes of the paper. Arguments as in `create_mae`."""
     return create_mae("mae_vit_tiny", **overrides)
 
 
-def mae_vit_small(**overrides) -> MaskedAutoencoder:
+def mae_vit_small(**overrides: Any) -> MaskedAutoencoder:
     """Build MAE with a ViT-S/16 encoder; not among the sizes of the paper. Arguments as in `create_mae`."""
     return create_mae("mae_vit_small", **overrides)
 
 
-def mae_vit_base(**overrides) -> MaskedAutoencoder:
+def mae_vit_base(**overrides: Any) -> MaskedAutoencoder:
     """Build MAE with a ViT-B/16 encoder. Arguments as in `create_mae`."""
     return create_mae("mae_vit_base", **overrides)
 
 
-def mae_vit_large(**overrides) -> MaskedAutoencoder:
+def mae_vit_large(**overrides: Any) -> MaskedAutoencoder:
     """Build MAE with a ViT-L/16 encoder. Arguments as in `create_mae`."""
     return create_mae("mae_vit_large", **overrides)
 
 
-def mae_vit_huge(**overrides) -> MaskedAutoencoder:
+def mae_vit_huge(**overrides: Any) -> MaskedAutoencoder:
     """Build MAE with a ViT-H/14 encoder. Arguments as in `create_mae`."""
     return create_mae("mae_vit_huge", **overrides)

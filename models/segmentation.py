@@ -20,7 +20,7 @@ from ast import literal_eval
 from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -156,6 +156,10 @@ class SegmentationModel(nn.Module):
         ValueError: Choices that do not go with each other or with the encoder; numbers out of range.
     """
 
+    pyramid: FeaturePyramid | None
+    decoder: UPerNetDecoder | DPTDecoder | None
+    auxiliary: nn.Sequential | None
+
     def __init__(
         self,
         encoder: Vit,
@@ -242,6 +246,7 @@ class SegmentationModel(nn.Module):
         def last(width: int) -> nn.Conv2d:
             conv = nn.Conv2d(width, num_classes, 1)
             nn.init.normal_(conv.weight, std=0.01)
+            assert conv.bias is not None
             nn.init.zeros_(conv.bias)
             return conv
 
@@ -269,9 +274,10 @@ class SegmentationModel(nn.Module):
         """The maps [B, D, h, w] that the decoder reads, for images whose sides are multiples of the patch."""
         # One block may be read several times, but timm gives its output once.
         read = sorted(set(self.blocks))
-        maps = self.encoder.forward_intermediates(
+        found = self.encoder.forward_intermediates(
             images, indices=read, norm=self.head == "linear", intermediates_only=True
         )
+        maps = cast(list[Tensor], found)
         return [maps[read.index(block)] for block in self.blocks]
 
     def forward(self, images: Tensor) -> Segmentation:
@@ -290,12 +296,12 @@ class SegmentationModel(nn.Module):
         maps = self.features(F.pad(images, (0, padded[1] - width, 0, padded[0] - height)))
         if self.pyramid is not None:
             maps = self.pyramid(maps)
-        if self.head == "upernet":
-            decoded = self.decoder([None, None, *maps])
-        elif self.head == "dpt":
-            decoded = self.refine(self.decoder(maps, [None] * 4))
-        else:
+        if self.decoder is None:
             decoded = maps[-1]
+        elif self.head == "upernet":
+            decoded = self.decoder([None, None, *maps])
+        else:
+            decoded = self.refine(self.decoder(maps, [None] * 4))
         logits = self.classifier(self.dropout(decoded))
         auxiliary = self.auxiliary(maps[2]) if self.training and self.auxiliary is not None else None
 
@@ -376,6 +382,7 @@ def sliding_logits(
         for (y, x), part in zip(chunk, logits.split(len(images)), strict=True):
             total[:, :, y : y + height, x : x + width] += part
             seen[y : y + height, x : x + width] += 1
+    assert total is not None
     return total / seen
 
 
@@ -417,6 +424,7 @@ def multiscale_logits(
             found = logits(images.flip(-1)).flip(-1) if mirrored else logits(images)
             found = found.softmax(1)
             total = found if total is None else total.add_(found)
+    assert total is not None
     count = len(versions) * (1 + flip)
     return total.div_(count).clamp_(min=torch.finfo(total.dtype).tiny).log_()
 
@@ -475,7 +483,7 @@ def segmenter_state_dict(model: SegmentationModel) -> dict[str, Tensor]:
     }
 
 
-def is_segmenter(path: str | os.PathLike) -> bool:
+def is_segmenter(path: str | os.PathLike[str]) -> bool:
     """Whether a file has `segmenter_metadata`; False where there is no file, or it cannot be read."""
     try:
         with safe_open(path, "pt") as file:
@@ -484,7 +492,7 @@ def is_segmenter(path: str | os.PathLike) -> bool:
         return False
 
 
-def load_segmenter(path: str | os.PathLike, drop_path: float = 0.0) -> LoadedSegmenter:
+def load_segmenter(path: str | os.PathLike[str], drop_path: float = 0.0) -> LoadedSegmenter:
     """Load a model with `segmenter_metadata` from a file.
 
     Args:
@@ -514,7 +522,7 @@ def load_segmenter(path: str | os.PathLike, drop_path: float = 0.0) -> LoadedSeg
         model = SegmentationModel(
             create_vit(architecture, drop_path, dynamic_img_size=True),
             len(classes),
-            about["head"],
+            cast(Head, about["head"]),
             img_size=img_size,
             blocks=blocks,
             width=width,

@@ -7,7 +7,7 @@ patch (rows * columns * channels), D the width of the encoder.
 import inspect
 from collections.abc import Mapping
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,9 @@ SIZES = {
 }
 
 
-def create(cls: type[Model], sizes: Mapping[str, Mapping], name: str, overrides: Mapping) -> Model:
+def create(
+    cls: type[Model], sizes: Mapping[str, Mapping[str, Any]], name: str, overrides: Mapping[str, Any]
+) -> Model:
     """Build a model by name.
 
     Args:
@@ -157,4 +159,5 @@ def init_xavier(model: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Conv2d):
             # The patch embedding is a linear layer written as a convolution; flat, its fans are right.
             nn.init.xavier_uniform_(module.weight.detach().flatten(1))
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)

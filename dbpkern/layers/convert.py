@@ -1,5 +1,8 @@
 """Convert a model to decorrelated layers and back."""
 
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
 from torch import nn
 
 from dbpkern.config import Decor
@@ -13,7 +16,9 @@ from dbpkern.layers.modules import (
 )
 from dbpkern.sites import Chosen, check_kind, check_weights, ranks_of, select, share_inputs
 
-_CONVERTERS = {
+Model = TypeVar("Model", bound=nn.Module)
+
+_CONVERTERS: Mapping[type[nn.Module], Callable[[Any, str, int | None], Decorrelated]] = {
     nn.Linear: DecorLinear.from_linear,
     nn.Conv2d: DecorConv2d.from_conv,
     nn.MultiheadAttention: DecorMultiheadAttention.from_attention,
@@ -59,7 +64,7 @@ def check_stock(model: nn.Module) -> None:
         )
 
 
-def decorrelate(model: nn.Module, decor: Decor | None = None, form: str = "auto") -> nn.Module:
+def decorrelate(model: Model, decor: Decor | None = None, form: str = "auto") -> Model:
     """Replace layers of a model by decorrelated ones, in place.
 
     R starts as the identity, so the model's outputs stay the same bit for bit; Parameters stay the same
@@ -99,7 +104,7 @@ def decorrelate(model: nn.Module, decor: Decor | None = None, form: str = "auto"
     return model
 
 
-def fuse(model: nn.Module) -> nn.Module:
+def fuse(model: Model) -> Model:
     """Fold every R into its weight, `W <- W R`, and put stock layers back, in place.
 
     The model computes the same function with the stock state_dict: bit for bit where it folded by PyTorch's
@@ -128,7 +133,7 @@ def fuse(model: nn.Module) -> nn.Module:
     return model
 
 
-def _replace(model: nn.Module, new: dict[int, nn.Module]) -> None:
+def _replace(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
     """Put `new[id(old)]` wherever a module `old` is registered."""
     for module in list(model.modules()):
         for name, child in module._modules.items():

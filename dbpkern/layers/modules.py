@@ -10,7 +10,8 @@ R is not trained by the task loss: `dbpkern.DecorSGD` updates it from rows sampl
 """
 
 import copy
-from typing import Self
+from collections.abc import Callable
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,8 @@ from dbpkern.structure import Full, LowRank, structure_of
 
 FORMS = ("auto", "fold", "apply")
 
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
 
 def check_form(form: str) -> None:
     """Raise ValueError unless `form` names a way to compute the layer."""
@@ -34,7 +37,7 @@ def check_form(form: str) -> None:
 _BUFFERS = (*Full.names, *LowRank.names)
 
 
-def _recast(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
+def _recast(module: nn.Module, cls: type[ModuleT]) -> ModuleT:
     """A `cls` with the attributes of `module`: the same Parameters, hooks and flags, not copies."""
     new = cls.__new__(cls)
     new.__dict__.update(module.__dict__)
@@ -56,12 +59,16 @@ class Decorrelated(nn.Module):
     """The class of layer that this one replaces and fuses back into."""
     weight_name = "weight"
 
+    weight: Tensor
+    form: str
+    """How the layer computes, one of `FORMS`."""
     structure: Full | LowRank
     """How the layer holds R."""
     site: str | None
     """Where in its block the layer stands, if `decorrelate` knew."""
     shared: SharedInput | None
     """Layers that hold the same object read one input and have one R."""
+    _key: Tensor | None
 
     @classmethod
     def _from_stock(cls, module: nn.Module, form: str, rank: int | None) -> Self:
@@ -152,12 +159,12 @@ class Decorrelated(nn.Module):
         size = storage.nbytes()
 
         @torch.no_grad()
-        def fill(_) -> None:
+        def fill(_: object) -> None:
             if not storage.nbytes():
                 storage.resize_(size)
                 folded.copy_(self.fold(weight.flatten(1), folded.dtype).view_as(folded))
 
-        def free(_=None) -> None:
+        def free(_: object = None) -> None:
             storage.resize_(0)
 
         for user in users:
@@ -238,7 +245,7 @@ class Decorrelated(nn.Module):
         weight = self.weight
         if not is_sharded(self):
             return weight
-        if not hasattr(weight, "to_local"):
+        if not (hasattr(weight, "to_local") and hasattr(weight, "placements")):
             raise ValueError(
                 "fused: expected the weight as FSDP shards it, but it is gathered now; call reshard() on the "
                 "module that fully_shard was applied to, or fuse(model)"
@@ -253,11 +260,12 @@ class Decorrelated(nn.Module):
 
         cls = self.stock
         if isinstance(self, FSDPModule):
-            cls = type(f"FSDP{cls.__name__}", (FSDPModule, cls), {"__deepcopy__": type(self).__deepcopy__})
-        self.__class__ = cls
+            own = {"__deepcopy__": type(self).__deepcopy__}  # type: ignore[attr-defined]  # by fully_shard
+            cls = type(f"FSDP{cls.__name__}", (FSDPModule, cls), own)
+        self.__class__ = cls  # type: ignore[assignment]  # it is a stock layer from here on
         return self
 
-    def _apply(self, fn, recurse: bool = True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         factors = self.factors
         super()._apply(fn, recurse)
         # .half() and .to(dtype) are for weights: rounding R would undo what it has learned.
@@ -268,8 +276,9 @@ class Decorrelated(nn.Module):
         return self
 
     def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-    ):
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -281,7 +290,7 @@ class Decorrelated(nn.Module):
             missing_keys[:] = [key for key in missing_keys if key not in ours]
             self.reset_R()
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         # A copy does not send its samples to the original's optimizer.
         return {**self.__dict__, "_key": None}
 
@@ -404,7 +413,7 @@ class DecorMultiheadAttention(Decorrelated, nn.MultiheadAttention):
     weight_name = "in_proj_weight"
 
     @property
-    def weight(self) -> nn.Parameter:
+    def weight(self) -> nn.Parameter:  # type: ignore[override]  # nobody sets a layer's weight
         """Of q, k and v, `[3 d, d]`: what R acts on."""
         return self.in_proj_weight
 

@@ -2,9 +2,10 @@
 
 import warnings
 from collections.abc import Callable
+from typing import Any, NoReturn, overload
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dbpkern.config import Decor
@@ -43,7 +44,7 @@ class DecorSGD(torch.optim.Optimizer):
         ValueError: no decorrelated layer in the model, or one of `follow` and `optimizer` without the other.
     """
 
-    engine: Engine
+    engine: Engine[Decorrelated]
     """Holds R: `engine.rates()`, `engine.caution()`, `engine.loss()`."""
 
     def __init__(
@@ -81,8 +82,14 @@ class DecorSGD(torch.optim.Optimizer):
         """Forget the rows sampled since the last step, for steps that are to be skipped."""
         self.engine.drop_samples()
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], object]) -> NoReturn: ...
+
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> None:
+    def step(self, closure: Callable[[], object] | None = None) -> None:
         """Update every R from the rows sampled since the last step; layers without rows keep theirs.
 
         With a process group initialised this is a collective: every process must call it.
@@ -96,14 +103,14 @@ class DecorSGD(torch.optim.Optimizer):
         self.engine.step(1.0 if self._followed is None else followed(self._followed))
         self.param_groups[0]["params"] = self.engine.factors()
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """eta, the sampling's position, and caution; R itself is in the model's state_dict."""
         state = super().state_dict()
         state["sampling"] = {"seed": self.engine.sampler.seed, "step": self.engine.sampler.step}
         state["caution"] = self.engine.caution()
         return state
 
-    def load_state_dict(self, state_dict: dict) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore `state_dict()`; rows sampled since the last step are dropped.
 
         Raises:
@@ -120,5 +127,5 @@ class DecorSGD(torch.optim.Optimizer):
         self.engine.restore_caution(state_dict["caution"])
         self.engine.sampler.seek(**state_dict["sampling"])
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"engine": self.engine, "_followed": self._followed}

@@ -2,7 +2,8 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,14 +11,16 @@ from torch import Tensor
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-IMPLEMENTATIONS: dict[str, Callable] = {}
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 """The Python function behind each operator, by name: what `bench launches` runs on fake tensors."""
 
 
-def operator(name: str, mutates: Sequence[str] = ()) -> Callable[[Callable], torch.library.CustomOpDef]:
+def operator(
+    name: str, mutates: Sequence[str] = ()
+) -> Callable[[Callable[..., Any]], torch.library.CustomOpDef]:
     """`torch.library.custom_op("dbpkern::<name>")` that remembers its implementation."""
 
-    def register(fn: Callable) -> torch.library.CustomOpDef:
+    def register(fn: Callable[..., Any]) -> torch.library.CustomOpDef:
         IMPLEMENTATIONS[name] = fn
         return torch.library.custom_op(f"dbpkern::{name}", fn, mutates_args=tuple(mutates))
 
@@ -29,7 +32,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a, b, out_dtype=torch.float32)
 
 
-def check_tensor(name: str, value: object, shape: str, dims: tuple[int, ...]) -> None:
+def check_tensor(name: str, value: object, shape: str, dims: Container[int]) -> None:
     """Raise unless `value` is a floating-point tensor with one of the numbers of dimensions `dims`."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor {shape}, got {type(value).__name__}")
@@ -111,7 +114,7 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def autocast_off(device: torch.device) -> contextlib.AbstractContextManager:
+def autocast_off(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """The ops choose their precision themselves: inside one, autocast must not lower it again."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)

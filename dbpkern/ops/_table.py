@@ -2,7 +2,8 @@
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from dbpkern.ops import _dispatch, _triton
 from dbpkern.ops._common import autocast_off
 from dbpkern.ops._matmul import cdiv, dtype_name, less_identity, rounded
-from dbpkern.ops._triton import jit, tl
+from dbpkern.ops._triton import Kernel, jit, tl
 from dbpkern.ops.lowrank_fold import ieee_products
 
 MAX_RANK = 128
@@ -21,7 +22,7 @@ PROGRAMS = 2
 
 # A step uses a few tables for each group of equal layers.
 _KEPT = 64
-_tables: OrderedDict[tuple, Tensor] = OrderedDict()
+_tables: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
 
 
 def address(t: Tensor) -> int:
@@ -143,8 +144,10 @@ def served(matrices: Sequence[Tensor], factors: Sequence[Tensor], squares: bool)
 
 
 def serve(
-    op: str, backend: str, kernels: dict[int, tuple[str, Callable]], eager: Callable,
-    matrices: Sequence[Sequence[Tensor]], factors: Sequence[Sequence[Tensor]], args: dict, constants: dict,
+    op: str, backend: str, kernels: Mapping[int, tuple[str, Kernel]],
+    eager: Callable[[int, list[Tensor]], None],
+    matrices: Sequence[Sequence[Tensor]], factors: Sequence[Sequence[Tensor]],
+    args: Mapping[str, object], constants: Mapping[str, object],
     steps: Sequence[Tensor] = (), strips: int = 1,
 ) -> None:  # fmt: skip
     """Serve weights by a launch for each group of equal widths, ranks and dtypes, the others one by one.
@@ -166,7 +169,7 @@ def serve(
     if any(step.device != device for step in steps):
         refusal = refusal or "it reads the steps on the weights' device"
     chosen = _dispatch.choose(op, backend, {"triton": refusal}, _dispatch.preferred(op, device))
-    groups: dict[tuple, list[int]] = {}
+    groups: dict[tuple[Any, ...], list[int]] = {}
     for i, (own, factor) in enumerate(zip(matrices, factors, strict=True)):
         if chosen == "eager" or not served(own, factor, bool(steps)):
             with autocast_off(device), ieee_products(device):
@@ -176,13 +179,13 @@ def serve(
             groups.setdefault(key, []).append(i)
     for (size, d, r, *kinds), members in groups.items():
         name, kernel = kernels[size]
-        own = [[t.flatten(1) for t in matrices[i]] + list(factors[i] if size == 2 else ()) for i in members]
-        aligned = all((address(t) | t.stride(0) * t.itemsize) % 16 == 0 for ts in own for t in ts)
+        every = [[t.flatten(1) for t in matrices[i]] + list(factors[i] if size == 2 else ()) for i in members]
+        aligned = all((address(t) | t.stride(0) * t.itemsize) % 16 == 0 for ts in every for t in ts)
         tiles = _dispatch.tiles(name, "16bit", r if aligned else r | 1)
-        rows = [len(ts[0]) for ts in own]
+        rows = [len(ts[0]) for ts in every]
         *firsts, blocks = itertools.accumulate((cdiv(o, tiles.m) for o in rows), initial=0)
         columns = [firsts, rows]
-        for ts in zip(*own, strict=True):
+        for ts in zip(*every, strict=True):
             columns += [[address(t) for t in ts], [t.stride(0) for t in ts]]
         if steps:
             columns.append([address(steps[i]) for i in members])

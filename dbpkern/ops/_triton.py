@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -24,16 +25,28 @@ INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 """Whether kernels run in Triton's interpreter, on the CPU; settled when the kernels are defined."""
 
 
-def jit(fn: Callable) -> Callable:
+class Kernel(Protocol):
+    """What `triton.jit` makes of a function."""
+
+    arg_names: list[str]
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., object]:
+        """What launches it on a grid."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What other kernels do."""
+
+
+def jit(fn: Callable[..., Any]) -> Kernel:
     """`triton.jit`, or nothing at all where Triton is missing."""
-    return fn if triton is None else triton.jit(fn)
+    return cast(Kernel, fn) if triton is None else triton.jit(fn)
 
 
 @dataclass(frozen=True)
 class Launch:
     """A kernel with the arguments of one launch."""
 
-    kernel: Callable
+    kernel: Kernel
     grid: tuple[int, ...]
     args: Mapping[str, object]
     constants: Mapping[str, object]
@@ -56,7 +69,7 @@ def recording() -> Iterator[list[Launch]]:
 
 
 def launch(
-    kernel: Callable,
+    kernel: Kernel,
     grid: tuple[int, ...],
     args: Mapping[str, object],
     constants: Mapping[str, object],

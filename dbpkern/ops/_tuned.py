@@ -73,7 +73,7 @@ def parse(text: str, gpu: str, backends: tuple[str, ...]) -> Tuned:
         chosen = dict(content["backends"])
         if unknown := set(chosen.values()) - set(backends):
             raise ValueError(f"expected backends {backends}, got {sorted(map(str, unknown))}")
-        tiles: dict = {}
+        tiles: dict[tuple[str, str], dict[tuple[int, int], tuple[int, ...]]] = {}
         for entry in content["tiles"]:
             least, multiple, *sizes = (int(entry[name]) for name in ("least", "multiple", *"mnk"))
             counts = int(entry["warps"]), int(entry["stages"])

@@ -7,6 +7,7 @@ them again from L2, in the order in which it comes there last: 28 bytes for a we
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -200,17 +201,17 @@ def _adamw(
         g = gradients[i].flatten(1).to(compute, copy=True)
         g = add_deviation_(g, g, transposed(own)).view(V.shape).to(moments[0].dtype)
         # It takes elements as they lie in memory.
-        g, *dense = (t.contiguous() for t in (g, *moments))
+        g, mean, square = (t.contiguous() for t in (g, *moments))
         change = torch.zeros_like(g)
         torch._fused_adamw_(
-            [change], [g], *([t] for t in dense), [], [steps[i].to(V.device)],
+            [change], [g], [mean], [square], [], [steps[i].to(V.device)],
             lr=lr if as_tensor else float(lr), beta1=beta1, beta2=beta2, weight_decay=0.0, eps=eps,
             amsgrad=False, maximize=False,
         )  # fmt: skip
         new, change = V.flatten(1).to(compute), change.flatten(1).to(compute)
         new.mul_(1 - weight_decay * lr)
         add_deviation_(new.add_(change), change, own)
-        for out, value in zip((V, *moments), (new, *dense), strict=True):
+        for out, value in zip((V, *moments), (new, mean, square), strict=True):
             if value is not out:  # perhaps a view of it
                 out.copy_(value.view(V.shape))
 
@@ -232,7 +233,7 @@ _adamw.register_fake(lambda *args: None)
 
 
 @register_flop_formula(torch.ops.dbpkern.adamw_)
-def _flops(*args, **kwargs) -> int:
+def _flops(*args: Any, **kwargs: object) -> int:
     return 2 * map_flops(*args)
 
 

@@ -1,5 +1,7 @@
 """`R <- R - eta M R`: the decorrelation step from finished statistics."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -68,7 +70,7 @@ def _(R: Tensor, M: Tensor, eta: Tensor) -> None:
 
 
 @register_flop_formula(torch.ops.dbpkern.apply_)
-def _flops(R_shape, *args, **kwargs) -> int:
+def _flops(R_shape: Sequence[int], *args: object, **kwargs: object) -> int:
     L, d, _ = R_shape
     return 2 * L * d**3
 

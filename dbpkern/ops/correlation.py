@@ -1,5 +1,7 @@
 """`M`, the mean squares of z and a bound of M's eigenvalues: what the sampled rows say about R."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -301,7 +303,7 @@ def _(
 
 
 @register_flop_formula(torch.ops.dbpkern.correlation)
-def _flops(z_shape, *args, **kwargs) -> int:
+def _flops(z_shape: Sequence[int], *args: object, **kwargs: object) -> int:
     L, n, d = z_shape
     return 2 * L * n * d**2
 

@@ -1,5 +1,8 @@
 """`W R`: the weight that acts on x as W acts on the decorrelated z."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -34,13 +37,13 @@ def _(W: Tensor, R: Tensor, out_dtype: torch.dtype, backend: str) -> Tensor:
     return torch.empty_like(W, dtype=out_dtype, memory_format=torch.contiguous_format)
 
 
-def _setup(ctx, inputs, output) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     W, R, _, ctx.backend = inputs
     ctx.save_for_backward(R)
     ctx.dtype = W.dtype
 
 
-def _backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
     (R,) = ctx.saved_tensors
     # dW = dW~ R^T is the same product with R transposed, so one op serves both directions.
     return torch.ops.dbpkern.fold(grad, R.mT, ctx.dtype, ctx.backend), None, None, None
@@ -50,7 +53,7 @@ _fold.register_autograd(_backward, setup_context=_setup)
 
 
 @register_flop_formula(torch.ops.dbpkern.fold)
-def _flops(W_shape, R_shape, *args, **kwargs) -> int:
+def _flops(W_shape: Sequence[int], R_shape: Sequence[int], *args: object, **kwargs: object) -> int:
     layers = W_shape[0] if len(W_shape) == 3 else 1
     return 2 * layers * W_shape[-2] * W_shape[-1] ** 2
 

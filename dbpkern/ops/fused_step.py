@@ -1,5 +1,8 @@
 """Decorrelate every row and update R from a sample of them, in one operation."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -240,14 +243,14 @@ def _(
     return z, R_new, R.new_empty(len(R))
 
 
-def _setup(ctx, inputs, output) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(inputs[1])
     ctx.backend = inputs[5]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dz: Tensor | None, *_) -> tuple[Tensor | None, None, None, None, None, None]:
+def _backward(ctx: Any, dz: Tensor | None, *_: object) -> tuple[Tensor | None, None, None, None, None, None]:
     (R,) = ctx.saved_tensors
     dx = None if dz is None else torch.ops.dbpkern.transform(dz, R.mT, ctx.backend)
     return dx, None, None, None, None, None
@@ -257,7 +260,10 @@ _fused_step.register_autograd(_backward, setup_context=_setup)
 
 
 @register_flop_formula(torch.ops.dbpkern.fused_step)
-def _flops(x_shape, R_shape, index_shape, *args, **kwargs) -> int:
+def _flops(
+    x_shape: Sequence[int], R_shape: Sequence[int], index_shape: Sequence[int],
+    *args: object, **kwargs: object,
+) -> int:  # fmt: skip
     n, d = x_shape
     samples = index_shape[0]
     return 2 * n * d**2 + (2 * (samples + d) if forms_correlation(samples, d) else 4 * samples) * d**2

@@ -2,7 +2,8 @@
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,8 @@ def ieee_products(device: torch.device) -> Iterator[None]:
     """
     # The newer of two interfaces: while its word differs from what `set_float32_matmul_precision` wrote, the
     # older getters raise, but products read this one, and within there is nothing else.
-    setting = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
+    mkldnn: Any = torch.backends.mkldnn  # its attributes are those of a class that torch puts in its place
+    setting = torch.backends.cuda.matmul if device.type == "cuda" else mkldnn.matmul
     with _precision_lock:
         before = setting.fp32_precision
         if before in ("ieee", "none"):
@@ -48,7 +50,7 @@ def ieee_products(device: torch.device) -> Iterator[None]:
             setting.fp32_precision = restored
 
 
-def check_factors(Q: object, S: object, d: int, layers: int | None = None) -> None:
+def check_factors(Q: Tensor, S: Tensor, d: int, layers: int | None = None) -> None:
     """Raise unless Q and S are the factors of an R of width `d`, of `layers` of them if given."""
     lead, dims = ("", (2,)) if layers is None else ("L, ", (3,))
     check_tensor("Q", Q, f"[{lead}d, r]", dims)
@@ -109,13 +111,13 @@ def _(W: Tensor, Q: Tensor, S: Tensor, out_dtype: torch.dtype, backend: str) -> 
     return torch.empty_like(W, dtype=out_dtype, memory_format=torch.contiguous_format)
 
 
-def _setup(ctx, inputs, output) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     W, Q, S, _, ctx.backend = inputs
     ctx.save_for_backward(Q, S)
     ctx.dtype = W.dtype
 
 
-def _backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
     Q, S = ctx.saved_tensors
     # dW = dW~ R^T = dW~ (I + Q S^T Q^T), so one op serves both directions.
     return torch.ops.dbpkern.lowrank_fold(grad, Q, S.mT, ctx.dtype, ctx.backend), None, None, None, None
@@ -125,7 +127,7 @@ _lowrank_fold.register_autograd(_backward, setup_context=_setup)
 
 
 @register_flop_formula(torch.ops.dbpkern.lowrank_fold)
-def _flops(W_shape, Q_shape, *args, **kwargs) -> int:
+def _flops(W_shape: Sequence[int], Q_shape: Sequence[int], *args: object, **kwargs: object) -> int:
     layers = W_shape[0] if len(W_shape) == 3 else 1
     return lowrank_flops(layers * W_shape[-2], *Q_shape[-2:])
 

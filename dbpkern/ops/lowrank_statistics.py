@@ -1,6 +1,6 @@
 """`B`, `Y` and `c`: what the sampled rows say about a low-rank R."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -172,8 +172,8 @@ def _result_dtype(x: Tensor, Q: Tensor) -> torch.dtype:
 
 def _results(make: Callable[..., Tensor], x: Tensor, Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """B, Y and c, made by `x.new_empty` or `x.new_zeros`."""
-    L, d, r = Q.shape
-    return tuple(make(L, *shape, dtype=_result_dtype(x, Q)) for shape in ((r, r), (d, r), (d,)))
+    (L, d, r), dtype = Q.shape, _result_dtype(x, Q)
+    return make(L, r, r, dtype=dtype), make(L, d, r, dtype=dtype), make(L, d, dtype=dtype)
 
 
 @_common.operator("lowrank_statistics")
@@ -189,7 +189,9 @@ def _lowrank_statistics(x: Tensor, Q: Tensor, backend: str) -> tuple[Tensor, Ten
     if backend == "cuda":
         from dbpkern import extension
 
-        return extension.load().lowrank_statistics(x, Q)
+        operators = extension.load()
+        assert operators is not None  # or it had refused the call
+        return operators.lowrank_statistics(x, Q)
     if backend == "triton":
         return triton_statistics(x, Q)
     with _common.autocast_off(x.device):
@@ -200,7 +202,7 @@ _lowrank_statistics.register_fake(lambda x, Q, backend: _results(x.new_empty, x,
 
 
 @register_flop_formula(torch.ops.dbpkern.lowrank_statistics)
-def _flops(x_shape, Q_shape, *args, **kwargs) -> int:
+def _flops(x_shape: Sequence[int], Q_shape: Sequence[int], *args: object, **kwargs: object) -> int:
     L, n, d = x_shape
     r = Q_shape[2]
     return L * (4 * n * d * r + 2 * n * r**2)

@@ -372,7 +372,7 @@ def _eager_step(
     size = c.sum(-1)
     unit = 2 * g.mean(-1).clamp(min=tiny) if scale_free else torch.ones_like(size)
     bound = None if limit is None else (torch.linalg.matrix_norm(M) + kappa) / unit
-    eager_rates(caution, rates, c, bound, eta, limit)
+    eager_rates(caution, rates, c, bound, eta, limit or 0.0)
 
     diagonal = torch.bmm(Q.mT, g[:, :, None] * Q)
     M = torch.lerp(M - diagonal, diagonal - eye, kappa)
@@ -410,8 +410,9 @@ def _lowrank_step(
 ) -> None:  # fmt: skip
     rule = (eta, kappa, scale_free, limit, q_eta)
     by_rank: dict[tuple[torch.device, int], list[Stack]] = {}
-    for *changed, B, Y, c in zip(Qs, Ss, cautions, rates, Bs, Ys, cs, strict=True):
-        device, r = changed[0].device, changed[0].shape[2]
+    for Q, S, caution, own_rates, B, Y, c in zip(Qs, Ss, cautions, rates, Bs, Ys, cs, strict=True):
+        changed = (Q, S, caution, own_rates)
+        device, r = Q.device, Q.shape[2]
         automatic = _dispatch.preferred("lowrank_step_", device)  # its operands are its own, not the caller's
         serves = _dispatch.choose("lowrank_step_", backend, {"triton": _triton_refusal(*changed)}, automatic)
         if serves == "triton":
@@ -420,7 +421,7 @@ def _lowrank_step(
             continue
         # S is turned by two products in every step: in TF32 it would grow or fade, step after step.
         with _common.autocast_off(device), ieee_products(device):
-            _eager_step(*changed, B, Y, c, *rule)
+            _eager_step(Q, S, caution, own_rates, B, Y, c, *rule)
     for stacks in by_rank.values():
         triton_step(stacks, *rule)
 
@@ -429,7 +430,7 @@ _lowrank_step.register_fake(lambda *args: None)
 
 
 @register_flop_formula(torch.ops.dbpkern.lowrank_step_)
-def _flops(Q_shapes, *args, **kwargs) -> int:
+def _flops(Q_shapes: Sequence[Sequence[int]], *args: object, **kwargs: object) -> int:
     # 5 products and 3 Gram matrices or solves of d rows; then T B T^T, M T, 3 Cholesky, the rotation.
     return sum(L * (16 * d * r**2 + (6 + 1 + 4 * ROTATION_STEPS + 4) * r**3) for L, d, r in Q_shapes)
 

@@ -1,6 +1,8 @@
 """`z = x + ((x Q) S^T) Q^T`: the input decorrelated by a low-rank R."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,12 +26,12 @@ def _(x: Tensor, Q: Tensor, S: Tensor, backend: str) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _setup(ctx, inputs, output) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, Q, S, ctx.backend = inputs
     ctx.save_for_backward(Q, S)
 
 
-def _backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
     Q, S = ctx.saved_tensors
     # dx = dz R: the rows of dz meet S where those of x met S^T.
     return torch.ops.dbpkern.lowrank_transform(grad, Q, S.mT, ctx.backend), None, None, None
@@ -39,7 +41,7 @@ _lowrank_transform.register_autograd(_backward, setup_context=_setup)
 
 
 @register_flop_formula(torch.ops.dbpkern.lowrank_transform)
-def _flops(x_shape, Q_shape, *args, **kwargs) -> int:
+def _flops(x_shape: Sequence[int], Q_shape: Sequence[int], *args: object, **kwargs: object) -> int:
     return lowrank_flops(math.prod(x_shape[:-1]), *Q_shape[-2:])
 
 

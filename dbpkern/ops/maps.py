@@ -13,7 +13,8 @@ width; nothing it reads is written by another, so the matrices change in place a
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,7 +27,13 @@ from dbpkern.ops._table import load_tile, locate, matrix, number, serve, wide
 from dbpkern.ops._triton import jit, tl
 from dbpkern.ops.lowrank_fold import check_factors, lowrank_flops
 
-Factors = tuple[Tensor] | tuple[Tensor, Tensor]
+Factors = tuple[Tensor, ...]
+"""`(R,)` or `(Q, S)`."""
+
+Form = Callable[[Tensor, Factors], tuple[Sequence[int], torch.dtype | None]]
+"""The shape, and dtype or None, that a tensor beside x and its factors has."""
+
+Part = TypeVar("Part")
 
 
 @jit
@@ -194,7 +201,7 @@ def transposed(factors: Sequence[Tensor]) -> list[Tensor]:
     return [*factors[:-1], factors[-1].mT]
 
 
-def nested(factors: Sequence[Tensor], sizes: Sequence[int]) -> list[list[Tensor]]:
+def nested(factors: Sequence[Part], sizes: Sequence[int]) -> list[list[Part]]:
     """The factors of each R, from a flat list and how many each R has."""
     parts = iter(factors)
     return [list(itertools.islice(parts, size)) for size in sizes]
@@ -231,7 +238,7 @@ def _remember(
         out.copy_(V.flatten(1).to(own[0].dtype) @ own[0])
 
     if full:
-        torch._foreach_copy_(*map(list, zip(*full, strict=True)))
+        torch._foreach_copy_([out for out, _ in full], [V for _, V in full])
     if low:
         kernels = {2: ("lowrank_map", remember_kernel)}
         serve("remember", backend, kernels, eager, [own[:2] for own in low], [own[2] for own in low], {}, {})
@@ -242,7 +249,10 @@ for _operator in (_map, _remember):
 
 
 @register_flop_formula(torch.ops.dbpkern.map_)
-def map_flops(shapes: Sequence, factor_shapes: Sequence, sizes: Sequence[int], *args, **kwargs) -> int:
+def map_flops(
+    shapes: Sequence[Sequence[int]], factor_shapes: Sequence[Sequence[int]], sizes: Sequence[int],
+    *args: object, **kwargs: object,
+) -> int:  # fmt: skip
     """Operations of one map of each weight."""
     pairs = zip(shapes, nested(factor_shapes, sizes), strict=True)
     return sum(
@@ -252,14 +262,18 @@ def map_flops(shapes: Sequence, factor_shapes: Sequence, sizes: Sequence[int], *
 
 
 @register_flop_formula(torch.ops.dbpkern.remember)
-def _(shapes, factor_shapes, sizes, *args, **kwargs) -> int:
+def _(
+    shapes: Sequence[Sequence[int]], factor_shapes: Sequence[Sequence[int]], sizes: Sequence[int],
+    *args: object, **kwargs: object,
+) -> int:  # fmt: skip
     pairs = zip(shapes, nested(factor_shapes, sizes), strict=True)
     return sum(2 * math.prod(x) * own[0][1] for x, own in pairs if len(own) == 2)
 
 
 def checked(
-    name: str, xs: Sequence[Tensor], factors: Sequence[Factors], backend: str | None, **others: Sequence
-) -> tuple[list[Tensor], list[int]]:
+    name: str, xs: Sequence[Tensor], factors: Sequence[Factors], backend: str | None,
+    **others: tuple[Sequence[Tensor], Form],
+) -> tuple[list[Tensor], list[int]]:  # fmt: skip
     """The factors as a flat list and how many each R has; raises unless all fit `xs [o, ...]`.
 
     `others` are tensors, and a function of x and its factors that gives their shape, and dtype or None.
@@ -325,16 +339,16 @@ def remember(
     flat, sizes = checked("weights", weights, factors, backend)
     if not weights:
         return []
-    groups: dict[tuple, list[int]] = {}
+    groups: dict[tuple[Any, ...], list[int]] = {}
     for i, (V, own) in enumerate(zip(weights, factors, strict=True)):
         (_, *width), dtype = _kept(V, own)
         groups.setdefault((*width, dtype), []).append(i)
-    kept = {}
+    parts: dict[int, Tensor] = {}
     for (*width, dtype), members in groups.items():
         rows = [len(weights[i]) for i in members]
         room = torch.empty(sum(rows), *width, dtype=dtype, device=weights[0].device)
-        kept |= zip(members, room.split(rows), strict=True)
-    kept = [kept[i] for i in range(len(weights))]
+        parts |= zip(members, room.split(rows), strict=True)
+    kept = [parts[i] for i in range(len(weights))]
     torch.ops.dbpkern.remember(list(weights), flat, sizes, kept, backend or "")
     return kept
 

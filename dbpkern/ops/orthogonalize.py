@@ -43,7 +43,7 @@ def _(X: Tensor, steps: int, coefficients: Sequence[float], eps: float, backend:
 
 
 @register_flop_formula(torch.ops.dbpkern.orthogonalize)
-def _flops(X_shape, steps, *args, **kwargs) -> int:
+def _flops(X_shape: Sequence[int], steps: int, *args: object, **kwargs: object) -> int:
     L, o, d = X_shape
     o, d = min(o, d), max(o, d)
     return steps * L * (4 * o**2 * d + 2 * o**3)

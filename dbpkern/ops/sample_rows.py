@@ -1,6 +1,6 @@
 """Sampled rows, converted and put in their place: tokens, or the unfolded patches of images."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from torch import Tensor
 from dbpkern.ops import _dispatch, _triton
 from dbpkern.ops._common import check_same_device, check_tensor, operator
 from dbpkern.ops._matmul import cdiv, rounded
-from dbpkern.ops._triton import jit, tl
+from dbpkern.ops._triton import Kernel, jit, tl
 
 ROWS, BLOCK = 8, 256
 """Rows and features that a program moves."""
@@ -70,7 +70,10 @@ def patches_kernel(
     store_rows(out, values, place, f, exists, COUNT, D, out_n, EMULATE)
 
 
-def _launch(kernel, out: Tensor, x: Tensor, index: Tensor | None, sizes: dict, constants: dict) -> None:
+def _launch(
+    kernel: Kernel, out: Tensor, x: Tensor, index: Tensor | None,
+    sizes: Mapping[str, object], constants: Mapping[str, object],
+) -> None:  # fmt: skip
     count, d = out.shape
     _triton.launch(
         kernel,
@@ -124,10 +127,11 @@ def patch_grid(
     """Numbers of rows and columns of patches in the images `x [B, C, H, W]`."""
     left, right, top, bottom = padding
     sizes = (x.shape[2] + top + bottom, x.shape[3] + left + right)
-    return tuple(
+    rows, columns = [
         (size - d * (k - 1) - 1) // s + 1
         for size, k, s, d in zip(sizes, kernel, stride, dilation, strict=True)
-    )
+    ]
+    return rows, columns
 
 
 def _eager_patches(

@@ -1,6 +1,8 @@
 """`z = x R^T`: the decorrelated input."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,12 +39,12 @@ def _(x: Tensor, R: Tensor, backend: str) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _setup(ctx, inputs, output) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, R, ctx.backend = inputs
     ctx.save_for_backward(R)
 
 
-def _backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     (R,) = ctx.saved_tensors
     return torch.ops.dbpkern.transform(grad, R.mT, ctx.backend), None, None  # dx = dz R
 
@@ -51,7 +53,7 @@ _transform.register_autograd(_backward, setup_context=_setup)
 
 
 @register_flop_formula(torch.ops.dbpkern.transform)
-def _flops(x_shape, R_shape, *args, **kwargs) -> int:
+def _flops(x_shape: Sequence[int], R_shape: Sequence[int], *args: object, **kwargs: object) -> int:
     return 2 * math.prod(x_shape) * x_shape[-1]
 
 

@@ -1,5 +1,7 @@
 """`R <- R - eta M R` straight from the samples, by the cheaper association."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -60,7 +62,7 @@ def _(R: Tensor, z: Tensor, eta: Tensor, kappa: float) -> None:
 
 
 @register_flop_formula(torch.ops.dbpkern.update_)
-def _flops(R_shape, z_shape, *args, **kwargs) -> int:
+def _flops(R_shape: Sequence[int], z_shape: Sequence[int], *args: object, **kwargs: object) -> int:
     L, n, d = z_shape
     return L * (2 * n * d**2 + 2 * d**3 if forms_correlation(n, d) else 4 * n * d**2)
 

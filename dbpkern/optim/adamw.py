@@ -6,7 +6,7 @@ from torch.optim.optimizer import ParamsT
 
 from dbpkern import ops
 from dbpkern.config import Decor
-from dbpkern.optim.base import DecorOptimizer, local
+from dbpkern.optim.base import DecorOptimizer, gradients_of, local
 
 
 class DecorAdamW(DecorOptimizer):
@@ -62,10 +62,11 @@ class DecorAdamW(DecorOptimizer):
             steps, means, squares = self._adamw_states(group, served)
             if served:
                 torch._foreach_add_(steps, 1)
-            gradients = [p.grad for p in served]
+            weights, gradients, exp_avgs, exp_avg_sqs = [
+                [local(t) for t in tensors] for tensors in (served, gradients_of(served), means, squares)
+            ]
             ops.adamw_(
-                *([local(t) for t in tensors] for tensors in (served, gradients, means, squares)),
-                steps, [layers[id(p)].factors for p in served],
+                weights, gradients, exp_avgs, exp_avg_sqs, steps, [layers[id(p)].factors for p in served],
                 lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1],
                 eps=group["eps"], weight_decay=group["weight_decay"],
             )  # fmt: skip

@@ -1,11 +1,13 @@
 """What optimizers of the weights that have an engine share."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
+from torch.optim.optimizer import ParamsT
 
 from dbpkern import ops
 from dbpkern.config import Decor
@@ -15,10 +17,17 @@ from dbpkern.optim import state
 from dbpkern.sites import check_weights, ranks_of, select
 from dbpkern.stock import StockLayer, hold, stock_layer
 
+Loss = TypeVar("Loss")
+
 
 def local(tensor: Tensor) -> Tensor:
     """The part of a sharded tensor that lies in this process; the tensor itself if it is whole."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def gradients_of(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients of parameters that have one each."""
+    return [gradient for p in parameters if (gradient := p.grad) is not None]
 
 
 def choose_layers(
@@ -72,7 +81,7 @@ def choose_layers(
     return layers
 
 
-def make_engine(model: nn.Module, optimizer: torch.optim.Optimizer, decor: Decor) -> Engine:
+def make_engine(model: nn.Module, optimizer: torch.optim.Optimizer, decor: Decor) -> Engine[StockLayer]:
     """An engine for the layers that `decor` chooses; raises as `choose_layers` does."""
     layers = choose_layers(model, optimizer, decor)
     try:
@@ -83,7 +92,9 @@ def make_engine(model: nn.Module, optimizer: torch.optim.Optimizer, decor: Decor
         raise
 
 
-def rechosen(engine: Engine, model: nn.Module, optimizer: torch.optim.Optimizer, decor: Decor) -> Engine:
+def rechosen(
+    engine: Engine[StockLayer], model: nn.Module, optimizer: torch.optim.Optimizer, decor: Decor
+) -> Engine[StockLayer]:
     """An engine in place of another, for the layers that `decor` chooses, between two steps.
 
     Layers that stay chosen with the same rank keep their R, new ones start from the identity; the function of
@@ -120,7 +131,7 @@ def followed(optimizer: torch.optim.Optimizer) -> float | Tensor:
     return leader["lr"] / leader["initial_lr"] if leader["initial_lr"] else 1.0
 
 
-def step_engine(engine: Engine, optimizer: torch.optim.Optimizer) -> None:
+def step_engine(engine: Engine[StockLayer], optimizer: torch.optim.Optimizer) -> None:
     """R's step, after the optimizer's; R then is in the optimizer's state.
 
     A GradScaler tells fused optimizers, which it cannot leave out, by `found_inf` that a step does not count.
@@ -137,7 +148,7 @@ class Maps:
     V <- V_old + (V - V_old) R      after: the change that the optimizer made of g, as a change of V
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine[StockLayer]) -> None:
         self.engine = engine
         self._inside: list[tuple[StockLayer, Tensor]] = []
         self._mapped: dict[int, tuple[Tensor, int]] = {}
@@ -149,19 +160,19 @@ class Maps:
         Not a second time, where `leave` did not come in between and the gradient is the one mapped before.
         """
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        layers = [
-            layer
+        pairs = [
+            (layer, gradient)
             for layer in self.engine.layers.values()
-            if id(layer.weight) in known and layer.weight.grad is not None
+            if id(layer.weight) in known and (gradient := layer.weight.grad) is not None
         ]
         fresh = []
-        for layer in layers:
+        for layer, gradient in pairs:
             before, version = self._mapped.get(id(layer), (None, None))
-            if before is not layer.weight.grad or version != local(before)._version:
-                fresh.append(layer)
-        gradients = [local(layer.weight.grad) for layer in fresh]
-        ops.map_gradients_(gradients, [layer.factors for layer in fresh])
-        self._mapped = {id(layer): (layer.weight.grad, local(layer.weight.grad)._version) for layer in layers}
+            if before is not gradient or version != local(gradient)._version:
+                fresh.append((layer, gradient))
+        ops.map_gradients_([local(gradient) for _, gradient in fresh], [layer.factors for layer, _ in fresh])
+        self._mapped = {id(layer): (gradient, local(gradient)._version) for layer, gradient in pairs}
+        layers = [layer for layer, _ in pairs]
         kept = ops.remember([local(layer.weight) for layer in layers], [layer.factors for layer in layers])
         self._inside = list(zip(layers, kept, strict=True))
 
@@ -179,16 +190,26 @@ class Maps:
 class Decorrelates:
     """What optimizers, and objects around one, do with their engine between steps."""
 
-    engine: Engine | None
+    engine: Engine[StockLayer] | None
     """Holds R: `engine.rates()`, `engine.caution()`, `engine.loss()`, `engine.eta`."""
-    _optimizer: torch.optim.Optimizer
     _kept_maps: Maps | None = None
+
+    @property
+    def _optimizer(self) -> torch.optim.Optimizer:
+        """Of the weights."""
+        raise NotImplementedError
+
+    @property
+    def _live(self) -> Engine[StockLayer]:
+        """The engine, where there is one."""
+        assert self.engine is not None
+        return self.engine
 
     @property
     def _maps(self) -> Maps:
         """Of the engine; the same at every step, as a step that raises may have mapped gradients."""
         if self._kept_maps is None or self._kept_maps.engine is not self.engine:
-            self._kept_maps = Maps(self.engine)
+            self._kept_maps = Maps(self._live)
         return self._kept_maps
 
     def drop_samples(self) -> None:
@@ -235,7 +256,9 @@ class DecorOptimizer(Decorrelates, torch.optim.Optimizer):
         decor: the rule; `Decor()` for None.
     """
 
-    def __init__(self, params, defaults: dict, model: nn.Module | None, decor: Decor | None) -> None:
+    def __init__(
+        self, params: ParamsT, defaults: dict[str, Any], model: nn.Module | None, decor: Decor | None
+    ) -> None:
         for name in ("lr", "eps", "weight_decay"):
             value = defaults[name]
             if name == "lr" and isinstance(value, Tensor):  # not read: that would wait for its device
@@ -252,14 +275,14 @@ class DecorOptimizer(Decorrelates, torch.optim.Optimizer):
         super().__init__(params, defaults)
         self.engine = None if model is None else make_engine(model, self, decor or Decor())
 
-    def _trained(self) -> list[tuple[dict, list[Tensor]]]:
+    def _trained(self) -> list[tuple[dict[str, Any], list[Tensor]]]:
         """Each group with its parameters that have gradients; raises before a step has changed anything."""
         found = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
-        if any(p.grad.is_sparse for _, trained in found for p in trained):
+        if any(gradient.is_sparse for _, trained in found for gradient in gradients_of(trained)):
             raise RuntimeError(f"{type(self).__name__}: expected dense gradients, got a sparse one")
         return found
 
-    def _adamw_states(self, group: dict, parameters: list[Tensor]) -> tuple[list[Tensor], ...]:
+    def _adamw_states(self, group: dict[str, Any], parameters: list[Tensor]) -> tuple[list[Tensor], ...]:
         """The counts of steps, and both moments, of parameters that AdamW steps."""
         for parameter in parameters:
             state = self.state[parameter]
@@ -272,13 +295,13 @@ class DecorOptimizer(Decorrelates, torch.optim.Optimizer):
         names = ("step", "exp_avg", "exp_avg_sq")
         return tuple([self.state[p][name] for p in parameters] for name in names)
 
-    def _step_adamw(self, group: dict, parameters: list[Tensor]) -> None:
+    def _step_adamw(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         """Step parameters of a group by PyTorch's AdamW."""
         if not parameters:
             return
         steps, means, squares = self._adamw_states(group, parameters)
         adamw(
-            parameters, [p.grad for p in parameters], means, squares, [], steps,
+            parameters, gradients_of(parameters), means, squares, [], steps,
             fused=all(p.is_cuda and p.is_floating_point() for p in parameters) or None,
             capturable=group["capturable"], amsgrad=False, maximize=False,
             beta1=group["betas"][0], beta2=group["betas"][1],
@@ -289,8 +312,14 @@ class DecorOptimizer(Decorrelates, torch.optim.Optimizer):
         """Step all weights, in the coordinates of z where they have an R."""
         raise NotImplementedError
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], Loss]) -> Loss: ...
+
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+    def step(self, closure: Callable[[], Loss] | None = None) -> Loss | None:
         """Step the weights, then R.
 
         Args:
@@ -312,12 +341,12 @@ class DecorOptimizer(Decorrelates, torch.optim.Optimizer):
     def _optimizer(self) -> torch.optim.Optimizer:
         return self
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """As every optimizer's, with R beside the state of its weights, see `dbpkern.optim.state`."""
         found = super().state_dict()
         return found if self.engine is None else state.write(self.engine, self, found)
 
-    def load_state_dict(self, state_dict: dict) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore `state_dict()`; rows sampled since the last step are dropped.
 
         A state without R, of a plain optimizer, loads with a warning: R is the identity then.
@@ -333,5 +362,5 @@ class DecorOptimizer(Decorrelates, torch.optim.Optimizer):
         if self.engine is not None:
             state.restore(self.engine, found)
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"engine": self.engine}

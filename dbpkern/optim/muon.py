@@ -1,6 +1,8 @@
 """`DecorMuon`: Muon with decorrelated backpropagation."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,9 +10,9 @@ from torch.optim.optimizer import ParamsT
 
 from dbpkern import ops
 from dbpkern.config import Decor
-from dbpkern.optim.base import DecorOptimizer, local
+from dbpkern.optim.base import DecorOptimizer, gradients_of, local
 
-SCALES = {
+SCALES: dict[str, Callable[[int, int], float]] = {
     "original": lambda o, d: math.sqrt(max(1.0, o / d)),
     "match_rms_adamw": lambda o, d: 0.2 * math.sqrt(max(o, d)),
 }
@@ -87,7 +89,7 @@ class DecorMuon(DecorOptimizer):
         if maps is not None:
             maps.enter(self)
         for group, trained in groups:
-            matrices: dict[tuple, list[Tensor]] = {}
+            matrices: dict[tuple[int, int, torch.dtype, torch.device], list[Tensor]] = {}
             others = []
             for parameter in trained:
                 if group.get("use_muon", _is_matrix(parameter)):
@@ -101,14 +103,14 @@ class DecorMuon(DecorOptimizer):
         if maps is not None:
             maps.leave()
 
-    def _step_matrices(self, group: dict, parameters: list[Tensor]) -> None:
+    def _step_matrices(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         """Step matrices of equal shape and dtype."""
         for parameter in parameters:
             state = self.state[parameter]
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         weights = [local(p) for p in parameters]
-        gradients = [local(p.grad) for p in parameters]
+        gradients = [local(gradient) for gradient in gradients_of(parameters)]
         buffers = [local(self.state[p]["momentum_buffer"]) for p in parameters]
         momentum = group["momentum"]
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
@@ -129,7 +131,7 @@ def _is_matrix(parameter: Tensor) -> bool:
 
 def _gathered(tensor: Tensor, like: Tensor) -> Tensor:
     """The whole of a tensor that is sharded as the parameter `like` is."""
-    if not hasattr(like, "placements"):
+    if not (hasattr(like, "placements") and hasattr(like, "device_mesh")):
         return tensor
     from torch.distributed.tensor import DTensor  # slow to import, and rarely needed
 
@@ -140,7 +142,7 @@ def _gathered(tensor: Tensor, like: Tensor) -> Tensor:
 
 def _own(tensor: Tensor, like: Tensor) -> Tensor:
     """The part of a whole tensor that lies in this process, as that of the parameter `like` does."""
-    if not hasattr(like, "placements"):
+    if not (hasattr(like, "placements") and hasattr(like, "device_mesh")):
         return tensor
     from torch.distributed.tensor import distribute_tensor
 

@@ -4,10 +4,14 @@ R makes its step after the optimizer's, which leaves V and so the function of th
 the update `W <- W R_old R_new^-1` of a decorrelated layer, without R's inverse.
 """
 
+from typing import Any, NoReturn
+
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from dbpkern.config import Decor
+from dbpkern.engine import Site
 from dbpkern.optim import state
 from dbpkern.optim.base import Decorrelates, make_engine, step_engine
 from dbpkern.stock import StockLayer
@@ -45,20 +49,17 @@ class DecorPreconditioner(Decorrelates):
     ) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        self._optimizer = optimizer
+        self._around = optimizer
         self._entered = False
-        self._loading: list = []
+        self._loading: list[tuple[Site, dict[str, Any]]] = []
         self.engine = make_engine(model, optimizer, Decor() if decor is None else decor)
-        self._hooks = []
+        self._hooks: list[RemovableHandle] = []
         try:
-            for register, hook in (
-                (optimizer.register_step_pre_hook, self._before_step),
-                (optimizer.register_step_post_hook, self._after_step),
-                (optimizer.register_state_dict_post_hook, self._write_state),
-                (optimizer.register_load_state_dict_pre_hook, self._split_state),
-                (optimizer.register_load_state_dict_post_hook, self._restore_state),
-            ):
-                self._hooks.append(register(hook))
+            self._hooks.append(optimizer.register_step_pre_hook(self._before_step))
+            self._hooks.append(optimizer.register_step_post_hook(self._after_step))
+            self._hooks.append(optimizer.register_state_dict_post_hook(self._write_state))
+            self._hooks.append(optimizer.register_load_state_dict_pre_hook(self._split_state))
+            self._hooks.append(optimizer.register_load_state_dict_post_hook(self._restore_state))
         except AttributeError as error:  # it does not call its base class's __init__
             self.remove()
             raise TypeError(
@@ -67,14 +68,18 @@ class DecorPreconditioner(Decorrelates):
             ) from error
 
     @property
+    def _optimizer(self) -> torch.optim.Optimizer:
+        return self._around
+
+    @property
     def layers(self) -> dict[str, StockLayer]:
         """The chosen layers, each with its R beside it, by name."""
-        return self.engine.layers
+        return self._live.layers
 
     @torch.compiler.disable
     def _before_step(
-        self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict
-    ) -> tuple[tuple, dict] | None:
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         first, *others = args  # the optimizer itself comes first
         closure = kwargs.get("closure", others[0] if others else None)
         if closure is None:
@@ -105,22 +110,24 @@ class DecorPreconditioner(Decorrelates):
         self._maps.enter(optimizer)
 
     @torch.compiler.disable
-    def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    def _after_step(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         if not self._entered:
             return  # a step() that calls super().step() runs the hooks of both
         self._entered = False
         self._maps.leave()
-        step_engine(self.engine, optimizer)
+        step_engine(self._live, optimizer)
 
-    def _write_state(self, optimizer: torch.optim.Optimizer, state_dict: dict) -> dict:
-        return state.write(self.engine, optimizer, state_dict)
+    def _write_state(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        return state.write(self._live, optimizer, state_dict)
 
-    def _split_state(self, optimizer: torch.optim.Optimizer, state_dict: dict) -> dict:
-        own, self._loading = state.split(self.engine, optimizer, state_dict)
+    def _split_state(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        own, self._loading = state.split(self._live, optimizer, state_dict)
         return own
 
     def _restore_state(self, optimizer: torch.optim.Optimizer) -> None:
-        state.restore(self.engine, self._loading)
+        state.restore(self._live, self._loading)
         self._loading = []
 
     def remove(self) -> None:
@@ -129,7 +136,7 @@ class DecorPreconditioner(Decorrelates):
             hook.remove()
         super().remove()
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> NoReturn:
         raise TypeError(
             "a DecorPreconditioner cannot be copied or pickled: its hooks are on one optimizer; make a new "
             "one for the copy, and load the optimizer's state_dict()"

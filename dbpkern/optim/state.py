@@ -5,16 +5,18 @@ the position of the sampling. R goes wherever the optimizer's own state goes, by
 """
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dbpkern.engine import Engine, Site
+from dbpkern.stock import StockLayer
 
 PREFIX = "decor_"
 
 
-def _weights(engine: Engine, optimizer: torch.optim.Optimizer) -> dict[int, Site]:
+def _weights(engine: Engine[StockLayer], optimizer: torch.optim.Optimizer) -> dict[int, Site]:
     """The sites by the id of the first of their weights that the optimizer has."""
     known = {id(p) for group in optimizer.param_groups for p in group["params"]}
     found: dict[int, Site] = {}
@@ -25,7 +27,7 @@ def _weights(engine: Engine, optimizer: torch.optim.Optimizer) -> dict[int, Site
     return found
 
 
-def _entries(engine: Engine, site: Site) -> dict[str, Tensor | int]:
+def _entries(engine: Engine[StockLayer], site: Site) -> dict[str, Tensor | int]:
     names = site.layers[0].structure.names
     return {
         **{PREFIX + name: factor for name, factor in zip(names, site.factors, strict=True)},
@@ -35,7 +37,7 @@ def _entries(engine: Engine, site: Site) -> dict[str, Tensor | int]:
     }
 
 
-def attach(engine: Engine, optimizer: torch.optim.Optimizer) -> None:
+def attach(engine: Engine[StockLayer], optimizer: torch.optim.Optimizer) -> None:
     """Put R into the optimizer's live state of weights that it has met, after a step.
 
     Some loaders ask the live state, and not `state_dict`, what a parameter has. An optimizer that has not met
@@ -56,7 +58,9 @@ def detach(optimizer: torch.optim.Optimizer) -> None:
             del entry[name]
 
 
-def write(engine: Engine, optimizer: torch.optim.Optimizer, state_dict: dict) -> dict:
+def write(
+    engine: Engine[StockLayer], optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]
+) -> dict[str, Any]:
     """Add R to a `state_dict` of the optimizer; returns it.
 
     No R of weights that were never stepped, it is the identity. Every parameter has an entry, if an empty
@@ -74,8 +78,8 @@ def write(engine: Engine, optimizer: torch.optim.Optimizer, state_dict: dict) ->
 
 
 def split(
-    engine: Engine, optimizer: torch.optim.Optimizer, state_dict: dict
-) -> tuple[dict, list[tuple[Site, dict]]]:
+    engine: Engine[StockLayer], optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]
+) -> tuple[dict[str, Any], list[tuple[Site, dict[str, Any]]]]:
     """Take R out of a `state_dict`: the optimizer's own part, and for each site what it holds.
 
     Raises:
@@ -84,7 +88,8 @@ def split(
     sites = _weights(engine, optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
-    own, taken = {}, {}
+    own: dict[int, dict[str, Any]] = {}
+    taken: dict[int, dict[str, Any]] = {}
     for number, entry in state_dict["state"].items():
         own[number] = {k: v for k, v in entry.items() if not str(k).startswith(PREFIX)}
         ours = {k.removeprefix(PREFIX): v for k, v in entry.items() if str(k).startswith(PREFIX)}
@@ -100,7 +105,7 @@ def split(
                 continue  # a weight that was never stepped: R is the identity
             expected = {} if site is None else _shapes(_entries(engine, site))
             got = _shapes({PREFIX + k: v for k, v in entry.items()})
-            if expected != got:
+            if site is None or expected != got:
                 where = "a layer without R" if site is None else site.name
                 raise ValueError(
                     f"load_state_dict: R of {where}: expected {expected or None}, got {got or None}"
@@ -118,7 +123,7 @@ def _shapes(entries: dict[str, Tensor | int]) -> dict[str, list[int]]:
 
 
 @torch.no_grad()
-def restore(engine: Engine, found: list[tuple[Site, dict]]) -> None:
+def restore(engine: Engine[StockLayer], found: list[tuple[Site, dict[str, Any]]]) -> None:
     """Take R, caution and the position of the sampling from what `split` found; R is I where none was."""
     engine.drop_samples()
     if not found:
