@@ -29,6 +29,7 @@ from timm.models import Eva, VisionTransformer
 from torch import Tensor, nn
 
 from models import darl, mae
+from models.darl_order import patch_order, rotary_positions
 from models.vit import check_sizes, check_transformer, norm_layer, pair
 
 READOUTS = ("mean", "class", "last")
@@ -144,7 +145,7 @@ class RasterRotations(nn.Module):
     def __init__(self, grid_size: tuple[int, int], head_dim: int, temperature: float):
         super().__init__()
         self._make = partial(
-            darl.rotary_positions, "rope1d", head_dim=head_dim, reference=grid_size, temperature=temperature
+            rotary_positions, "rope1d", head_dim=head_dim, reference=grid_size, temperature=temperature
         )
         self.grid_size = grid_size
         self.register_buffer("pos_embed", self._make(grid_size), persistent=False)
@@ -381,7 +382,7 @@ def _order(model: Vit, architecture: Architecture, what: str) -> Tensor:
             f'{what}: the order "fixed" is one of the patches of {trained} pixels; expected such images, got '
             f"{patches.img_size}"
         )
-    return darl.patch_order(
+    return patch_order(
         architecture.order, patches.grid_size, architecture.order_block, architecture.order_seed
     )
 

@@ -14,7 +14,6 @@ Letters used in shapes: B images, C channels, H and W their size, L patches, P t
 columns * channels), D the width, V entries of a vocabulary, n tokens, E twice the width of an attention head.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, Literal, cast
@@ -22,18 +21,16 @@ from typing import Any, Literal, cast
 import torch
 import torch.nn.functional as F
 from timm.layers import (
-    Attention,
-    Mlp,
     PatchEmbed,
     apply_rot_embed_cat,
-    build_rotary_pos_embed,
     resample_abs_pos_embed,
 )
 from timm.models.eva import EvaBlock
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from models import diffusion
+from models.darl_decoder import MlpDecoder, PairDecoder
+from models.darl_order import ORDERS, check_choice, patch_order, rotary_positions, two_stream_mask
 from models.vit import SIZES as VIT_SIZES
 from models.vit import (
     check_sizes,
@@ -55,83 +52,10 @@ SIZES = {f"darl_vit_{size}": arguments for size, arguments in VIT_SIZES.items()}
 ENCODER = ("cls_token", "pos_embed", "patch_embed", "blocks", "norm")
 
 POSITIONS = ("none", "sincos", "learned", "rope1d", "rope2d")
-ORDERS = ("raster", "nested", "round-robin", "fixed", "random")
 OBJECTIVES = ("mse", "diffusion", "tokens")
 DECODERS = ("mlp", "transformer")
 PREDICTIONS = ("x0", "epsilon")
 INPUTS = ("pixels", "tokens")
-
-
-def _check_choice(name: str, value: object, known: Sequence[object]) -> None:
-    if value not in known:
-        raise ValueError(f"{name}: expected one of {', '.join(map(str, known))}, got {value!r}")
-
-
-def patch_order(kind: str, grid_size: tuple[int, int], block: int = 2, seed: int = 0) -> Tensor:
-    """The order in which the patches of a grid are predicted, as their raster numbers [L].
-
-    Args:
-        kind: "raster"; "nested", the squares of `block` by `block` patches one after the other, each in
-            raster order; "round-robin", the first patch of every square, then the second, and so on; or
-            "fixed", one random order.
-        grid_size: Rows and columns of patches; squares at the far edges may be incomplete.
-        block: Side of a square.
-        seed: Of the order "fixed".
-
-    Raises:
-        ValueError: There is no such kind, or block is below 1.
-    """
-    _check_choice("order", kind, [known for known in ORDERS if known != "random"])
-    if block < 1:
-        raise ValueError(f"order_block: expected at least 1, got {block}")
-    rows, columns = grid_size
-    numbers = torch.arange(rows * columns)
-    if kind == "raster":
-        return numbers
-    if kind == "fixed":
-        return torch.randperm(rows * columns, generator=torch.Generator().manual_seed(seed))
-    row, column = numbers // columns, numbers % columns
-    square = (row // block) * (-(-columns // block)) + column // block
-    within = (row % block) * block + column % block
-    first, second = (square, within) if kind == "nested" else (within, square)
-    return (first * (rows * columns * block**2) + second).argsort()
-
-
-def rotary_positions(
-    kind: str,
-    grid_size: tuple[int, int],
-    head_dim: int,
-    reference: tuple[int, int] | None = None,
-    temperature: float = 100.0,
-) -> Tensor:
-    """Sines and cosines of RoPE for every patch in raster order, [L, 2 * head_dim], as timm has them.
-
-    Args:
-        kind: "rope1d", by the patch's raster number, or "rope2d", half of the pairs of channels by its column
-            and half by its row (section 3.4 of the paper).
-        grid_size: Rows and columns of patches.
-        head_dim: Width of an attention head; divisible by 2, or by 4 for "rope2d".
-        reference: Positions are scaled to the range of this grid; None for the grid itself.
-        temperature: The longest wavelength, over 2 pi, in patches.
-    """
-    if kind == "rope2d":
-        scaled = None if reference in (None, grid_size) else reference
-        waves = build_rotary_pos_embed(
-            list(grid_size),
-            dim=head_dim,
-            temperature=temperature,
-            in_pixels=False,
-            ref_feat_shape=None if scaled is None else list(scaled),
-            grid_indexing="xy",
-        )
-        return torch.cat(waves, dim=-1)
-    length = grid_size[0] * grid_size[1]
-    place = torch.arange(length, dtype=torch.float64)
-    if reference is not None:
-        place *= reference[0] * reference[1] / length
-    frequency = temperature ** -(torch.arange(head_dim // 2, dtype=torch.float64) / (head_dim // 2))
-    angle = torch.outer(place, frequency).repeat_interleave(2, dim=-1)
-    return torch.cat([angle.sin(), angle.cos()], dim=-1).float()
 
 
 def _take(tokens: Tensor, order: Tensor) -> Tensor:
@@ -155,108 +79,6 @@ class TokenEmbed(nn.Module):
     def forward(self, codes: Tensor) -> Tensor:
         """Entries [B, L] to [B, L, D]."""
         return self.embedding(codes)
-
-
-class ResidualMlp(nn.Module):
-    """LayerNorm and a two-layer MLP around a skip connection."""
-
-    def __init__(self, dim: int, mlp_ratio: float):
-        super().__init__()
-        self.norm = norm_layer(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., D] to [..., D]."""
-        return x + self.mlp(self.norm(x))
-
-
-class MlpDecoder(nn.Module):
-    """Residual MLP on the context, to which the embedded noisy patch is added where there is one.
-
-    Args:
-        dim: D.
-        out: Values that are predicted.
-        depth: Residual blocks; none makes a linear decoder.
-        mlp_ratio: Hidden width of a block over D.
-        noisy: Values of a noisy patch, None for none.
-    """
-
-    def __init__(self, dim: int, out: int, depth: int, mlp_ratio: float, noisy: int | None = None):
-        super().__init__()
-        self.embed = None if noisy is None else nn.Linear(noisy, dim)
-        self.blocks = nn.ModuleList(ResidualMlp(dim, mlp_ratio) for _ in range(depth))
-        # Without blocks or patch, the encoder's last norm has just been.
-        self.norm = norm_layer(dim) if depth or noisy is not None else nn.Identity()
-        self.pred = nn.Linear(dim, out)
-
-    def forward(self, context: Tensor, noisy: Tensor | None = None) -> Tensor:
-        """Context [..., D], and the noisy patch [..., noisy], to predictions [..., out]."""
-        x = context
-        if noisy is not None:
-            assert self.embed is not None
-            x = x + self.embed(noisy)
-        for block in self.blocks:
-            x = block(x)
-        return self.pred(self.norm(x))
-
-
-class PairBlock(Block):
-    """timm's block on sequences of two tokens.
-
-    The softmax over two is a sigmoid of the difference of their scores, so attention is elementwise work
-    on the projections, with no kernel for sequences of length 2.
-    """
-
-    attn: Attention
-
-    def forward(self, x: Tensor, second: bool = False) -> Tensor:  # type: ignore[override]  # no masks
-        """Pairs [..., 2, D] to pairs, or to their second tokens [..., 1, D] alone."""
-        attn = self.attn
-        q, k, v = attn.qkv(self.norm1(x)).unflatten(-1, (3, attn.num_heads, attn.head_dim)).unbind(-3)
-        if second:
-            x, q = x[..., 1:, :], q[..., 1:, :, :]
-        (k0, k1), (v0, v1) = k.split(1, dim=-3), v.split(1, dim=-3)
-        first = torch.sigmoid((q * (k0 - k1)).sum(-1, keepdim=True) * attn.scale)
-        x = x + attn.proj(torch.lerp(v1, v0, first).flatten(-2))
-        return x + self.mlp(self.norm2(x))
-
-
-class PairDecoder(nn.Module):
-    """Transformer on two tokens, the context and the embedded noisy patch (section 3.3 of the paper).
-
-    Args:
-        dim: D.
-        out: Values that are predicted.
-        depth: Blocks, at least 1.
-        num_heads: Attention heads.
-        mlp_ratio: Hidden width of the MLPs over D.
-        noisy: Values of a noisy patch.
-    """
-
-    def __init__(self, dim: int, out: int, depth: int, num_heads: int, mlp_ratio: float, noisy: int):
-        super().__init__()
-        self.embed = nn.Linear(noisy, dim)
-        self.blocks = nn.ModuleList(
-            PairBlock(
-                dim,
-                num_heads,
-                mlp_ratio,
-                qkv_bias=True,
-                norm_layer=norm_layer,  # type: ignore[arg-type]  # timm takes any function that makes one
-            )
-            for _ in range(depth)
-        )
-        self.norm = norm_layer(dim)
-        self.pred = nn.Linear(dim, out)
-
-    def forward(self, context: Tensor, noisy: Tensor) -> Tensor:
-        """Context [..., D] and noisy patch [..., noisy] to predictions [..., out]."""
-        noisy = self.embed(noisy)
-        x = torch.stack([context, noisy], dim=-2)
-        last = len(self.blocks) - 1
-        for i, block in enumerate(self.blocks):
-            x = block(x, second=i == last)  # nobody reads the context's token after the last
-        return self.pred(self.norm(x.squeeze(-2)))
 
 
 class Cache:
@@ -342,7 +164,7 @@ class DarlConfig:
             ("objective", self.objective, OBJECTIVES), ("decoder", self.decoder, (None, *DECODERS)),
             ("prediction", self.prediction, PREDICTIONS), ("inputs", self.inputs, INPUTS),
         ):  # fmt: skip
-            _check_choice(name, value, known)
+            check_choice(name, value, known)
         if not 0 < self.rope_temperature < float("inf"):
             raise ValueError(
                 f"rope_temperature: expected a finite number above 0, got {self.rope_temperature}"
@@ -750,15 +572,6 @@ class DARL(nn.Module):
             for name, tensor in self.state_dict().items()
             if name.split(".")[0] in ENCODER
         }
-
-
-def two_stream_mask(length: int, device: torch.device | None = None) -> Tensor:
-    """Who sees whom in two-stream attention [2 L, 2 L]: start token and L - 1 patches, then L queries.
-
-    Patches see those before and themselves. A query sees the patches before its own. Nobody sees queries.
-    """
-    before = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    return torch.cat([torch.cat([before, before]), before.new_zeros(2 * length, length)], dim=1)
 
 
 def create_darl(name: str, **overrides: Any) -> DARL:

@@ -17,18 +17,9 @@ from torch import nn
 import dbpkern
 from dbpkern.layers.modules import Decorrelated
 from models import diffusion
-from models.darl import (
-    DARL,
-    ORDERS,
-    POSITIONS,
-    SIZES,
-    PairBlock,
-    PairDecoder,
-    create_darl,
-    patch_order,
-    rotary_positions,
-    two_stream_mask,
-)
+from models.darl import DARL, POSITIONS, SIZES, create_darl
+from models.darl_decoder import PairBlock, PairDecoder
+from models.darl_order import ORDERS, patch_order, rotary_positions, two_stream_mask
 from models.vit import patchify, sincos_positions
 
 # A grid of 3 by 5 patches: nothing is square, so swapped axes do not go unnoticed.

@@ -23,6 +23,7 @@ from torch import nn
 import train.engine.loop
 from models import classifier, darl, mae
 from models.classifier import Architecture, create_vit, load_encoder, to_classifier
+from models.darl_order import patch_order
 from train import finetune, pretrain
 from train.data.labelled import (
     AugmentConfig,
@@ -198,7 +199,7 @@ def test_read_outs_are_what_they_say(tmp_path):
     before = []
     model.norm.register_forward_pre_hook(lambda _, args: before.append(args[0]))
     model.features(imgs)
-    last = 1 + darl.patch_order("nested", (4, 4))[-1]
+    last = 1 + patch_order("nested", (4, 4))[-1]
     expected = {
         "class": tokens[:, 0],
         "last": tokens[:, last],

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from models import diffusion
-from models.darl import DARL, POSITIONS, create_darl, patch_order
+from models.darl import DARL, POSITIONS, create_darl
+from models.darl_order import patch_order
 from models.generate import generate
 from models.vit import patchify, unpatchify
 

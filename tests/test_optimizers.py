@@ -589,6 +589,20 @@ def test_R_of_other_layers_is_refused_and_nothing_changes(make_optimizer, rule):
 
 
 @BOTH
+def test_a_damaged_state_of_a_weight_without_R_is_refused_and_nothing_changes(make_optimizer):
+    model = network()
+    optimizer = make_optimizer(model, replace(RULE, filter=lambda name, module: name == "0"))
+    train(model, optimizer, 1)
+    before, damaged = (copy.deepcopy(optimizer.state_dict()) for _ in range(2))
+    other = next(n for n, entry in damaged["state"].items() if entry and "decor_seed" not in entry)
+    damaged["state"][other]["decor_seed"] = 3
+    damaged["param_groups"][0]["lr"] = 77.0
+    with pytest.raises(ValueError, match="R of a layer without R: expected None, got None"):
+        optimizer.load_state_dict(damaged)
+    same_state(optimizer.state_dict(), before)
+
+
+@BOTH
 def test_a_layer_with_R_that_the_rule_leaves_out_is_refused(make_optimizer):
     few = replace(RULE, filter=lambda name, module: name == "0")
     runs = [(m, make_optimizer(m, rule)) for m, rule in ((network(), few), (network(), RULE))]
