@@ -1245,7 +1245,7 @@ def test_presets_are_understood(preset):
         assert (config.model, config.img_size) == ("mae_vit_base", 224)
         assert config.data.fraction == (0.1 if preset.stem == "dbp_base" else 1)
         assert config.decor.enable == (preset.stem == "dbp_base")
-        assert config.decoder == ("dbp" if preset.stem == "dbp_base" else "mae")
+        assert config.mae.decoder == ("dbp" if preset.stem == "dbp_base" else "mae")
 
 
 # Configuration

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -33,7 +34,7 @@ class Run:
     """What a finished or running run has logged."""
 
     path: Path
-    config: dict
+    config: dict[str, Any]
     losses: list[float]
     seconds: list[float]
     joules: list[dict[str, float]]
@@ -130,7 +131,7 @@ class Arm:
         return mean([j * factors[run.country] for j, run in zip(joules, self.runs, strict=True)]) or None
 
 
-def describe(config: dict) -> str:
+def describe(config: dict[str, Any]) -> str:
     """Name of an arm in tables."""
     decor = config.get("decor", {})
     if not decor.get("enable"):
@@ -157,7 +158,7 @@ def group(runs: Sequence[Run]) -> list[Arm]:
     ]
 
 
-def cell(row: Mapping, base: Mapping, key: str, form: str) -> str:
+def cell(row: Mapping[str, Any], base: Mapping[str, Any], key: str, form: str) -> str:
     """What an arm needed to reach the target, and the ratio to what the first arm needed."""
     if row["steps_to_target"] is None:
         return "not reached"
@@ -167,7 +168,7 @@ def cell(row: Mapping, base: Mapping, key: str, form: str) -> str:
     return f"{row[key]:{form}}{ratio}"
 
 
-def table(arms: Sequence[Arm]) -> tuple[str, list[dict]]:
+def table(arms: Sequence[Arm]) -> tuple[str, list[dict[str, Any]]]:
     """The comparison as Markdown and as records; the first arm sets the target.
 
     Raises:
@@ -178,10 +179,11 @@ def table(arms: Sequence[Arm]) -> tuple[str, list[dict]]:
     measured = [kind for kind in KINDS if all(kind in run.joules[-1] for run in runs)]
     countries = {run.country for run in runs}
     unit = dict.fromkeys(countries, 1.0)
-    kilograms = {}
+    kilograms: dict[str | None, float] = {}
     if None not in countries:
-        kilograms = {country: carbon_intensity(country)[0] / JOULES_PER_KWH for country in countries}
-    rows = []
+        known = [country for country in countries if country is not None]
+        kilograms = {country: carbon_intensity(country)[0] / JOULES_PER_KWH for country in known}
+    rows: list[dict[str, Any]] = []
     for arm in arms:
         steps = arm.reaches(target)
         rows.append(

@@ -8,9 +8,9 @@ Also runs with plain python. `--help` lists every option; `docs/finetuning.md` e
 
 import torch
 from timm.optim import Lars
-from torch import nn
 
 import dbpkern
+from models.classifier import Vit
 from train.engine.loop import Loop
 from train.engine.processes import Processes
 from train.engine.run import open_run, parse_config, run_script
@@ -19,7 +19,7 @@ from train.tasks.classification import ClassificationTask, Config
 
 
 def build_optimizers(
-    config: Config, model: nn.Module
+    config: Config, model: Vit
 ) -> tuple[torch.optim.Optimizer, dbpkern.DecorAdamW | dbpkern.DecorMuon | None]:
     """The optimizer of the weights, and what moves R where the run decorrelates: the same one.
 

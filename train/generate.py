@@ -22,7 +22,7 @@ from train.data.augment import denormalize
 from train.data.pretraining import build_data, collate
 from train.engine import plots, processes
 from train.pretrain import load_run
-from train.tasks.autoregressive import given_part
+from train.tasks.autoregressive import AutoregressiveTask, given_part
 
 
 @dataclass
@@ -74,7 +74,7 @@ def draw(config: Config) -> dict[str, Tensor]:
     device = processes.start(config.device).device
     task, model = load_run(config.run, config.checkpoint)
     trained = task.config
-    if not isinstance(model, DARL):
+    if not (isinstance(task, AutoregressiveTask) and isinstance(model, DARL)):
         raise ValueError(f"run: expected that of a model darl_vit_*, got {trained.model}")
     model.to(device)
     patches = model.patch_embed
@@ -85,7 +85,7 @@ def draw(config: Config) -> dict[str, Tensor]:
         _, held_out = build_data(data, patches.img_size, patches.num_patches, trained.seed)
         batch = collate([held_out[i % len(held_out)] for i in range(config.count)])
         images = batch["image"].to(device)
-    codes = task.codes(images)
+    tokenizer, codes = task.tokenizer, task.codes(images)
     order = (
         torch.arange(patches.num_patches, device=device) if model.config.order == "random" else model.places
     )
@@ -93,7 +93,7 @@ def draw(config: Config) -> dict[str, Tensor]:
     start = time.perf_counter()
     made = generate(model, images, known, config.steps, config.seed, config.cache, order, codes)
     seconds = time.perf_counter() - start
-    made = denormalize(task.tokenizer.decode(made, patches.grid_size) if codes is not None else made)
+    made = denormalize(made if tokenizer is None else tokenizer.decode(made, patches.grid_size))
     print(f"generate: {config.count} images, {patches.num_patches - known} patches each, in {seconds:.1f} s")
     if known:
         given = given_part(model, images, order[:known])

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -221,7 +222,7 @@ class _Input:
             stems = [f"{block}.{{{','.join(stem.rpartition('.')[2] for stem in stems)}}}".lstrip(".")]
         return stems[0], self.width, self.outputs
 
-    def watch(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def watch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook: take rows of the input, where a backward may follow."""
         repeats = torch._C._current_graph_task_id() != -1  # for activation checkpointing, in a backward
         if not module.training or not torch.is_grad_enabled() or repeats:
@@ -312,7 +313,7 @@ def _restored(model: nn.Module, seed: int) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     devices = sorted({p.device.index for p, _ in gradients if p.is_cuda})
 
-    def refuse(optimizer: torch.optim.Optimizer, *_) -> None:
+    def refuse(optimizer: torch.optim.Optimizer, *_: object) -> None:
         raise ValueError(
             f"plan: expected a step() of forward and backward alone, but it calls {type(optimizer).__name__}"
             ".step(), which changes the weights"
@@ -508,7 +509,8 @@ def _choose(groups: list[Group], budget: float) -> tuple[Group, ...]:
                 useful = [option for option in group.options if option.benefit > 0]
                 if covering:
                     useful = [] if chosen[i] else sorted(useful, key=lambda option: option.cost)[:1]
-                cost, benefit = (0.0, 0.0) if chosen[i] is None else (chosen[i].cost, chosen[i].benefit)
+                held = chosen[i]
+                cost, benefit = (0.0, 0.0) if held is None else (held.cost, held.benefit)
                 for option in useful:
                     more, gain = option.cost - cost, option.benefit - benefit
                     if more > 0 and gain > 0 and spent + more <= budget:

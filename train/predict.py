@@ -140,6 +140,7 @@ def png(pixels: Tensor) -> bytes:
 
 def predict(config: Config, predictor: Predictor, images: dict[Path, Path]) -> Iterator[tuple[Path, str]]:
     """Write masks and overlays of images; gives those that cannot be read, with the reason."""
+    assert config.out is not None  # beside images
     colours = plots.colour_table()
     for path, name in tqdm(images.items(), unit="image", mininterval=1):
         try:

@@ -8,6 +8,7 @@ Also runs with plain python. `--help` lists every option; `docs/training.md` exp
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.optim import kron, param_groups_weight_decay
@@ -15,6 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 import dbpkern
+from dbpkern.optim.base import DecorOptimizer
 from train import planning
 from train.data.loading import build_loader
 from train.engine import checkpoint
@@ -24,7 +26,11 @@ from train.engine.processes import Processes, moved
 from train.engine.run import open_run, parse_config, run_script
 from train.engine.run_folder import RunFolder
 from train.tasks.families import task_of
-from train.tasks.pretraining import Config, PretrainingTask
+from train.tasks.pretraining import AnyPretraining, Config
+
+Optimizers = Callable[
+    [Config, nn.Module, Mapping[str, int | None] | None], tuple[torch.optim.Optimizer, HoldsR | None]
+]
 
 
 def build_optimizers(
@@ -39,7 +45,9 @@ def build_optimizers(
     rule = decor.rule(model, config.seed, ranks) if decor.enable else None
     inside = decor.enable and decor.mode == "optimizer" and config.optim.name != "kron"
     if config.optim.name == "kron":
-        optimizer = kron.Kron(groups, lr=peak, decoupled_decay=True, deterministic=True)
+        optimizer: torch.optim.Optimizer = kron.Kron(
+            groups, lr=peak, decoupled_decay=True, deterministic=True
+        )
         # Compiled, as timm has them, its contractions of a 384 x 128 weight ask for 9 GB.
         for name in ("_calc_A_and_conjB", "_q_terms", "_precond_grad", "_balance_Q"):
             setattr(optimizer, name, getattr(kron, name))
@@ -53,10 +61,13 @@ def build_optimizers(
         layers = dbpkern.DecorSGD(model, rule, optimizer if decor.follow else None)
         optimizer.register_step_post_hook(lambda *_: layers.step())
         return optimizer, layers
-    return optimizer, optimizer if inside else dbpkern.DecorPreconditioner(model, optimizer, rule)
+    if not inside:
+        return optimizer, dbpkern.DecorPreconditioner(model, optimizer, rule)
+    assert isinstance(optimizer, DecorOptimizer)
+    return optimizer, optimizer
 
 
-def make_plan(task: PretrainingTask) -> planning.Plan:
+def make_plan(task: AnyPretraining) -> planning.Plan:
     """Measure a model on the run's first batches, which are read anew, and choose layers and ranks.
 
     Args:
@@ -96,7 +107,7 @@ def make_plan(task: PretrainingTask) -> planning.Plan:
     return plan
 
 
-def load_run(folder: str, which: str | None = None) -> tuple[PretrainingTask, nn.Module]:
+def load_run(folder: str, which: str | None = None) -> tuple[AnyPretraining, nn.Module]:
     """The task of a run, not prepared, and its stock model by a checkpoint, fused and for evaluation.
 
     Args:
@@ -125,7 +136,7 @@ def load_run(folder: str, which: str | None = None) -> tuple[PretrainingTask, nn
     return task, task.stock(weights)
 
 
-def prepare(config: Config, procs: Processes, optimizers: Callable = build_optimizers) -> Loop:
+def prepare(config: Config, procs: Processes, optimizers: Optimizers = build_optimizers) -> Loop:
     """Everything up to the first step. Whatever can be wrong is found before a file is written.
 
     Args:
@@ -156,9 +167,10 @@ def prepare(config: Config, procs: Processes, optimizers: Callable = build_optim
             task.place_model()
     optimizer, decor = optimizers(config, task.model, task.ranks)
 
-    def recheck() -> dict:
+    def recheck() -> dict[str, Any]:
         plan = make_plan(task)
         if plan.ranks:  # or the layers of before stay
+            assert isinstance(decor, DecorOptimizer | dbpkern.DecorPreconditioner)
             decor.replan(task.model, plan.decor())
             task.ranks = plan.ranks
         chosen = [f"{group.name}: {group.chosen}" for group in plan.groups if group.chosen is not None]

@@ -111,12 +111,14 @@ def scaled_box(view: View, size: tuple[int, int], scaled: tuple[int, int]) -> tu
     """
     if size == scaled:
         return view[:4]
-    starts, lengths = [], []
+    starts: list[int] = []
+    lengths: list[int] = []
     for start, length, before, after in zip(view[:2], view[2:4], size, scaled, strict=True):
         first = min(round(start * after / before), after - 1)
         starts.append(first)
         lengths.append(max(1, min(round((start + length) * after / before), after) - first))
-    return *starts, *lengths
+    (top, left), (rows, columns) = starts, lengths
+    return top, left, rows, columns
 
 
 def resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
@@ -145,8 +147,9 @@ def finish(crop: Crop, img_size: tuple[int, int]) -> Tensor:
 
 def bound(pixels: Tensor, img_size: tuple[int, int]) -> Tensor:
     """Resize a crop with a side above MAX_SCALE times that of the result to this bound: uint8 [3, h, w]."""
-    size = [min(side, MAX_SCALE * result) for side, result in zip(pixels.shape[1:], img_size, strict=True)]
-    return pixels if size == list(pixels.shape[1:]) else resize(pixels, size)
+    sides = zip(pixels.shape[1:], img_size, strict=True)
+    height, width = (min(side, MAX_SCALE * result) for side, result in sides)
+    return pixels if (height, width) == pixels.shape[1:] else resize(pixels, (height, width))
 
 
 def pad(crops: list[Tensor]) -> tuple[Tensor, Tensor]:

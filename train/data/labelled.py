@@ -8,11 +8,11 @@ processes.
 import functools
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -21,13 +21,13 @@ from timm.data import Mixup, auto_augment, create_transform
 from timm.data.mixup import mixup_target
 from timm.data.transforms import ResizeKeepRatio
 from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from dbpkern.capture import derive_seed
 from train.data.augment import Chooser, Crop, View
 from train.data.reading import Images, check_cache, choose_split, keep_decoded, load_file, seeded
+from train.data.samples import Batch, SampleSet
 
 HELD_OUT = 0.2  # part of each class that is held out where the source has no split of its own
 
@@ -67,7 +67,7 @@ class LabelledConfig:
     crop_pct: float = 0.875
     cache: int | Literal["auto"] = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         kind, _, path = self.source.partition(":")
         if self.source != "digits" and not (kind == "folder" and path):
             raise ValueError(f"data.source: expected 'digits' or 'folder:PATH', got {self.source!r}")
@@ -112,7 +112,7 @@ class AugmentConfig:
     cutmix: float = 1.0
     smoothing: float = 0.1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("flip", "erase", "smoothing"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"augment.{name}: expected a part in [0, 1], got {getattr(self, name)}")
@@ -126,7 +126,7 @@ class AugmentConfig:
         return self.mixup > 0 or self.cutmix > 0
 
 
-def posterize(image: Image.Image, bits_to_keep: int, **_) -> Image.Image:
+def posterize(image: Image.Image, bits_to_keep: int, **_: object) -> Image.Image:
     """As timm's, but black where no bit is kept: timm's policies ask for that, which Pillow 13 refuses."""
     return auto_augment.posterize(image, bits_to_keep) if bits_to_keep else Image.new(image.mode, image.size)
 
@@ -169,7 +169,7 @@ class LabelledSample(NamedTuple):
     skipped: list[tuple[str, str]]
 
 
-class LabelledSet(Dataset):
+class LabelledSet(SampleSet[LabelledSample]):
     """Images with labels; `dataset[epoch, index]` is a function of (seed, epoch, index) alone.
 
     Args:
@@ -182,7 +182,13 @@ class LabelledSet(Dataset):
         ValueError: None of the images can be read.
     """
 
-    def __init__(self, images: Images, labels: list[int], transform, seed: int):
+    def __init__(
+        self,
+        images: Images[Crop],
+        labels: list[int],
+        transform: Callable[[Image.Image], Tensor],
+        seed: int,
+    ):
         images.read(0)  # fails now rather than in the first step
         self.images = images
         self.labels = labels
@@ -206,7 +212,29 @@ class LabelledSet(Dataset):
         return LabelledSample(image, label, derive_seed(self.seed, epoch, index, 1), skipped)
 
 
-def collate(samples: list[LabelledSample]) -> dict[str, Tensor | list]:
+class LabelledBatch(Batch):
+    """What `collate` gives.
+
+    Attributes:
+        image: float32 [B, 3, H, W].
+        label: Numbers of the classes, int64 [B].
+    """
+
+    image: Tensor
+    label: Tensor
+
+
+class MixedBatch(LabelledBatch):
+    """What a `Mixer` gives.
+
+    Attributes:
+        target: Weights of the classes [B, C].
+    """
+
+    target: Tensor
+
+
+def collate(samples: list[LabelledSample]) -> LabelledBatch:
     """Stack B samples: image [B, 3, H, W], label [B], and one list of all skipped."""
     return {
         "image": torch.stack([sample.image for sample in samples]),
@@ -236,18 +264,18 @@ class Mixer:
                 augment.mixup, augment.cutmix, label_smoothing=augment.smoothing, num_classes=num_classes
             )
 
-    def __call__(self, samples: list[LabelledSample]) -> dict[str, Tensor | list]:
+    def __call__(self, samples: list[LabelledSample]) -> MixedBatch:
         """Stack B samples, mixed in place; "target" are the weights of the classes [B, C]."""
         batch = collate(samples)
         if self.mixup is None:
             target = mixup_target(batch["label"], self.num_classes, smoothing=self.smoothing)
-            return batch | {"target": target}
+            return {**batch, "target": target}
         targets = []
         pairs = zip(samples[::2], batch["image"].split(2), batch["label"].split(2), strict=True)
         for first, images, labels in pairs:
             with all_seeded(first.seed):
                 targets.append(self.mixup(images, labels)[1])  # changes the images in place
-        return batch | {"target": torch.cat(targets)}
+        return {**batch, "target": torch.cat(targets)}
 
 
 def take_digit(pixels: Tensor, name: str, choose: Chooser) -> Crop:
@@ -255,7 +283,7 @@ def take_digit(pixels: Tensor, name: str, choose: Chooser) -> Crop:
     return Crop(pixels[int(name.rpartition("-")[2])].expand(3, -1, -1), View(0, 0, 8, 8))
 
 
-def _read_digits() -> tuple[Images, list[int], tuple[str, ...]]:
+def _read_digits() -> tuple[Images[Crop], list[int], tuple[str, ...]]:
     from sklearn.datasets import load_digits  # takes a second
 
     data = load_digits()
@@ -265,14 +293,16 @@ def _read_digits() -> tuple[Images, list[int], tuple[str, ...]]:
     return images, data.target.tolist(), tuple(str(name) for name in data.target_names)
 
 
-def _read_folder(root: Path, part: str = "") -> tuple[Images, list[int], tuple[str, ...]]:
+def _read_folder(root: Path, part: str = "") -> tuple[Images[Crop], list[int], tuple[str, ...]]:
     folder = ImageFolder(str(root / part))  # FileNotFoundError where there are no classes, or empty ones
     names = [Path(os.path.relpath(path, root)).as_posix() for path, _ in folder.samples]
     images = Images(names, functools.partial(load_file, root))
     return images, [label for _, label in folder.samples], tuple(folder.classes)
 
 
-def _split(images: Images, labels: list[int]) -> tuple[tuple[Images, list[int]], tuple[Images, list[int]]]:
+def _split(
+    images: Images[Crop], labels: list[int]
+) -> tuple[tuple[Images[Crop], list[int]], tuple[Images[Crop], list[int]]]:
     from sklearn.model_selection import train_test_split  # takes a second
 
     try:
@@ -347,13 +377,18 @@ def build_labelled(
         ValueError: Training and evaluation have other classes, a class is too small to split or for the
             fraction, no image can be read, or timm does not know the policy of augmentation.
     """
-    common = {"input_size": (3, *img_size), "interpolation": "bicubic", "mean": mean, "std": std}
+    common: dict[str, Any] = {
+        "input_size": (3, *img_size),
+        "interpolation": "bicubic",
+        "mean": mean,
+        "std": std,
+    }
     try:
         random_crop = create_transform(
             is_training=True,
             scale=config.crop_scale,
             hflip=augment.flip,
-            color_jitter=None,
+            color_jitter=None,  # type: ignore[arg-type]  # timm takes None for none
             auto_augment=augment.policy,
             re_prob=augment.erase,
             re_mode="pixel",
@@ -375,7 +410,8 @@ def build_labelled(
     if kind == "folder" and any((root / part).is_dir() for part in ("train", "val", "test")):
         part = choose_split(config.split, root)
         images, labels, classes = _read_folder(root, "train")
-        *held_out, others = _read_folder(root, part)
+        apart, apart_labels, others = _read_folder(root, part)
+        held_out = apart, apart_labels
         if classes != others:
             odd = sorted(set(classes) ^ set(others))
             raise ValueError(

@@ -4,7 +4,8 @@ import functools
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,22 +13,23 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dbpkern.capture import derive_seed
 from train.data.pretraining import collate
+from train.data.samples import SampleSet, SampleT
 
 
-class AtEpochZero(Dataset):
+class AtEpochZero(SampleSet[SampleT]):
     """Held-out samples by index: those that a data set has in epoch 0.
 
     Args:
         dataset: By (epoch, index).
     """
 
-    def __init__(self, dataset: Dataset):
+    def __init__(self, dataset: SampleSet[SampleT]):
         self.dataset = dataset
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int):
+    def __getitem__(self, index: int) -> SampleT:
         return self.dataset[0, index]
 
 
@@ -147,8 +149,12 @@ def _heed_parent_alone(_: int) -> None:
 
 
 def build_loader(
-    dataset: Dataset, sampler: Iterable[list], workers: int, pin_memory: bool, collate: Callable = collate
-) -> DataLoader:
+    dataset: Dataset[Any],
+    sampler: Iterable[list[Any]],
+    workers: int,
+    pin_memory: bool,
+    collate: Callable[[list[Any]], Mapping[str, object]] = collate,
+) -> DataLoader[Any]:
     """Build the loader of the batches that `collate` makes.
 
     The (name, reason) of skipped files come with the batches because a loader process has no other

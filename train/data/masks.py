@@ -173,7 +173,7 @@ def find_pairs(root: Path, images: str, masks: str, endings: tuple[str, str] = (
     found = []
     kinds = zip((images, masks), endings, (IMAGE_EXTENSIONS, (".png",)), strict=True)
     for folder, ending, extensions in kinds:
-        by_stem = {}
+        by_stem: dict[str, str] = {}
         for name in list_images(root / folder):
             stem, _, extension = name.rpartition(".")
             if f".{extension.lower()}" in extensions and stem.endswith(ending):
@@ -182,17 +182,21 @@ def find_pairs(root: Path, images: str, masks: str, endings: tuple[str, str] = (
                     raise ValueError(f"data.source: {root / by_stem[stem]} and {name} have the same name")
                 by_stem[stem] = f"{folder}/{name}"
         if not by_stem:
-            endings = " or ".join(f"*{ending}{extension}" for extension in extensions)
-            raise FileNotFoundError(f"no image file {endings} below {root / folder}")
+            patterns = " or ".join(f"*{ending}{extension}" for extension in extensions)
+            raise FileNotFoundError(f"no image file {patterns} below {root / folder}")
         found.append(by_stem)
-    for these, those, kinds, folder in ((*found, "images", masks), (*reversed(found), "masks", images)):
+    pictures, labels = found
+    for these, those, what, folder in (
+        (pictures, labels, "images", masks),
+        (labels, pictures, "masks", images),
+    ):
         alone = [these[stem] for stem in these if stem not in those]
         if alone:
             raise ValueError(
-                f"data.source: {len(alone)} of {len(these)} {kinds} have no partner in {root / folder}, "
+                f"data.source: {len(alone)} of {len(these)} {what} have no partner in {root / folder}, "
                 f"among them {root / alone[0]}"
             )
-    return {name: found[1][stem] for stem, name in found[0].items()}
+    return {name: labels[stem] for stem, name in pictures.items()}
 
 
 def read_classes(path: Path) -> tuple[str, ...]:

@@ -11,11 +11,11 @@ import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, NotRequired
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import default_collate
 
 from dbpkern.capture import derive_seed
 from train.data import augment
@@ -33,6 +33,7 @@ from train.data.reading import (
     load_file,
     seeded,
 )
+from train.data.samples import Batch, SampleSet
 from train.data.shards import Shards, find_shards
 
 MAX_HELD_OUT_FILES = 2_000
@@ -87,7 +88,7 @@ class DataConfig:
     draft: bool = False
     cache: int | Literal["auto"] = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         kind, _, path = self.source.partition(":")
         if self.source != "photos" and not (kind in ("folder", "wds") and path):
             raise ValueError(f"source must be 'photos', 'folder:PATH' or 'wds:PATTERN', not {self.source!r}")
@@ -247,7 +248,7 @@ def read_files(path: Path, names: list[str]) -> list[str]:
     return [name for name in names if name in chosen]
 
 
-class TrainingSet(Dataset):
+class TrainingSet(SampleSet[Sample]):
     """Random crops of images; `dataset[epoch, index]` is a function of (seed, epoch, index) alone.
 
     Args:
@@ -267,7 +268,7 @@ class TrainingSet(Dataset):
 
     def __init__(
         self,
-        images: Images,
+        images: Images[Crop],
         img_size: tuple[int, int],
         num_patches: int,
         seed: int,
@@ -305,7 +306,7 @@ class TrainingSet(Dataset):
         return Sample(augment.finish(crop, self.img_size), draw.noise, skipped, seed=draw.seed)
 
 
-class HeldOutSet(Dataset):
+class HeldOutSet(SampleSet[Sample]):
     """A fixed list of samples for evaluation, the same in every run and whatever its seed.
 
     Args:
@@ -316,13 +317,13 @@ class HeldOutSet(Dataset):
             centre crop of each image.
     """
 
-    def __init__(self, images: Images, img_size: tuple[int, int], num_patches: int, crops: int | None):
+    def __init__(self, images: Images[Crop], img_size: tuple[int, int], num_patches: int, crops: int | None):
         self.images = images
         self.img_size = img_size
         self.num_patches = num_patches
         self.length = len(images.names) if crops is None else crops
         # Not the scale of the run, so that runs with different crops can be compared.
-        self.view = (
+        self.view: Chooser = (
             augment.Centre(img_size) if crops is None else augment.RandomView(img_size, DataConfig.crop_scale)
         )
 
@@ -387,6 +388,8 @@ def build_data(
         ModuleNotFoundError: If a package with the photographs is not installed.
     """
     kind, _, path = config.source.partition(":")
+    load: Callable[[str, Chooser], Crop]
+    held_out_load: Callable[[str, Chooser], Crop]
     shards = None
     crops_per_image, held_out_crops = 1, None
     if kind == "photos":
@@ -419,8 +422,8 @@ def build_data(
                     f"{', '.join(held_out[:3])} ..."
                 )
             held_out = rest
-    training, held_out = Images(names, load), Images(held_out, held_out_load)
-    keep_decoded((training, held_out), config.cache)
+    training, apart = Images(names, load), Images(held_out, held_out_load)
+    keep_decoded((training, apart), config.cache)
     training_set = TrainingSet(
         training,
         img_size,
@@ -432,27 +435,44 @@ def build_data(
         config.augment_on == "device",
         config.draft,
     )
-    return training_set, HeldOutSet(held_out, img_size, num_patches, held_out_crops)
+    return training_set, HeldOutSet(apart, img_size, num_patches, held_out_crops)
 
 
-def collate(samples: list[Sample]) -> dict[str, Tensor | list]:
+class PretrainingBatch(Batch):
+    """What `collate` gives of samples, and what else a task's own collate function draws.
+
+    Attributes:
+        image: Of all images, see `to_images`.
+        noise: float32 [B, num_patches].
+        size: Heights and widths [B, 2]; missing where the images are ready, like flip.
+        flip: Whether images are mirrored, bool [B].
+        drawn: The random numbers of diffusion: noise levels [B, L] and noise [B, L, P].
+    """
+
+    image: Tensor
+    noise: Tensor
+    size: NotRequired[Tensor]
+    flip: NotRequired[Tensor]
+    drawn: NotRequired[tuple[Tensor, Tensor]]
+
+
+def collate(samples: list[Sample]) -> PretrainingBatch:
     """Stack B samples: image [B, 3, H, W], noise [B, num_patches], and one list of all skipped.
 
     Crops for `to_images` have different sizes: image is padded, uint8 [B, 3, max h, max w], beside it are
     size [B, 2] and flip [B].
     """
-    batch = {
-        "noise": default_collate([sample.noise for sample in samples]),
-        "skipped": [record for sample in samples for record in sample.skipped],
-    }
+    noise = default_collate([sample.noise for sample in samples])
+    skipped = [record for sample in samples for record in sample.skipped]
     images = [sample.image for sample in samples]
     if samples[0].flip is None:
-        return batch | {"image": default_collate(images)}
+        return {"noise": noise, "skipped": skipped, "image": default_collate(images)}
     padded, sizes = augment.pad(images)
-    return batch | {"image": padded, "size": sizes, "flip": torch.tensor([s.flip for s in samples])}
+    flip = torch.tensor([sample.flip for sample in samples])
+    return {"noise": noise, "skipped": skipped, "image": padded, "size": sizes, "flip": flip}
 
 
-def to_images(batch: dict[str, Tensor], img_size: tuple[int, int]) -> Tensor:
+def to_images(batch: PretrainingBatch, img_size: tuple[int, int]) -> Tensor:
     """Finish a batch's images where they are, if the loader has not: float32 [B, 3, H, W] of img_size."""
     if "size" not in batch:
         return batch["image"]

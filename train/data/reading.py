@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, Generic, Literal, NamedTuple, NoReturn, Protocol, TypeVar
 
 import psutil
 import torch
@@ -23,6 +23,9 @@ IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", "
 # often lifted by other code.
 MAX_PIXELS = 200_000_000
 AUTO_CACHE = 2**32  # bytes of decoded images that cache "auto" takes at most
+
+ReadT = TypeVar("ReadT")
+ReadT_co = TypeVar("ReadT_co", covariant=True)
 
 
 class DataError(ValueError):
@@ -59,8 +62,15 @@ def decode(file: str | Path | BinaryIO, choose: Chooser = whole) -> Crop:
         if view.reduction > 1:
             image.draft(None, (width // view.reduction, height // view.reduction))  # JPEG alone
         top, left, h, w = augment.scaled_box(view, (height, width), image.size[::-1])
-        image = image.crop((left, top, left + w, top + h)).convert("RGB")
-        return Crop(v2.functional.pil_to_tensor(image), view)
+        box = image.crop((left, top, left + w, top + h)).convert("RGB")
+        return Crop(v2.functional.pil_to_tensor(box), view)
+
+
+class Held(Protocol[ReadT_co]):
+    """Images that are in memory."""
+
+    def cut(self, index: int, choose: Chooser) -> ReadT_co | None:
+        """Copy the chosen view of an image; None if it is not here."""
 
 
 class Decoded(NamedTuple):
@@ -89,7 +99,7 @@ class Decoded(NamedTuple):
         return Crop(box.clone(memory_format=torch.contiguous_format).permute(2, 0, 1), view)
 
 
-class Images:
+class Images(Generic[ReadT]):
     """Images by name, in a fixed order, some of which may turn out to be unreadable.
 
     One that could not be read is not tried again by the same process.
@@ -102,13 +112,13 @@ class Images:
         decoded: The images in memory, see `keep_decoded`; None where they are read each time.
     """
 
-    def __init__(self, names: list[str], load: Callable[[str, Chooser], Crop]):
+    def __init__(self, names: list[str], load: Callable[[str, Chooser], ReadT]):
         self.names = names
         self.load = load
         self.unreadable: dict[str, str] = {}  # name: reason, as found so far by this process
-        self.decoded: Decoded | None = None
+        self.decoded: Held[ReadT] | None = None
 
-    def read(self, index: int, choose: Chooser = whole) -> tuple[Crop, list[tuple[str, str]]]:
+    def read(self, index: int, choose: Chooser = whole) -> tuple[ReadT, list[tuple[str, str]]]:
         """Read a view of an image or, in place of an unreadable one, of the next (circularly).
 
         Returns:
@@ -117,7 +127,7 @@ class Images:
         Raises:
             ValueError: If no image at all can be read.
         """
-        skipped = []
+        skipped: list[tuple[str, str]] = []
         for i in range(len(self.names)):
             place = (index + i) % len(self.names)
             crop = None if self.decoded is None else self.decoded.cut(place, choose)
@@ -134,7 +144,7 @@ class Images:
         raise ValueError(f"none of {len(self.names)} images can be read, among them: {examples}")
 
 
-def cache_bytes(setting: int | str) -> int:
+def cache_bytes(setting: int | Literal["auto"]) -> int:
     """Bytes that a process may take for decoded images, by `DataConfig.cache`."""
     if setting == "auto":
         free = min(AUTO_CACHE, psutil.virtual_memory().available // 4)
@@ -156,7 +166,7 @@ def check_cache(setting: int | str, name: str, kept: str | None) -> None:
         raise ValueError(f"{name} has no meaning for source {kept}")
 
 
-def keep_decoded(sets: Sequence[Images], setting: int | str) -> None:
+def keep_decoded(sets: Sequence[Images[Crop]], setting: int | Literal["auto"]) -> None:
     """Decode all images of some sets into memory, if they fit; those that cannot be read stay as they are.
 
     Args:
@@ -196,7 +206,7 @@ def list_images(root: Path) -> list[str]:
         OSError: If a sub-folder cannot be listed.
     """
 
-    def fail(error: OSError):
+    def fail(error: OSError) -> NoReturn:
         raise error
 
     if not root.is_dir():

@@ -70,7 +70,8 @@ def load_textures() -> tuple[list[Tensor], list[Tensor]]:
         ModuleNotFoundError: A package with the photographs is not installed.
     """
     photos = load_photos()
-    training, held_out = [], []
+    training: list[Tensor] = []
+    held_out: list[Tensor] = []
     for photo, top, left, height, width, reduction in (*TEXTURES.values(), CLUTTER):
         box = v2.functional.crop(photos[photo], top, left, height, width).float()
         # Cut first and shrunk then: no pixel of one area is in the other's.
@@ -134,7 +135,7 @@ def compose(textures: list[Tensor], size: tuple[int, int], *keys: int) -> tuple[
     rows, columns = np.indices(size, np.float32).reshape(2, -1)
     pixels = columns + np.complex64(1j) * rows
     points = (2 * pixels + 1 + 1j - complex(size[1], size[0])) / min(size)
-    shapes = rng.integers(*SHAPES, endpoint=True)
+    shapes = int(rng.integers(*SHAPES, endpoint=True))
     regions = _draw_regions(rng, points, size, shapes)
     labels = rng.permutation(len(textures) - 1)[: GROUND + shapes]
     if rng.uniform() < CLUTTERED:

@@ -10,11 +10,10 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode, v2
 
 from train.data import scenes
@@ -38,6 +37,7 @@ from train.data.reading import (
     choose_subset,
     seeded,
 )
+from train.data.samples import Batch, SampleSet
 
 ADE20K_CLASSES = 150
 # The classes that Cityscapes evaluates, and their ids among its 34.
@@ -118,7 +118,7 @@ class SegmentedConfig:
     flip: float = 0.5
     distort: float = 0.5
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         kind, _, path = self.source.partition(":")
         if self.source != "scenes" and not (kind in ("ade20k", "cityscapes", "folder") and path):
             raise ValueError(
@@ -159,17 +159,19 @@ class SegmentedConfig:
         )
 
     def _check_values(self) -> None:
-        kinds = {"data.classes": itertools.chain(*map(as_list, (self.classes or {}).values()))}
+        kinds: dict[str, Iterable[int | str]] = {
+            "data.classes": itertools.chain(*map(as_list, (self.classes or {}).values()))
+        }
         if self.ignored not in (None, REST):
             kinds["data.ignored"] = as_list(self.ignored)
-        seen = set()
+        seen: set[int] = set()
         for name, values in kinds.items():
             expected = "colours such as '#804080'" if self.colours else "numbers from 0 to 65535"
             if name == "data.ignored":
                 expected += ", or 'rest'"
             for value in values:
                 if self.colours:
-                    fits = isinstance(value, str) and re.fullmatch("#[0-9a-fA-F]{6}", value)
+                    fits = isinstance(value, str) and bool(re.fullmatch("#[0-9a-fA-F]{6}", value))
                 else:
                     fits = isinstance(value, int) and 0 <= value < 2**16
                 if not fits:
@@ -185,7 +187,11 @@ class SegmentedConfig:
             )
 
 
-class SegmentedSample(NamedTuple):
+ImageT = TypeVar("ImageT")
+ImageT_co = TypeVar("ImageT_co", covariant=True)
+
+
+class SegmentedSample(NamedTuple, Generic[ImageT]):
     """One image with its mask, ready for the model.
 
     Attributes:
@@ -196,12 +202,25 @@ class SegmentedSample(NamedTuple):
             one replaces.
     """
 
-    image: Tensor | list[Tensor]
+    image: ImageT
     mask: Tensor
     skipped: list[tuple[str, str]]
 
 
-class SegmentedSet(Dataset):
+class Transform(Protocol[ImageT_co]):
+    """What is done to the images and masks of a set.
+
+    Attributes:
+        preprocess: The part of it that is done to all images.
+    """
+
+    preprocess: "Preprocess"
+
+    def __call__(self, pixels: Tensor, mask: Tensor) -> tuple[ImageT_co, Tensor]:
+        """From uint8 [3, H, W] and uint8 [H, W] to a sample's image and mask."""
+
+
+class SegmentedSet(SampleSet[SegmentedSample[ImageT]]):
     """Images with masks; `dataset[epoch, index]` is a function of (seed, epoch, index) alone.
 
     A pair with an unreadable file is replaced by the next. A mask that does not fit its image, or the
@@ -221,9 +240,9 @@ class SegmentedSet(Dataset):
 
     def __init__(
         self,
-        images: Images,
+        images: Images[Pair],
         coding: Coding,
-        transform: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+        transform: Transform[ImageT],
         seed: int,
     ):
         coding.decode(images.read(0)[0])  # fails now rather than in the first step
@@ -240,7 +259,7 @@ class SegmentedSet(Dataset):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, key: tuple[int, int]) -> SegmentedSample:
+    def __getitem__(self, key: tuple[int, int]) -> SegmentedSample[ImageT]:
         epoch, index = key
         pair, skipped = self.images.read(index)
         mask = self.coding.decode(pair)
@@ -248,7 +267,29 @@ class SegmentedSet(Dataset):
             return SegmentedSample(*self.transform(pair.pixels, mask), skipped)
 
 
-def collate(samples: list[SegmentedSample]) -> dict[str, Tensor | list]:
+class SegmentedBatch(Batch):
+    """What `collate` gives.
+
+    Attributes:
+        image: float32 [B, 3, H, W].
+        mask: Labels or IGNORE, int64 [B, H, W].
+    """
+
+    image: Tensor
+    mask: Tensor
+
+
+class WholeBatch(Batch):
+    """What `collate_whole` gives.
+
+    Attributes:
+        samples: Of any sizes.
+    """
+
+    samples: list[SegmentedSample[list[Tensor]]]
+
+
+def collate(samples: list[SegmentedSample[Tensor]]) -> SegmentedBatch:
     """Stack B training samples: image [B, 3, H, W], mask int64 [B, H, W], and one list of all skipped."""
     return {
         "image": torch.stack([sample.image for sample in samples]),
@@ -257,7 +298,7 @@ def collate(samples: list[SegmentedSample]) -> dict[str, Tensor | list]:
     }
 
 
-def collate_whole(samples: list[SegmentedSample]) -> dict[str, list]:
+def collate_whole(samples: list[SegmentedSample[list[Tensor]]]) -> WholeBatch:
     """List samples of any sizes, without those that stand in for others, and beside them all skipped."""
     return {
         "samples": [sample for sample in samples if not sample.skipped],
@@ -323,7 +364,7 @@ class Scales:
 class PhotometricDistort(v2.RandomPhotometricDistort):
     """As torchvision's, but channels keep their order: a red sky is no sky."""
 
-    def make_params(self, flat_inputs: list) -> dict:
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         """Draw the changes of one image."""
         return super().make_params(flat_inputs) | {"channel_permutation": None}
 
@@ -473,22 +514,23 @@ def _open_folder(config: SegmentedConfig, root: Path) -> Source:
     layouts = {"annotations/{}": ("images/{}", "annotations/{}"), "{}": ("{}/images", "{}/masks")}
     layout = next((folders for place, folders in layouts.items() if has_parts(place)), None)
     if layout is None:
-        masks = find_pairs(root, "images", "masks")
+        pairs = find_pairs(root, "images", "masks")
         if config.split is not None:
             raise ValueError(
                 f"data.split: is for folders with parts; expected {root / config.split} or "
                 f"{root / 'annotations' / config.split}, or null, for a fifth of {root / 'images'}"
             )
         # The whole data set is split at random: its classes are those of either part.
-        coding = _coding_of(config, root, masks.values())
-        held_out = sorted(by_hash(masks)[: max(1, round(HELD_OUT * len(masks)))])
-        training = sorted(set(masks) - set(held_out))
-        if not training:
+        coding = _coding_of(config, root, pairs.values())
+        rest = sorted(by_hash(pairs)[: max(1, round(HELD_OUT * len(pairs)))])
+        names = sorted(set(pairs) - set(rest))
+        if not names:
             raise ValueError(f"data.source: expected at least 2 images in {root / 'images'}, got 1")
-        return Source(functools.partial(load_pair, root, masks, coding.colours), training, held_out, coding)
+        return Source(functools.partial(load_pair, root, pairs, coding.colours), names, rest, coding)
+    images, masks = layout
     training, held_out = (
-        find_pairs(root, *(folder.format(part) for folder in layout))
-        for part in ("train", choose_split(config.split, root, layout[0]))
+        find_pairs(root, images.format(part), masks.format(part))
+        for part in ("train", choose_split(config.split, root, images))
     )
     return _from_parts(root, training, held_out, _coding_of(config, root, training.values()))
 
@@ -500,7 +542,7 @@ def build_segmented(
     std: tuple[float, float, float],
     seed: int,
     scales: tuple[float, ...] = (1.0,),
-) -> tuple[SegmentedSet, SegmentedSet, tuple[str, ...]]:
+) -> tuple[SegmentedSet[Tensor], SegmentedSet[list[Tensor]], tuple[str, ...]]:
     """Build the training set and the held-out set of a source.
 
     All names are paired here; files are read when their turn comes, but for the first of each set, and for

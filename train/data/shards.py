@@ -56,9 +56,9 @@ def find_shards(pattern: str) -> list[Path]:
         raise ValueError(f"shards must be files on this machine or its network drives, not {pattern!r}")
     try:
         parts = list(braceexpand.braceexpand(pattern, escape=False))
-    except braceexpand.UnbalancedBracesError as error:
+    except braceexpand.UnbalancedBracesError as error:  # type: ignore[attr-defined]  # its stub lacks it
         raise ValueError(f"shards {pattern!r}: {error}") from None
-    found = set()
+    found: set[Path] = set()
     missing = []
     for path in (Path(part).expanduser() for part in parts):
         if path.is_dir():
@@ -87,7 +87,7 @@ def read_members(path: Path, wanted: Callable[[str], bool]) -> Members:
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:
-                    tar.members = []  # tarfile keeps them all otherwise
+                    tar.members = []  # type: ignore[attr-defined]  # tarfile keeps them all otherwise
                     if not (member.isreg() and wanted(member.name)) or member.issparse():
                         continue
                     name = os.fsencode(member.name)
@@ -170,7 +170,7 @@ class Shards:
         self._files: OrderedDict[int, BinaryIO] = OrderedDict()
         self._process = os.getpid()
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_files": OrderedDict()}
 
     def names(self) -> list[str]:

@@ -17,9 +17,10 @@ import os
 import pickle
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -64,13 +65,13 @@ def _named(state: object, name: str = "") -> dict[str, Tensor]:
     """The tensors of a state by their places in it, such as `model.norm.weight`."""
     if isinstance(state, Tensor):
         return {name: state}
-    parts = state.items() if isinstance(state, dict) else ()
+    parts: Iterable[tuple[object, object]] = state.items() if isinstance(state, dict) else ()
     parts = enumerate(state) if isinstance(state, list | tuple) else parts
     prefix = f"{name}." if name else ""
     return {place: t for key, part in parts for place, t in _named(part, f"{prefix}{key}").items()}
 
 
-def save(folder: Path, step: int, state: dict, keep: int, processes: Processes) -> Path:
+def save(folder: Path, step: int, state: dict[str, Any], keep: int, processes: Processes) -> Path:
     """Write `state` as the checkpoint of `step` below `folder`, then remove all but the newest `keep`.
 
     A collective: every process must call it, with a state that is the same but for its parts of DTensors.
@@ -113,7 +114,7 @@ def save(folder: Path, step: int, state: dict, keep: int, processes: Processes) 
     return target
 
 
-def _describe(path: Path) -> dict:
+def _describe(path: Path) -> dict[str, Any]:
     _sync(path)
     return {"bytes": path.stat().st_size, "sha256": _digest(path)}
 
@@ -133,7 +134,7 @@ def rewind(folder: Path, step: int) -> None:
         shutil.rmtree(path)
 
 
-def _files(path: Path) -> dict[str, dict]:
+def _files(path: Path) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of a checkpoint's files by name."""
     meta = path / META
     if not path.is_dir():
@@ -149,7 +150,7 @@ def _files(path: Path) -> dict[str, dict]:
         raise CheckpointError(f"{meta} is corrupted: {error!r}") from error
 
 
-def _check(file: Path, entry: dict) -> None:
+def _check(file: Path, entry: dict[str, Any]) -> None:
     if not file.is_file():
         raise CheckpointError(f"{file.parent} is not a whole checkpoint: {file.name} is missing")
     size = file.stat().st_size
@@ -159,7 +160,7 @@ def _check(file: Path, entry: dict) -> None:
         raise CheckpointError(f"{file} is corrupted: its SHA-256 is not the one in {META}")
 
 
-def load(path: Path, processes: Processes) -> dict:
+def load(path: Path, processes: Processes) -> dict[str, Any]:
     """Check every file of a checkpoint and return the state that was saved, with meta tensors for tensors.
 
     A collective: the processes share the files to check. `fill` reads the tensors.
@@ -184,7 +185,7 @@ def load(path: Path, processes: Processes) -> dict:
         raise CheckpointError(f"{path / STATE} holds more than plain data: {error}") from error
 
 
-def fill(path: Path, state: dict, processes: Processes) -> None:
+def fill(path: Path, state: dict[str, Any], processes: Processes) -> None:
     """Read the tensors of a checkpoint into those of `state`, in the same places; a collective.
 
     They may be sharded otherwise than those that were saved, or not at all.
@@ -194,7 +195,7 @@ def fill(path: Path, state: dict, processes: Processes) -> None:
         dcp.load(_named(state), storage_reader=reader, no_dist=processes.world_size == 1)
 
 
-def newest(folder: Path, processes: Processes) -> tuple[Path, dict] | None:
+def newest(folder: Path, processes: Processes) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint below `folder` that is whole, and what `load` gives; None if there is none.
 
     A collective. Damaged ones are passed over with a message.

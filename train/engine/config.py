@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dbpkern import Decor
-from dbpkern.sites import PRESETS, find_sites
+from dbpkern.sites import PRESETS, Filter, Ranks, find_sites
 from train.engine.energy import EnergyConfig, carbon_intensity
 from train.engine.schedule import warmup_cosine
 
@@ -35,6 +35,11 @@ class OptimConfig:
     weight_decay: float = 0.05
     betas: tuple[float, float]
     clip_grad: float | None = None
+
+    @property
+    def name(self) -> str:
+        """The optimizer; a field of each script's own options."""
+        raise NotImplementedError
 
 
 @dataclass
@@ -62,7 +67,7 @@ class DecorConfig:
     enable: bool = False
     sites: str | list[str] = "all"
     encoder_only: bool = False
-    eta: float = Decor.eta
+    eta: float = float(Decor.eta)
     follow: bool = Decor.follow
     scale_free: bool = Decor.scale_free
     limit: float | None = Decor.limit
@@ -88,6 +93,9 @@ class DecorConfig:
         Raises:
             ValueError: a number out of range, or unknown sites.
         """
+        sites: tuple[str, ...] | None
+        accepts: Filter
+        rank: Ranks
         if ranks is None:
             sites, accepts, rank = tuple(self.present(model)), self.accepts, self.rank
         else:

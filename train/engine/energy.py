@@ -8,12 +8,13 @@ constant for memory) and does not tell them apart.
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from logging import getLogger
 from pathlib import Path
+from typing import Any
 
 import pynvml
 import torch
@@ -135,9 +136,10 @@ def rapl_counters() -> tuple[list[Counter], dict[str, str]]:
         kind = "cpu"  # until the name says so
         try:
             zone = (folder / "name").read_text().strip()
-            kind = next((kind for name, kind in ZONES.items() if zone.startswith(name)), None)
-            if kind is None:
+            known = next((kind for name, kind in ZONES.items() if zone.startswith(name)), None)
+            if known is None:
                 continue
+            kind = known
             file = folder / "energy_uj"
             span = _microjoules(folder / "max_energy_range_uj")
             counter = Counter(kind, f"RAPL {zone} ({folder.name})", partial(_microjoules, file), span)
@@ -242,7 +244,7 @@ class Meter:
         """What was measured so far, by kind. A counter that stands still has measured nothing."""
         return {kind: total for kind, total in self.totals.items() if total > 0}
 
-    def summary(self, country: str | None) -> dict:
+    def summary(self, country: str | None) -> dict[str, object]:
         """What a run's summary says of its energy.
 
         Args:
@@ -263,28 +265,29 @@ class Meter:
             missing["kg_co2"] = "energy.country is not set"
         elif total is None:
             missing["kg_co2"] = "no energy was measured"
+        kilograms = None if total is None or intensity is None else total / JOULES_PER_KWH * intensity
         return {
             "joules": total,
             "by_device": joules,
             "source": [name for kind in joules for name in sorted(self.sources[kind])],
-            "kg_co2": None if "kg_co2" in missing else total / JOULES_PER_KWH * intensity,
+            "kg_co2": kilograms,
             "country": country,
             "kg_co2_per_kwh": intensity,
             "kg_co2_per_kwh_source": source,
             "missing": missing,
         }
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds; complete after `settle`."""
         sources = {kind: sorted(names) for kind, names in self.sources.items()}
         return {"joules": dict(self.totals), "missing": dict(self.missing), "sources": sources}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint's state."""
         self.totals = dict(state["joules"])
         self._merge(state["missing"], state["sources"])
 
-    def _merge(self, missing: dict[str, str], sources: dict) -> None:
+    def _merge(self, missing: dict[str, str], sources: Mapping[str, Iterable[str]]) -> None:
         self.missing = missing | self.missing
         for kind, names in sources.items():
             self.sources[kind] |= set(names)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from dbpkern import diagnostics
 from train.data.loading import build_loader
 from train.engine.processes import moved, progress
-from train.engine.task import Task
+from train.engine.task import AnyTask
 
 
 class Observation:
@@ -24,7 +25,7 @@ class Observation:
         losses: Of the observed layers, by name; empty before.
     """
 
-    def __init__(self, task: Task, wanted: bool) -> None:
+    def __init__(self, task: AnyTask, wanted: bool) -> None:
         self.task, self.wanted = task, wanted
         self.losses: dict[str, float] = {}
 
@@ -50,7 +51,7 @@ class Evaluator:
         task: Prepared.
     """
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: AnyTask) -> None:
         self.task = task
         processes, size = task.processes, len(task.held_out)
         share = max(1, task.config.micro_batch(processes.world_size))
@@ -61,7 +62,7 @@ class Evaluator:
         self.fillers = [[0]] * (rounds - len(self.chunks))
 
     @torch.no_grad()
-    def __call__(self) -> dict:
+    def __call__(self) -> dict[str, Any]:
         """The record of an evaluation, on every process.
 
         Its "decorrelation_loss" are what is left of the correlations in the first forward, by layer. Stock
@@ -73,7 +74,7 @@ class Evaluator:
         loader = build_loader(
             task.held_out,
             self.chunks + self.fillers,
-            task.config.data.workers,
+            task.workers,
             processes.device.type == "cuda",
             task.collate_held_out,
         )
@@ -84,6 +85,7 @@ class Evaluator:
             unreadable |= dict(batch.pop("skipped"))
             counted = task.evaluate(moved(batch, processes.device), i == 0, observe)
             total = total + (counted if i < len(self.chunks) else torch.zeros_like(counted))
+        assert isinstance(total, Tensor)  # there are held-out images
         task.model.train()
         return task.figures(processes.sum(total)) | {
             "decorrelation_loss": observe.losses,

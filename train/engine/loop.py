@@ -5,9 +5,10 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -27,12 +28,13 @@ from dbpkern.engine import Holder
 from dbpkern.layers import Decorrelated
 from dbpkern.optim.base import DecorOptimizer
 from train.data.loading import build_loader
+from train.data.samples import Batch
 from train.engine import checkpoint
 from train.engine.energy import KINDS, Meter
 from train.engine.evaluation import Evaluator
 from train.engine.processes import moved
 from train.engine.run_folder import RunFolder, to_json
-from train.engine.task import Task
+from train.engine.task import AnyTask
 
 
 class Diverged(RuntimeError):
@@ -54,13 +56,14 @@ def health(model: nn.Module, decor: HoldsR | None = None) -> dict[str, float]:
 
     A collective where weights are sharded.
     """
-    tensors = dict(model.named_parameters())
+    tensors: dict[str, Tensor] = dict(model.named_parameters())
     for name, module in model.named_modules():
         if isinstance(module, Decorrelated):
             tensors |= _factors(name, module)
         for part, statistic in _statistics(module).items():
             tensors[f"{name}.{part}"] = statistic
     if decor is not None:
+        assert decor.engine is not None
         for name, layer in decor.engine.layers.items():
             tensors |= _factors(name, layer)
     peaks = torch.stack([_peak(t.detach()) for t in tensors.values() if t.numel()])
@@ -74,6 +77,8 @@ def _statistics(module: nn.Module) -> dict[str, Tensor]:
     """The running statistics of a BatchNorm."""
     if not (isinstance(module, _BatchNorm) and module.track_running_stats):
         return {}
+    assert module.running_mean is not None
+    assert module.running_var is not None
     return {"running_mean": module.running_mean, "running_var": module.running_var}
 
 
@@ -94,7 +99,7 @@ def blame(model: nn.Module, decor: HoldsR | None = None) -> str:
     # R goes first where it goes: its entries grow by factors while weights still look ordinary.
     wild = [name for name in broken if name in matrices]
     if not wild and matrices:
-        largest = max(matrices, key=peaks.get)
+        largest = max(matrices, key=peaks.__getitem__)
         wild = [largest] if peaks[largest] > 1e3 else []
     if wild:
         others = f" (and {len(wild) - 1} more)" if len(wild) > 1 else ""
@@ -109,7 +114,7 @@ def blame(model: nn.Module, decor: HoldsR | None = None) -> str:
         )
     return (
         f"all weights are finite, the largest entry is {max(peaks.values()):g} in "
-        f"{max(peaks, key=peaks.get)}; start again with a smaller --optim.blr or --optim.clip_grad 1"
+        f"{max(peaks, key=peaks.__getitem__)}; start again with a smaller --optim.blr or --optim.clip_grad 1"
     )
 
 
@@ -144,16 +149,16 @@ class Loop:
 
     def __init__(
         self,
-        task: Task,
+        task: AnyTask,
         run: RunFolder,
         optimizer: torch.optim.Optimizer,
         decor: HoldsR | None,
-        found: tuple[Path, dict] | None = None,
-        recheck: Callable[[], dict] | None = None,
+        found: tuple[Path, dict[str, Any]] | None = None,
+        recheck: Callable[[], dict[str, Any]] | None = None,
     ) -> None:
         self.task, self.run, self.optimizer, self.decor, self.recheck = task, run, optimizer, decor, recheck
         self.config, self.processes, self.model = task.config, task.processes, task.model
-        self.evaluate: Callable[[], dict] = Evaluator(task)
+        self.evaluate: Callable[[], dict[str, Any]] = Evaluator(task)
         self.total_steps, self.rate = self.config.schedule(len(task.training))
         device = self.processes.device
         self.step = 0
@@ -172,17 +177,17 @@ class Loop:
         if found is not None:
             self.load(*found)
         # Last, for its processes start here.
-        self.batches: Iterator[dict] = iter(
+        self.batches: Iterator[Batch] = iter(
             build_loader(
                 task.training,
                 task.order(self.total_steps, self.step),
-                self.config.data.workers,
+                task.workers,
                 device.type == "cuda",
                 task.collate,
             )
         )
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """Everything a checkpoint holds."""
         return {
             "config": asdict(self.config),
@@ -198,7 +203,7 @@ class Loop:
             "ranks": self.task.ranks,
         }
 
-    def load(self, path: Path, outline: dict) -> None:
+    def load(self, path: Path, outline: dict[str, Any]) -> None:
         """Continue from a checkpoint, however many processes wrote it; a collective.
 
         Args:
@@ -216,7 +221,7 @@ class Loop:
         checkpoint.fill(path, state, self.processes)
         self.load_state_dict(state)
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a `state_dict()`."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -277,7 +282,7 @@ class Loop:
             bar.close()
             for s, handler in previous.items():
                 signal.signal(s, handler)
-            if main:
+            if self._log is not None and self._board is not None:
                 self._log.close()
                 self._board.close()
 
@@ -294,8 +299,9 @@ class Loop:
             flag = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
             device = self.processes.device
             ids = [device.index] if device.type == "cuda" else None
-            model = self._ddp = DistributedDataParallel(model, device_ids=ids, **{flag: False})
-        return torch.compile(model) if self.config.compile else model
+            options: dict[str, Any] = {flag: False}
+            model = self._ddp = DistributedDataParallel(model, device_ids=ids, **options)
+        return cast(nn.Module, torch.compile(model)) if self.config.compile else model
 
     @contextmanager
     def _unsynchronised(self) -> Iterator[None]:
@@ -308,7 +314,7 @@ class Loop:
         with nullcontext() if self._ddp is None else self._ddp.no_sync():
             yield
 
-    def _train_step(self, model: nn.Module, parameters: list, bar: tqdm) -> None:
+    def _train_step(self, model: nn.Module, parameters: list[nn.Parameter], bar: tqdm) -> None:
         start = time.perf_counter()
         self.energy.start()
         device = self.processes.device
@@ -341,8 +347,8 @@ class Loop:
         for i, joules in enumerate(self.energy.take(), 2):
             total[i] = joules
         # The one wait for the device in a step: whether to make it at all.
-        loss, stop, *joules, norm = torch.cat([self.processes.sum(total), norm.reshape(1)]).tolist()
-        self.energy.add(joules)
+        loss, stop, *counted, norm = torch.cat([self.processes.sum(total), norm.reshape(1)]).tolist()
+        self.energy.add(counted)
         self._stop = stop > 0
         good = math.isfinite(loss) and math.isfinite(norm)
         if good:
@@ -368,7 +374,7 @@ class Loop:
         bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s", refresh=False)
         bar.update()
 
-    def _spent(self) -> dict:
+    def _spent(self) -> dict[str, Any]:
         joules = self.energy.joules()
         return {"seconds": self.seconds} | ({"joules": joules} if joules else {})
 
@@ -398,7 +404,10 @@ class Loop:
         for name, image in record.pop("pictures", {}).items():
             if self._board is not None:
                 self._board.add_image(name, image, self.step)
-        caution = {} if self.decor is None else self.decor.engine.caution()
+        caution = {}
+        if self.decor is not None:
+            assert self.decor.engine is not None
+            caution = self.decor.engine.caution()
         if caution:  # layers whose samples were not finite: what is left of their eta
             record["caution"] = caution
         self._record("eval", record | {"seconds": self.seconds})
@@ -418,9 +427,9 @@ class Loop:
         if self.processes.is_main:
             tqdm.write(f"step {self.step}: not saved, {reason}")
 
-    def _record(self, kind: str, values: dict) -> None:
+    def _record(self, kind: str, values: dict[str, Any]) -> None:
         """One line in the log, and its numbers to TensorBoard."""
-        if self._log is None:
+        if self._log is None or self._board is None:
             return
         self._log.write(to_json({"kind": kind, "step": self.step} | values) + "\n")
         self._log.flush()
@@ -431,10 +440,10 @@ class Loop:
                 for key, number in value.items():
                     self._board.add_scalar(f"{name}/{key}", number, self.step)
 
-    def _on_signal(self, *_) -> None:
+    def _on_signal(self, *_: object) -> None:
         self._signalled = True
 
-    def _profiler(self):
+    def _profiler(self) -> AbstractContextManager[profile | None]:
         if not (self.config.profile and self.processes.is_main):
             return nullcontext()
         return profile(

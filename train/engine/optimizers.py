@@ -1,5 +1,7 @@
 """The optimizers of the weights that all scripts know."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -10,7 +12,7 @@ from train.engine.config import RunConfig
 
 def build_optimizer(
     config: RunConfig,
-    groups: list[dict],
+    groups: list[dict[str, Any]],
     lr: float,
     model: nn.Module | None = None,
     rule: Decor | None = None,
@@ -25,10 +27,11 @@ def build_optimizer(
         rule: Of R; None for none.
     """
     betas = config.optim.betas
-    inside = {} if rule is None else {"model": model, "decor": rule}
+    chosen = None if rule is None else model
     if config.optim.name == "muon":
         # Without a model it is Muon. timm's is in bf16, which takes ten times as long without bf16 units.
-        return dbpkern.DecorMuon(groups, lr=lr, momentum=betas[0], betas=betas, **inside)
+        return dbpkern.DecorMuon(groups, lr=lr, momentum=betas[0], betas=betas, model=chosen, decor=rule)
     # Without a model DecorAdamW is AdamW, bit for bit on a CPU; the baseline is PyTorch's all the same.
-    make = dbpkern.DecorAdamW if inside else torch.optim.AdamW
-    return make(groups, lr=lr, betas=betas, **inside)
+    if rule is None:
+        return torch.optim.AdamW(groups, lr=lr, betas=betas)
+    return dbpkern.DecorAdamW(groups, lr=lr, betas=betas, model=model, decor=rule)

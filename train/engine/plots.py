@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ def trailing_mean(values: Sequence[float], window: int = WINDOW) -> list[float]:
     return ((sums[ends] - sums[starts]) / (ends - starts)).tolist()
 
 
-def plot_curves(records: Sequence[Mapping], path: Path) -> None:
+def plot_curves(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Training and held-out loss and the learning rate over the steps of a run."""
     steps = [r for r in records if r["kind"] == "step"]
     evals = [r for r in records if r["kind"] == "eval" and r["heldout_loss"] is not None]
@@ -77,7 +78,7 @@ def save_image_grid(rows: Mapping[str, Tensor], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def plot_accuracy(records: Sequence[Mapping], figures: Mapping[str, str], path: Path) -> None:
+def plot_accuracy(records: Sequence[Mapping[str, Any]], figures: Mapping[str, str], path: Path) -> None:
     """Figures of a log over the steps of a run, in per cent, by the names that the plot gives them."""
     evals = [r for r in records if r["kind"] == "eval"]
     figure = Figure(figsize=(8, 4.5), layout="constrained")

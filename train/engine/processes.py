@@ -2,8 +2,9 @@
 
 import os
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,8 +13,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.utils._pytree import tree_map_only
-from torch.utils.data import DataLoader
 from tqdm import tqdm
+
+Item = TypeVar("Item")
+Tensors = TypeVar("Tensors", bound=Mapping[str, object])
 
 SILENT = 1.0  # seconds of work beside the steps without a bar
 
@@ -37,14 +40,14 @@ class Processes:
             dist.all_reduce(values)
         return values
 
-    def gather(self, value: object) -> list:
+    def gather(self, value: Item) -> list[Item]:
         """The values that all processes give, in the order of their ranks; anything that can be pickled."""
         values = [value] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(values, value)
         return values
 
-    def share(self, items: list) -> list:
+    def share(self, items: Sequence[Item]) -> Sequence[Item]:
         """This process's part of a list of work."""
         return items[self.rank :: self.world_size]
 
@@ -65,7 +68,7 @@ class Processes:
             dist.barrier()
 
 
-def moved(batch: dict, device: torch.device) -> dict:
+def moved(batch: Tensors, device: torch.device) -> Tensors:
     """A batch with its tensors on a device."""
     return tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch)
 
@@ -74,7 +77,7 @@ def _is_first() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
-def progress(items: Collection | DataLoader, what: str, unit: str) -> tqdm:
+def progress(items: Iterable[Item], what: str, unit: str) -> Iterable[Item]:
     """Give items one by one, on the main process with a bar on stderr if they take longer than SILENT.
 
     It is gone when they are, unlike the bar of the steps, below which it stands.
@@ -139,8 +142,8 @@ def start(device: str = "auto") -> Processes:
         store, rank, _ = next(rendezvous("env://"))
         # torchrun restarts on the store of the attempt before, where its addresses still stand.
         store = dist.PrefixStore(f"attempt-{attempt}", store)
-        backend, options = ("nccl", {"device_id": place}) if device == "cuda" else ("gloo", {})
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, **options)
+        backend, device_id = ("nccl", place) if device == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, device_id=device_id)
     return Processes(int(os.environ.get("RANK", 0)), world_size, place)
 
 

@@ -1,6 +1,7 @@
 """What a finished run leaves in its folder."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -14,10 +15,11 @@ from train.engine.run_folder import to_json, write_atomically
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     """The state_dict on the CPU of the main process, {} on the others; a collective."""
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return cast(dict[str, Tensor], get_model_state_dict(model, options=options))
 
 
-def summary_of(loop: Loop, records: Sequence[Mapping]) -> dict:
+def summary_of(loop: Loop, records: Sequence[Mapping[str, Any]]) -> dict[str, object]:
     """What summary.json says of any run.
 
     Args:

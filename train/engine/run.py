@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jsonargparse import ArgumentParser
@@ -22,7 +22,7 @@ Config = TypeVar("Config", bound=RunConfig)
 
 
 def parse_config(
-    kind: type[Config], prog: str, about: str, arguments: list[str] | None = None, **defaults
+    kind: type[Config], prog: str, about: str, arguments: list[str] | None = None, **defaults: Any
 ) -> Config:
     """The configuration from the command line and YAML files.
 
@@ -42,13 +42,14 @@ def parse_config(
     return kind(**settings)
 
 
-def check_same_run(old: Mapping, config: RunConfig, where: str) -> None:
+def check_same_run(old: Mapping[str, Any], config: RunConfig, where: str) -> None:
     """Raise ValueError naming the settings in which an old configuration differs from that of this run.
 
     A setting that did not exist when the old one was written was what it is by default.
     """
     old, new = flat(old), flat(asdict(config))
-    for name, value in flat(asdict(type(config)(""))).items():
+    kind: type[Any] = type(config)  # all that it asks for beside `out` has a default
+    for name, value in flat(asdict(kind(""))).items():
         if not any(known.startswith(f"{name}.") for known in old):  # a rank, say, may be one or many
             old.setdefault(name, value)
     differing = [
@@ -62,7 +63,7 @@ def check_same_run(old: Mapping, config: RunConfig, where: str) -> None:
 
 def open_run(
     config: RunConfig, procs: Processes, files: Sequence[str]
-) -> tuple[RunFolder, tuple[Path, dict] | None]:
+) -> tuple[RunFolder, tuple[Path, dict[str, Any]] | None]:
     """The run's folder, and the checkpoint to continue from with its state if there is one.
 
     Args:

@@ -13,6 +13,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -37,7 +38,7 @@ class RunFolder:
         self.tensorboard = self.path / "tb"
         self.summary = self.path / "summary.json"
 
-    def read_config(self) -> dict | None:
+    def read_config(self) -> dict[str, Any] | None:
         """The configuration of the run that this folder holds, None if it holds none.
 
         Raises:
@@ -55,13 +56,13 @@ class RunFolder:
             raise ValueError(f"out: {self.path} exists and is not the folder of a run; choose another")
         return None
 
-    def write_start(self, config: dict, files: Iterable[str]) -> None:
+    def write_start(self, config: dict[str, Any], files: Iterable[str]) -> None:
         """Write the configuration, which makes the folder that of a run, and the names of the images."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.config, yaml.safe_dump(config, sort_keys=False))
         write_atomically(self.files, lines(files))
 
-    def records(self) -> Iterator[dict]:
+    def records(self) -> Iterator[dict[str, Any]]:
         """The records of the log, in order; a last line cut short by a kill is passed over."""
         if not self.log.exists():
             return
@@ -89,7 +90,7 @@ def lines(names: Iterable[str]) -> str:
     return "".join(f"{name}\n" for name in names)
 
 
-def flat(config: Mapping, prefix: str = "") -> dict[str, object]:
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
     """A nested configuration with dotted names; lists and tuples are alike."""
     items: dict[str, object] = {}
     for name, value in config.items():
@@ -100,7 +101,7 @@ def flat(config: Mapping, prefix: str = "") -> dict[str, object]:
     return items
 
 
-def to_json(value: object, **options) -> str:
+def to_json(value: object, **options: Any) -> str:
     """JSON, in which numbers that are not finite become null: it has no others."""
 
     def clean(item: object) -> object:

@@ -4,21 +4,25 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from train.data.loading import StepSampler
+from train.data.samples import Batch, SampleSet
 from train.engine.config import RunConfig
 from train.engine.processes import Processes
 
-Collate = Callable[[list], dict[str, object]]
+BatchT = TypeVar("BatchT", bound=Batch)  # of training samples
+HeldOutT = TypeVar("HeldOutT", bound=Batch)  # of held-out samples
+
+Collate = Callable[[list[Any]], BatchT]
 """Makes a batch of samples. Its "skipped" are the unreadable files."""
 Observe = Callable[[], AbstractContextManager[None]]
 """Makes what is entered around a forward."""
 
 
-class Task(ABC):
+class Task(ABC, Generic[BatchT, HeldOutT]):
     """What a run learns: its model, its images, its loss and its figures.
 
     Args:
@@ -40,8 +44,8 @@ class Task(ABC):
 
     processes: Processes
     model: nn.Module
-    training: Dataset
-    held_out: Dataset
+    training: SampleSet[Any]
+    held_out: SampleSet[Any]
     files: Sequence[str]
 
     def __init__(self, config: RunConfig) -> None:
@@ -69,6 +73,11 @@ class Task(ABC):
 
     @property
     @abstractmethod
+    def workers(self) -> int:
+        """Loader processes of each training process."""
+
+    @property
+    @abstractmethod
     def rows_per_image(self) -> int:
         """Rows that an image has in the model's layers, from which R's samples are taken."""
 
@@ -90,16 +99,16 @@ class Task(ABC):
 
     @property
     @abstractmethod
-    def collate(self) -> Collate:
+    def collate(self) -> Collate[BatchT]:
         """Makes a batch of training samples, in the processes of the loader: a small object."""
 
     @property
-    def collate_held_out(self) -> Collate:
+    @abstractmethod
+    def collate_held_out(self) -> Collate[HeldOutT]:
         """The same of held-out samples."""
-        return self.collate
 
     @abstractmethod
-    def loss(self, model: nn.Module, batch: Mapping) -> Tensor:
+    def loss(self, model: nn.Module, batch: BatchT) -> Tensor:
         """The loss of a batch, a 0-d tensor.
 
         Args:
@@ -108,7 +117,7 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def evaluate(self, batch: Mapping, first: bool, observe: Observe) -> Tensor:
+    def evaluate(self, batch: HeldOutT, first: bool, observe: Observe) -> Tensor:
         """What adds up over batches and processes to the figures: float64 [n].
 
         A collective where weights are sharded.
@@ -143,10 +152,14 @@ class Task(ABC):
             folder: Of the run.
         """
 
-    def summary(self, records: Sequence[Mapping]) -> dict[str, object]:
+    def summary(self, records: Sequence[Mapping[str, Any]]) -> dict[str, object]:
         """What the summary of a finished run says beside what every run's does, by its log."""
         return {}
 
     @abstractmethod
-    def draw(self, records: Sequence[Mapping], folder: Path) -> None:
+    def draw(self, records: Sequence[Mapping[str, Any]], folder: Path) -> None:
         """Write the pictures of a finished run into its folder, by its log; after `export`."""
+
+
+AnyTask = Task[Any, Any]
+"""A task of any batches."""

@@ -1,6 +1,5 @@
 """DARL: predict each patch from those before it."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 
@@ -12,7 +11,7 @@ from models.classifier import Architecture
 from models.generate import generate
 from models.vit import pair, patchify, unpatchify
 from train.data.augment import denormalize
-from train.data.pretraining import Sample, collate
+from train.data.pretraining import PretrainingBatch, Sample, collate
 from train.engine.task import Collate
 from train.tasks.pretraining import COUNT, PretrainingTask, Rows
 
@@ -63,17 +62,18 @@ class DrawingCollate:
     def __init__(self, img_size: tuple[int, int], gamma: tuple[float, float]) -> None:
         self.img_size, self.gamma = img_size, gamma
 
-    def __call__(self, samples: list[Sample]) -> dict[str, object]:
+    def __call__(self, samples: list[Sample]) -> PretrainingBatch:
         """Stack B samples; "drawn" are noise levels [B, L] and noise [B, L, P]."""
         batch = collate(samples)
         length = len(samples[0].noise)
         shape = (length, 3 * self.img_size[0] * self.img_size[1] // length)
         generators = [torch.Generator().manual_seed(sample.seed) for sample in samples]
         drawn = [diffusion.draw(shape, *self.gamma, generator=g) for g in generators]
-        return batch | {"drawn": tuple(map(torch.stack, zip(*drawn, strict=True)))}
+        gamma, noise = map(torch.stack, zip(*drawn, strict=True))
+        return {**batch, "drawn": (gamma, noise)}
 
 
-class AutoregressiveTask(PretrainingTask):
+class AutoregressiveTask(PretrainingTask[darl.DARL, Tensor]):
     """DARL: predict each patch from those before it."""
 
     name = "darl"
@@ -93,7 +93,7 @@ class AutoregressiveTask(PretrainingTask):
             expected = "the file of one" if options.reads_tokens else "null where nothing is tokens"
             raise ValueError(f"darl.tokenizer: expected {expected}, got {options.tokenizer}")
 
-    def build(self) -> nn.Module:
+    def build(self) -> darl.DARL:
         """The stock model, from torch's random numbers."""
         config = self.config
         model = darl.create_darl(
@@ -111,7 +111,7 @@ class AutoregressiveTask(PretrainingTask):
             )
         return model
 
-    def blocks(self, model: nn.Module) -> list[nn.Module]:
+    def blocks(self, model: darl.DARL) -> list[nn.Module]:
         """What FSDP shards one by one."""
         return [*model.blocks, *model.decoder.blocks]
 
@@ -137,14 +137,14 @@ class AutoregressiveTask(PretrainingTask):
         return None if self.tokenizer is None else self.tokenizer.to(images.device).codes(images)
 
     @property
-    def collate(self) -> Collate:
+    def collate(self) -> Collate[PretrainingBatch]:
         """Makes a batch of samples, for diffusion with their noise."""
         options = self.config.darl
         if options.objective != "diffusion":
             return super().collate
         return DrawingCollate(pair("img_size", self.config.img_size), options.gamma)
 
-    def forward(self, model: nn.Module, images: Tensor, batch: Mapping) -> tuple[Tensor, Tensor]:
+    def forward(self, model: nn.Module, images: Tensor, batch: PretrainingBatch) -> tuple[Tensor, Tensor]:
         """The loss of a batch and what its picture is made of."""
         # A batch that lacks it is a mistake: the model would draw, but other noise in every process.
         drawn = batch["drawn"] if self.config.darl.objective == "diffusion" else None
@@ -156,7 +156,7 @@ class AutoregressiveTask(PretrainingTask):
         options = self.config.darl
         return options.objective == "mse" or (options.objective, options.prediction) == ("diffusion", "x0")
 
-    def tally(self, model: nn.Module, images: Tensor, made: Tensor) -> Tensor:
+    def tally(self, model: darl.DARL, images: Tensor, made: Tensor) -> Tensor:
         """The sum of the losses that `neighbours_mean` has, where they compare with the model's."""
         if not self.predicts_patches:
             return super().tally(model, images, made)
@@ -168,15 +168,20 @@ class AutoregressiveTask(PretrainingTask):
         """The loss of `neighbours_mean`, where it compares with the model's."""
         return {"neighbours_loss": tally[0].item() / size} if self.predicts_patches else {}
 
-    def rows_of(self, model: nn.Module, images: Tensor, batch: Mapping, made: Tensor) -> dict[str, Rows]:
+    def rows_of(
+        self, model: darl.DARL, images: Tensor, batch: PretrainingBatch, made: Tensor
+    ) -> dict[str, Rows]:
         """Pictures of what `forward` gave."""
         images, made = images[:COUNT], made[:COUNT]
         grid_size = model.patch_embed.grid_size
         if model.config.objective == "tokens":
+            tokenizer, codes = self.tokenizer, self.codes(images)
+            assert tokenizer is not None  # as `check` asks for
+            assert codes is not None
             rows = {
                 "original": denormalize(images),
-                "its codes": denormalize(self.tokenizer.decode(self.codes(images), grid_size)),
-                "predicted codes": denormalize(self.tokenizer.decode(made.argmax(-1), grid_size)),
+                "its codes": denormalize(tokenizer.decode(codes, grid_size)),
+                "predicted codes": denormalize(tokenizer.decode(made.argmax(-1), grid_size)),
             }
             return {"predictions": rows}
         if model.config.objective == "mse":
@@ -187,7 +192,7 @@ class AutoregressiveTask(PretrainingTask):
             return {"predictions": rows}
         return {"denoising": self._denoising(model, images, batch)}
 
-    def _denoising(self, model: nn.Module, images: Tensor, batch: Mapping) -> Rows:
+    def _denoising(self, model: darl.DARL, images: Tensor, batch: PretrainingBatch) -> Rows:
         """The same images corrupted to several levels, and what the model takes each patch for."""
         noise, eps = batch["noise"][:COUNT], batch["drawn"][1][:COUNT]
         order = model.order_of(model.patch_embed.grid_size, noise, images)
@@ -205,7 +210,7 @@ class AutoregressiveTask(PretrainingTask):
             rows[f"from gamma {gamma}"] = denormalize(model.images_of(images, clean))
         return rows
 
-    def final_rows(self, model: nn.Module, images: Tensor) -> dict[str, Rows]:
+    def final_rows(self, model: darl.DARL, images: Tensor) -> dict[str, Rows]:
         """Pictures that are made once, at the end of a run: images continued from their first half."""
         options = self.config.darl
         if options.norm_pix_loss or (options.inputs == "tokens") != (options.objective == "tokens"):
@@ -216,7 +221,7 @@ class AutoregressiveTask(PretrainingTask):
         order = torch.arange(length, device=images.device) if model.config.order == "random" else model.places
         codes = self.codes(images)
         made = generate(model, images, known, SAMPLING_STEPS, self.config.seed, order=order, codes=codes)
-        if codes is not None:
+        if self.tokenizer is not None:
             made = self.tokenizer.decode(made, model.patch_embed.grid_size)
         rows = {
             "original": denormalize(images),

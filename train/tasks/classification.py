@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +14,17 @@ from torch import Tensor, nn
 from torchvision.utils import save_image
 
 from dbpkern.sites import select
-from models.classifier import Readout, classifier_metadata, classifier_state_dict, to_classifier
+from models.classifier import Readout, Vit, classifier_metadata, classifier_state_dict, to_classifier
 from models.vit import pair
-from train.data.labelled import AugmentConfig, LabelledConfig, Mixer, build_labelled, collate
+from train.data.labelled import (
+    AugmentConfig,
+    LabelledBatch,
+    LabelledConfig,
+    MixedBatch,
+    Mixer,
+    build_labelled,
+    collate,
+)
 from train.data.loading import AtEpochZero
 from train.engine import plots
 from train.engine.run_folder import write_atomically
@@ -86,10 +94,12 @@ class Config(transfer.TransferConfig):
             raise ValueError("optim.name: lars is for linear probes; expected another, or --linear true")
 
 
-class ClassificationTask(Task):
+class ClassificationTask(Task[MixedBatch, LabelledBatch]):
     """Classify images, by a whole network or by a linear layer on a frozen encoder."""
 
     config: Config
+    model: Vit
+    confusion: Tensor  # of the last evaluation, [C, C], rows by the label
 
     def make(self) -> None:
         """Make the model and open the data."""
@@ -129,10 +139,15 @@ class ClassificationTask(Task):
             select(model, config.decor.present(model), config.decor.accepts)  # raises now
         self.model = model.to(processes.device)
         if config.linear and processes.world_size > 1:
-            model.head[0].register_forward_hook(transfer.average_statistics)
+            norm = next(model.head.children())  # before the linear layer
+            norm.register_forward_hook(transfer.average_statistics)
         self.mixer = Mixer(config.augment, len(self.classes))
         self.entropy = SoftTargetCrossEntropy()
-        self.confusion: Tensor | None = None  # of the last evaluation, [C, C], rows by the label
+
+    @property
+    def workers(self) -> int:
+        """Loader processes of each training process."""
+        return self.config.data.workers
 
     @property
     def rows_per_image(self) -> int:
@@ -140,20 +155,20 @@ class ClassificationTask(Task):
         return self.model.num_prefix_tokens + self.model.patch_embed.num_patches
 
     @property
-    def collate(self) -> Collate:
+    def collate(self) -> Collate[MixedBatch]:
         """Makes a batch of mixed images."""
         return self.mixer
 
     @property
-    def collate_held_out(self) -> Collate:
+    def collate_held_out(self) -> Collate[LabelledBatch]:
         """Makes a batch of images as they are."""
         return collate
 
-    def loss(self, model: nn.Module, batch: Mapping) -> Tensor:
+    def loss(self, model: nn.Module, batch: MixedBatch) -> Tensor:
         """Cross-entropy with mixed labels."""
         return self.entropy(model(batch["image"]), batch["target"])
 
-    def evaluate(self, batch: Mapping, first: bool, observe: Observe) -> Tensor:
+    def evaluate(self, batch: LabelledBatch, first: bool, observe: Observe) -> Tensor:
         """Sum of the cross-entropies, images whose class is among the best five, confusion matrix."""
         count, labels = len(self.classes), batch["label"]
         with observe():
@@ -188,7 +203,7 @@ class ClassificationTask(Task):
         content = save(classifier_state_dict(classifier), metadata=about)
         write_atomically(folder / "classifier.safetensors", content)
 
-    def summary(self, records: Sequence[Mapping]) -> dict[str, object]:
+    def summary(self, records: Sequence[Mapping[str, Any]]) -> dict[str, object]:
         """Accuracies at the end and at their best, and the size of what was trained."""
         evals = [record for record in records if record["kind"] == "eval"]
         best = max(evals, key=lambda record: record["top1"])
@@ -199,7 +214,7 @@ class ClassificationTask(Task):
             "trained_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
         }
 
-    def draw(self, records: Sequence[Mapping], folder: Path) -> None:
+    def draw(self, records: Sequence[Mapping[str, Any]], folder: Path) -> None:
         """Write the accuracies over the steps, and the confusion matrix."""
         plots.plot_accuracy(records, {"top5": "top 5", "top1": "top 1"}, folder / "accuracy.png")
         save_image(self.pictures()["confusion"], folder / "confusion.png")

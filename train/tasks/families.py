@@ -3,13 +3,15 @@
 from models import darl, dvae, mae
 from train.tasks.autoregressive import AutoregressiveTask
 from train.tasks.masked import MaskedTask
-from train.tasks.pretraining import Config, PretrainingTask
+from train.tasks.pretraining import AnyPretraining, Config
 from train.tasks.tokenizer import TokenizerTask
 
-TASKS = {task.name: task for task in (MaskedTask, AutoregressiveTask, TokenizerTask)}
+TASKS: dict[str, type[AnyPretraining]] = {
+    task.name: task for task in (MaskedTask, AutoregressiveTask, TokenizerTask)
+}
 
 
-def task_of(config: Config) -> PretrainingTask:
+def task_of(config: Config) -> AnyPretraining:
     """The task of a run's configuration, by the first part of the model's name.
 
     Raises:

@@ -4,7 +4,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from safetensors.torch import save
@@ -14,7 +14,10 @@ import dbpkern
 from dbpkern.sites import select
 from models import darl
 from models.classifier import Architecture
-from train.data.pretraining import DataConfig, build_data, collate, to_images
+from models.darl import DARL
+from models.dvae import DiscreteVae
+from models.mae import MaskedAutoencoder
+from train.data.pretraining import DataConfig, PretrainingBatch, build_data, collate, to_images
 from train.engine import config as shared
 from train.engine import plots
 from train.engine.run_folder import write_atomically
@@ -23,6 +26,10 @@ from train.engine.task import Collate, Observe, Task
 COUNT = 8  # images in a picture
 # Each has settings under its own name, which are for its models only.
 FAMILIES = ("mae", "darl", "dvae")
+
+Model = TypeVar("Model", MaskedAutoencoder, DARL, DiscreteVae)
+Made = TypeVar("Made")  # what `forward` gives beside the loss
+
 Rows = dict[str, Tensor]
 """A picture: rows of images, each `[B, 3, H, W]` with values in [0, 1], by what they show."""
 
@@ -153,19 +160,21 @@ class Config(shared.RunConfig):
     decor: DecorConfig = field(default_factory=DecorConfig)
 
 
-class PretrainingTask(Task):
+class PretrainingTask(Task[PretrainingBatch, PretrainingBatch], Generic[Model, Made]):
     """What tasks of pre-training have in common.
 
     The name is the first part of the names of a task's models; `model_args` are those that may be changed.
     """
 
     config: Config
+    model: Model
     name: str
     model_args: tuple[str, ...]
+    images: Tensor  # of the pictures
+    finished: Model
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.images: Tensor | None = None  # of the pictures
         self.shown: dict[str, Rows] = {}
 
     def check(self) -> None:
@@ -194,11 +203,11 @@ class PretrainingTask(Task):
             )
 
     @abstractmethod
-    def build(self) -> nn.Module:
+    def build(self) -> Model:
         """The stock model, from torch's random numbers."""
 
     @abstractmethod
-    def blocks(self, model: nn.Module) -> list[nn.Module]:
+    def blocks(self, model: Model) -> list[nn.Module]:
         """What FSDP shards one by one."""
 
     @abstractmethod
@@ -206,18 +215,18 @@ class PretrainingTask(Task):
         """Tokens of an image in the encoder."""
 
     @abstractmethod
-    def forward(self, model: nn.Module, images: Tensor, batch: Mapping) -> tuple[Tensor, object]:
+    def forward(self, model: nn.Module, images: Tensor, batch: PretrainingBatch) -> tuple[Tensor, Made]:
         """The loss of a batch, and what its pictures and its tally are made of."""
 
     @abstractmethod
-    def rows_of(self, model: nn.Module, images: Tensor, batch: Mapping, made: object) -> dict[str, Rows]:
+    def rows_of(self, model: Model, images: Tensor, batch: PretrainingBatch, made: Made) -> dict[str, Rows]:
         """Pictures of what `forward` gave; a collective where weights are sharded."""
 
-    def final_rows(self, model: nn.Module, images: Tensor) -> dict[str, Rows]:
+    def final_rows(self, model: Model, images: Tensor) -> dict[str, Rows]:
         """Pictures that are made once, at the end of a run."""
         return {}
 
-    def tally(self, model: nn.Module, images: Tensor, made: object) -> Tensor:
+    def tally(self, model: Model, images: Tensor, made: Made) -> Tensor:
         """What evaluation adds up over all images beside the loss, float64 [n], by what `forward` gave."""
         return torch.zeros(0, dtype=torch.float64, device=images.device)
 
@@ -225,8 +234,9 @@ class PretrainingTask(Task):
         """What the log is to say of the `tally` of so many images."""
         return {}
 
-    def exports(self, model: nn.Module) -> dict[str, bytes]:
+    def exports(self, model: Model) -> dict[str, bytes]:
         """The files that a finished run leaves of its stock model: the encoder, under timm's names."""
+        assert not isinstance(model, DiscreteVae)  # which has no encoder for others
         about = {"format": "pt"} | self.architecture().metadata()
         return {"encoder.safetensors": save(model.encoder_state_dict(), metadata=about)}
 
@@ -235,7 +245,7 @@ class PretrainingTask(Task):
         config = self.config
         return Architecture(config.model, config.img_size, config.model_args)
 
-    def build_model(self) -> nn.Module:
+    def build_model(self) -> Model:
         """The model of a run, with decorrelated layers if it asks for them.
 
         Where a plan chooses them, they are those of `ranks`, and there are none before it has.
@@ -268,20 +278,30 @@ class PretrainingTask(Task):
         self.shard_window = self.config.data.shard_window
 
     @property
+    def workers(self) -> int:
+        """Loader processes of each training process."""
+        return self.config.data.workers
+
+    @property
     def rows_per_image(self) -> int:
         """Tokens of an image in the encoder."""
         return self.tokens(self.model.patch_embed.num_patches)
 
     @property
-    def collate(self) -> Collate:
+    def collate(self) -> Collate[PretrainingBatch]:
         """Makes a batch of samples, with what else `forward` needs."""
         return collate
 
-    def loss(self, model: nn.Module, batch: Mapping) -> Tensor:
+    @property
+    def collate_held_out(self) -> Collate[PretrainingBatch]:
+        """The same of held-out samples."""
+        return self.collate
+
+    def loss(self, model: nn.Module, batch: PretrainingBatch) -> Tensor:
         """The loss of a batch."""
         return self.forward(model, to_images(batch, self.model.patch_embed.img_size), batch)[0]
 
-    def evaluate(self, batch: Mapping, first: bool, observe: Observe) -> Tensor:
+    def evaluate(self, batch: PretrainingBatch, first: bool, observe: Observe) -> Tensor:
         """The loss and the tally of a batch, and the pictures of the first one."""
         images = batch["image"]
         with observe():
@@ -301,7 +321,7 @@ class PretrainingTask(Task):
         """Of the first batch of the last evaluation."""
         return {name: plots.image_grid(rows) for name, rows in self.shown.items()}
 
-    def stock(self, weights: Mapping[str, Tensor]) -> nn.Module:
+    def stock(self, weights: Mapping[str, Tensor]) -> Model:
         """The stock model for evaluation, its layers fused, by the weights that a run's `model` has."""
         model = self.build_model()
         model.load_state_dict(weights)
@@ -315,8 +335,12 @@ class PretrainingTask(Task):
         for name, content in self.exports(self.finished).items():
             write_atomically(folder / name, content)
 
-    def draw(self, records: Sequence[Mapping], folder: Path) -> None:
+    def draw(self, records: Sequence[Mapping[str, Any]], folder: Path) -> None:
         """Write the pictures of the last evaluation, and those that are made once."""
         final = self.final_rows(self.finished.to(self.processes.device), self.images)
         for name, rows in (self.shown | final).items():
             plots.save_image_grid(rows, folder / f"{name}.png")
+
+
+AnyPretraining = PretrainingTask[Any, Any]
+"""A task of pre-training, whatever its model."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -31,13 +31,23 @@ from models.vit import check_sizes, pair
 from train.data.loading import AtEpochZero
 from train.data.masks import IGNORE
 from train.data.reading import DataError
-from train.data.segmented import SegmentedConfig, SegmentedSample, build_segmented, collate, collate_whole
+from train.data.segmented import (
+    SegmentedBatch,
+    SegmentedConfig,
+    SegmentedSample,
+    WholeBatch,
+    build_segmented,
+    collate,
+    collate_whole,
+)
 from train.engine import plots
 from train.engine.processes import Processes
 from train.engine.run_folder import write_atomically
 from train.engine.schedule import warmup_linear
 from train.engine.task import Collate, Observe, Task
 from train.tasks import transfer
+
+Model = TypeVar("Model", bound=nn.Module)
 
 PICTURES = 8  # held-out images in overlays.png
 LEAST_SIDE = 128  # of their pictures, in pixels
@@ -76,14 +86,14 @@ class EvaluationConfig:
     scales: tuple[float, ...] = (1.0,)
     flip: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.scales or not all(0 < scale < float("inf") for scale in self.scales):
             raise ValueError(f"evaluation.scales: expected factors above 0, got {list(self.scales)}")
 
     def windows(self, window: tuple[int, int]) -> tuple[int, int]:
         """The stride of windows of this size, raising ValueError if it is no stride."""
         if self.stride is None:
-            return tuple(max(1, 2 * side // 3) for side in window)
+            return max(1, 2 * window[0] // 3), max(1, 2 * window[1] // 3)
         stride = pair("evaluation.stride", self.stride)
         if stride[0] > window[0] or stride[1] > window[1]:
             raise ValueError(f"evaluation.stride: expected at most the window's {window}, got {stride}")
@@ -167,9 +177,9 @@ def load(config: Config) -> Start:
     """
     name = config.encoder
     if name is not None and is_segmenter(name):
-        loaded = load_segmenter(name, config.drop_path)
-        model = loaded.model
-        known = loaded.architecture
+        segmenter = load_segmenter(name, config.drop_path)
+        model = segmenter.model
+        known = segmenter.architecture
         if config.model not in (None, known.model) or not config.model_args.items() <= known.sizes.items():
             raise ValueError(
                 f"model: {name} says itself that it is {known.model} with {dict(known.sizes)}; expected null "
@@ -180,7 +190,7 @@ def load(config: Config) -> Start:
                 f"head: {name} has the head {model.head!r} of width {model.width}; expected the same, got "
                 f"{config.head!r} of width {config.width}"
             )
-        return Start(model, loaded.architecture, loaded.classes)
+        return Start(model, known, segmenter.classes)
     loaded = transfer.load(config, dynamic_img_size=True)
     if loaded.causal:
         raise ValueError(f"encoder: {name} is a causal classifier, whose mask is for images of one size")
@@ -200,7 +210,7 @@ def build_model(config: Config, start: Start, classes: tuple[str, ...]) -> Segme
             f"as {classes[0]!r}), but {config.encoder} has {found}"
         )
     img_size = pair("img_size", config.img_size)
-    if start.classes is None:
+    if not isinstance(start.model, SegmentationModel):
         return SegmentationModel(
             start.model, len(classes), config.head, img_size=img_size, width=config.width
         )
@@ -218,7 +228,7 @@ def describe(classes: tuple[str, ...]) -> str:
     return f"{len(classes)} classes from {classes[0]!r} to {classes[-1]!r}"
 
 
-def synchronise(model: nn.Module, procs: Processes) -> nn.Module:
+def synchronise(model: Model, procs: Processes) -> Model:
     """Make BatchNorms those of all processes: nn.SyncBatchNorm, which takes GPUs.
 
     On CPUs each process normalises by its own images; the running statistics, by which evaluation goes, are
@@ -299,10 +309,13 @@ def class_table(classes: tuple[str, ...], scores: Scores) -> str:
     return text.getvalue()
 
 
-class SegmentationTask(Task):
+class SegmentationTask(Task[SegmentedBatch, WholeBatch]):
     """Give each pixel of an image a class."""
 
     config: Config
+    model: SegmentationModel
+    scores: Scores  # of the last evaluation
+    counts: Tensor  # likewise, [C, C], rows by the mask
 
     def make(self) -> None:
         """Make the model and open the data."""
@@ -332,9 +345,12 @@ class SegmentationTask(Task):
         select(model, config.decor.present(model), config.decor.accepts)  # raises now
         self.model = synchronise(model.to(processes.device), processes)
         self.stride = config.evaluation.windows(self.window)
-        self.scores: Scores | None = None  # of the last evaluation
-        self.counts: Tensor | None = None  # likewise, [C, C], rows by the mask
-        self.shown: dict[str, list[Tensor]] = {}  # likewise
+        self.shown: dict[str, list[Tensor]] = {}  # of the last evaluation
+
+    @property
+    def workers(self) -> int:
+        """Loader processes of each training process."""
+        return self.config.data.workers
 
     @property
     def rows_per_image(self) -> int:
@@ -343,23 +359,25 @@ class SegmentationTask(Task):
         return encoder.num_prefix_tokens + encoder.patch_embed.num_patches
 
     @property
-    def collate(self) -> Collate:
+    def collate(self) -> Collate[SegmentedBatch]:
         """Makes a batch of crops."""
         return collate
 
     @property
-    def collate_held_out(self) -> Collate:
+    def collate_held_out(self) -> Collate[WholeBatch]:
         """Makes a batch of whole images, which differ in size."""
         return collate_whole
 
-    def loss(self, model: nn.Module, batch: Mapping) -> Tensor:
+    def loss(self, model: nn.Module, batch: SegmentedBatch) -> Tensor:
         """Cross-entropy of the pixels with a class."""
         return segmentation_loss(model(batch["image"]), batch["mask"], IGNORE)
 
-    def _parts(self, samples: list[SegmentedSample]) -> Iterator[list[SegmentedSample]]:
+    def _parts(
+        self, samples: list[SegmentedSample[list[Tensor]]]
+    ) -> Iterator[list[SegmentedSample[list[Tensor]]]]:
         """Samples that go through the model together: of one size, one by one if larger than a window."""
-        for shape, group in groupby(samples, lambda s: ([v.shape for v in s.image], s.mask.shape)):
-            group = list(group)
+        for shape, equal in groupby(samples, lambda s: ([v.shape for v in s.image], s.mask.shape)):
+            group = list(equal)
             sides = [v[i] <= self.window[i - 1] for v in shape[0] for i in (1, 2)]
             yield from [group] if all(sides) else ([sample] for sample in group)
 
@@ -378,7 +396,7 @@ class SegmentationTask(Task):
             resized = F.interpolate(picture[None].cpu(), size, mode=mode)[0]
             self.shown.setdefault(name, []).append(F.pad(resized, padding, value=1.0))
 
-    def evaluate(self, batch: Mapping, first: bool, observe: Observe) -> Tensor:
+    def evaluate(self, batch: WholeBatch, first: bool, observe: Observe) -> Tensor:
         """Sum of the pixels' cross-entropies, confusion matrix of pixels; and pictures."""
         if first:
             self.shown = {}
@@ -435,7 +453,7 @@ class SegmentationTask(Task):
         about = segmenter_metadata(model, self.architecture, self.classes, self.config.data.short_side)
         write_atomically(folder / "segmenter.safetensors", save(segmenter_state_dict(model), metadata=about))
 
-    def summary(self, records: Sequence[Mapping]) -> dict[str, object]:
+    def summary(self, records: Sequence[Mapping[str, Any]]) -> dict[str, object]:
         """Figures at the end and where the mean IoU is best."""
         evals = [record for record in records if record["kind"] == "eval"]
         best = max(evals, key=lambda record: record["miou"])
@@ -443,7 +461,7 @@ class SegmentationTask(Task):
             "best": {name: best[name] for name in (*FIGURES, "heldout_loss", "step")}
         }
 
-    def draw(self, records: Sequence[Mapping], folder: Path) -> None:
+    def draw(self, records: Sequence[Mapping[str, Any]], folder: Path) -> None:
         """Write the table of classes, the figures over the steps, and pictures."""
         write_atomically(folder / "classes.csv", class_table(self.classes, self.scores))
         plots.plot_accuracy(records, FIGURES, folder / "accuracy.png")

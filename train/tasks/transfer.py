@@ -1,17 +1,20 @@
 """What training on pre-trained encoders shares: where they come from, rates by layer, statistics."""
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from timm.optim import param_groups_layer_decay
-from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import dbpkern
-from models.classifier import Architecture, Loaded, create_vit, load_encoder
+from models.classifier import Architecture, Loaded, Vit, create_vit, load_encoder
 from train.engine import config as shared
 from train.engine.optimizers import build_optimizer
+
+if TYPE_CHECKING:  # classifiers do without what it imports
+    from models.segmentation import SegmentationModel
 
 
 @dataclass(kw_only=True)
@@ -81,16 +84,17 @@ def load(config: TransferConfig, dynamic_img_size: bool = False) -> Loaded:
         return load_encoder(name, config.drop_path, config.model, config.model_args, dynamic_img_size)
     if name is not None and config.model is not None:
         raise ValueError(f"model: {name} is one itself; expected null, got {config.model}")
-    if name is None and config.model is None:
+    asked = config.model if name is None else name
+    if asked is None:
         raise ValueError(
             "encoder: expected a file or timm:NAME; or, for random weights, --model such as mae_vit_base"
         )
-    architecture = Architecture(name or config.model, config.img_size, config.model_args)
+    architecture = Architecture(asked, config.img_size, config.model_args)
     vit = create_vit(architecture, config.drop_path, config.pretrained, dynamic_img_size)
     return Loaded(vit, architecture)
 
 
-def parameter_groups(config: TransferConfig, model: nn.Module) -> list[dict]:
+def parameter_groups(config: TransferConfig, model: "Vit | SegmentationModel") -> list[dict[str, Any]]:
     """The groups of an optimizer, whose rates decay by layers as in BEiT and MAE.
 
     What is no part of the encoder has the whole rate, a block `layer_decay` times that of the next, patch
@@ -108,17 +112,22 @@ def parameter_groups(config: TransferConfig, model: nn.Module) -> list[dict]:
 
 
 def build_optimizers(
-    config: TransferConfig, model: nn.Module
+    config: TransferConfig, model: "Vit | SegmentationModel"
 ) -> tuple[torch.optim.Optimizer, dbpkern.DecorAdamW | dbpkern.DecorMuon | None]:
     """The optimizer, with the rates of `parameter_groups`, and what moves R if the run decorrelates: it."""
     rule = config.decor.rule(model, config.seed) if config.decor.enable else None
     optimizer = build_optimizer(config, parameter_groups(config, model), config.peak_lr, model, rule)
-    return optimizer, None if rule is None else optimizer
+    if rule is None:
+        return optimizer, None
+    assert isinstance(optimizer, dbpkern.DecorAdamW | dbpkern.DecorMuon)
+    return optimizer, optimizer
 
 
-def average_statistics(norm: _BatchNorm, *_) -> None:
+def average_statistics(norm: _BatchNorm, *_: object) -> None:
     """Forward hook: give all processes the same running statistics, the means of theirs."""
     if norm.training:
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
         # The backward has been given them, but makes no use of them: autograd need not see the change.
         for statistic in (norm.running_mean.data, norm.running_var.data):
             dist.all_reduce(statistic)
