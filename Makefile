@@ -36,9 +36,8 @@ test: install
 # Triton, and two between; every one has a virtual environment of its own, of several GB.
 # The interpreters of older Tritons do what later numpys warn of or refuse.
 VERSIONS ?= 2.9 2.11 2.14 newest
-CORE := tests/ops tests/test_capture.py tests/test_config.py tests/test_engine.py tests/test_optimizers.py \
-	tests/test_precondition.py tests/test_optim.py tests/test_stability.py tests/test_nn.py tests/test_applied.py \
-	tests/test_lowrank_layers.py tests/test_statistics.py
+CORE := tests/dbpkern/ops tests/dbpkern/optim tests/dbpkern/layers $(addprefix tests/dbpkern/test_,capture.py \
+	config.py engine.py stability.py statistics.py)
 
 test-versions: $(addprefix test-torch-,$(VERSIONS))
 

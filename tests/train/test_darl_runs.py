@@ -18,7 +18,7 @@ from train.engine.run_folder import RunFolder
 from train.tasks.autoregressive import neighbours_mean
 from train.tasks.families import task_of
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TINY = [
     "--model=darl_vit_tiny",
     "--model_args={patch_size: 8, embed_dim: 32, depth: 2, num_heads: 2}",

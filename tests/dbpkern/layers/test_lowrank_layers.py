@@ -8,8 +8,8 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from operators import SYNCHRONISING, operators
 from rules import convert, decor_sgd
-from test_optim import SYNCHRONISING, operators
 from torch import nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode

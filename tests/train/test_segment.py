@@ -32,7 +32,7 @@ from train.engine.run_folder import RunFolder
 from train.engine.schedule import warmup_linear
 from train.tasks import segmentation, transfer
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "train" / "configs"
 ALONE = Processes(0, 1, torch.device("cpu"))
 SIZES = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}

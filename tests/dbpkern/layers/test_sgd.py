@@ -8,9 +8,9 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from operators import SYNCHRONISING, operators
 from rules import convert, decor_sgd
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 from vits import captured, decorrelated, everything, images, make, mlp, shake
 
 import dbpkern
@@ -539,21 +539,6 @@ def test_loss_after_a_step_counts_no_older_rows():
 
 
 # What a step costs.
-
-SYNCHRONISING = {
-    "aten::item",
-    "aten::_local_scalar_dense",
-    "aten::nonzero",
-    "aten::is_nonzero",
-    "aten::equal",
-}
-
-
-def operators(function) -> list[str]:
-    """Every operator that runs in `function`, also inside of others."""
-    with profile(activities=[ProfilerActivity.CPU]) as recorded:
-        function()
-    return [event.name for event in recorded.events() if "::" in event.name]
 
 
 def test_the_measure_of_operators_sees_inside_operators():

@@ -27,7 +27,7 @@ from dbpkern import Decor, DecorPreconditioner
 from train import planning, pretrain
 from train.engine.run_folder import RunFolder
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FREE = planning.Price(ratio=1.0, entry=0.0, each=0.0, group=0.0)
 
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_pretrain import ENVIRONMENT, TINY
+from runs import ENVIRONMENT, TINY
 
 from train import pretrain
 from train.engine import energy
@@ -20,7 +20,7 @@ from train.engine.evaluation import Evaluator
 from train.engine.processes import Processes
 from train.engine.run_folder import RunFolder
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[3]
 ALONE = Processes(0, 1, torch.device("cpu"))
 SPAN = 262_143_328_850  # microjoules, of a common processor
 
@@ -405,7 +405,7 @@ def test_what_processes_read_is_summed(tmp_path):
     worker = tmp_path / "worker.py"
     worker.write_text(WORKER)
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = ENVIRONMENT | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    environment = ENVIRONMENT | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests/train/engine'}"}
     arguments = [str(worker), *TINY, "--steps=4", f"--out={tmp_path / 'run'}"]
     subprocess.run([*start, *arguments], check=True, env=environment, timeout=300)
     summary, steps = summary_and_steps(tmp_path / "run")

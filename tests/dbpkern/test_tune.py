@@ -16,7 +16,7 @@ from dbpkern import problems, tune
 from dbpkern.ops import _dispatch, _tuned
 from dbpkern.ops._dispatch import AUTOMATIC, BACKENDS, Tiles
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 NAME = "A GPU of tests"
 

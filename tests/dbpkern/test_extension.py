@@ -22,7 +22,7 @@ import torch
 from bench import compile as ahead
 from dbpkern import extension
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 # What the planner asks a device for.
 A100 = {
@@ -81,7 +81,7 @@ def planner(tmp_path_factory):
     library = tmp_path_factory.mktemp("planner") / f"dbpkern_planner{sysconfig.get_config_var('EXT_SUFFIX')}"
     include = Path(torch.__file__).with_name("include")
     includes = [f"-I{f}" for f in (ROOT / "csrc", include, sysconfig.get_paths()["include"])]
-    sources = [ROOT / "tests/simt/planner_module.cpp", ROOT / "csrc/planner.cpp"]
+    sources = [ROOT / "tests/support/simt/planner_module.cpp", ROOT / "csrc/planner.cpp"]
     flags = ["-std=c++17", "-O0", "-fPIC", "-shared", "-fvisibility=hidden"]
     subprocess.run([compiler(), *flags, *includes, *sources, "-o", library], check=True)
     spec = importlib.util.spec_from_file_location("dbpkern_planner", library)
@@ -281,7 +281,7 @@ FORWARD, REVERSE, SHUFFLED = range(3)
 def simulate(tmp_path_factory):
     """`simulate(x, Q, ...) -> (B, Y, c)`: the kernel's and launcher's source, run by the emulation."""
     library = tmp_path_factory.mktemp("simt") / "simt.so"
-    simt, csrc = ROOT / "tests/simt", ROOT / "csrc"
+    simt, csrc = ROOT / "tests/support/simt", ROOT / "csrc"
     sources = [simt / "simt.cpp", simt / "driver.cpp", csrc / "planner.cpp", csrc / "lowrank_statistics.cu"]
     flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
     command = [compiler(), *flags, "-DDBPKERN_SIMT", f"-I{simt}", f"-I{csrc}", "-x", "c++"]

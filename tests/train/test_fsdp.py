@@ -23,7 +23,7 @@ from train.engine import checkpoint, processes
 from train.engine.processes import Processes
 from train.engine.run_folder import RunFolder
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 STEPS = 6
 
 pytestmark = pytest.mark.filterwarnings("ignore:1 of 9 layers sampled no input")  # one weight rests

@@ -38,7 +38,7 @@ from train.engine.processes import Processes
 from train.engine.run_folder import RunFolder
 from train.tasks.families import task_of
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "train" / "configs"
 SIZES = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 ARCHITECTURE = Architecture("mae_vit_tiny", 32, SIZES)

@@ -1,7 +1,6 @@
 """The pre-training script: whole runs, resumed runs, several processes, bad input."""
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -14,6 +13,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from runs import ENVIRONMENT, TINY
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -25,20 +25,7 @@ from train.engine import checkpoint
 from train.engine.processes import Processes
 from train.engine.run_folder import RunFolder
 
-ROOT = Path(__file__).parent.parent
-TINY = [
-    "--model=mae_vit_tiny",
-    "--model_args={patch_size: 8, embed_dim: 32, depth: 2, num_heads: 2, decoder_embed_dim: 16,"
-    " decoder_depth: 1, decoder_num_heads: 2}",
-    "--img_size=32",
-    "--batch_size=8",
-    "--steps=24",
-    "--optim.warmup_steps=2",
-    "--optim.blr=0.03",
-    "--eval_every=8",
-    "--checkpoint_every=4",
-    "--device=cpu",
-]
+ROOT = Path(__file__).parents[2]
 SITES = ["--decor.sites=sublayers", "--decor.encoder_only=true"]
 # The published rule, by an optimizer that holds R; "--decor.enable=true" alone is the default rule.
 DBP = [
@@ -83,9 +70,6 @@ def command(*arguments: str, processes: int | None = None) -> list[str]:
             f"--nproc_per_node={processes}",
         ]
     return [*start, str(ROOT / "train" / "pretrain.py"), *TINY, *arguments]
-
-
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")

@@ -195,7 +195,7 @@ def test_processes_with_loaders_end(tmp_path, how, code):
     script.write_text(LEAVE)
     done = subprocess.run(
         [sys.executable, str(script), how],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])},
         capture_output=True,
         text=True,
         timeout=60,
