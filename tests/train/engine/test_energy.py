@@ -405,7 +405,9 @@ def test_what_processes_read_is_summed(tmp_path):
     worker = tmp_path / "worker.py"
     worker.write_text(WORKER)
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = ENVIRONMENT | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests/train/engine'}"}
+    environment = ENVIRONMENT | {
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests/train/engine'}{os.pathsep}{ROOT / 'tests/support'}"
+    }
     arguments = [str(worker), *TINY, "--steps=4", f"--out={tmp_path / 'run'}"]
     subprocess.run([*start, *arguments], check=True, env=environment, timeout=300)
     summary, steps = summary_and_steps(tmp_path / "run")
