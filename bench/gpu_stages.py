@@ -124,9 +124,10 @@ def run_tests(stage: Stage) -> None:
     """The tests of the ops, then those of all else that need a GPU; interrupted in time to report."""
     root = Path(__file__).parents[1]
     jobs = ["-n", "12"] if importlib.util.find_spec("xdist") and not stage.dry else []
-    chosen = {"junit.xml": ["tests/dbpkern/ops"], "junit_gpu.xml": ["tests", "-m", "gpu", "--ignore", "tests/dbpkern/ops"]}
+    kernels = "tests/dbpkern/ops"
+    chosen = {"junit.xml": [kernels], "junit_gpu.xml": ["tests", "-m", "gpu", "--ignore", kernels]}
     if stage.dry:
-        chosen = {"junit.xml": ["tests/dbpkern/ops/test_rates.py", "-k", "beyond"]}
+        chosen = {"junit.xml": [f"{kernels}/test_rates.py", "-k", "beyond"]}
     for number, (name, what) in enumerate(chosen.items()):
         file = stage.file.parent.resolve() / name
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={file}"]
