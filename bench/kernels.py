@@ -177,7 +177,7 @@ def examine(
                 arms[arm]["error"] = f"wrong: its error is {error:.2g} times what is allowed"
             return result
         except Exception as exception:  # a product that PyTorch lacks, no compiler, no memory
-            arms[arm] = {"error": f"{type(exception).__name__}: {exception}".strip().partition("\n")[0][:200]}
+            arms[arm] = {"error": problems.reason(exception)}
 
     own = check("ours", "ieee", functools.partial(problem.call, backend=None))
     dtypes = [t.dtype for t in tree_leaves(own) if isinstance(t, Tensor)]
@@ -221,7 +221,7 @@ def tables(content: dict) -> str:
     first, second, missing = [], [], []
     names = list(dict.fromkeys(name for row in content["rows"] for name in row.get("arms", {})))
     for row in content["rows"]:
-        label = [row["op"], "x".join(map(str, row["shape"]))]
+        label = [row["op"], _shape(row)]
         if "error" in row:
             missing.append(f"- {', '.join(label)}: {row['error']}")
             continue
@@ -248,6 +248,10 @@ def tables(content: dict) -> str:
     return "\n\n".join([*parts, "Without a time:\n\n" + "\n".join(missing)] if missing else parts)
 
 
+def _shape(row: dict) -> str:
+    return "x".join(map(str, row["shape"]))
+
+
 def _milliseconds(arm: dict) -> str:
     return f"{1e3 * median(arm):.4g}" if "seconds" in arm else "-"
 
@@ -255,7 +259,6 @@ def _milliseconds(arm: dict) -> str:
 def plot(content: dict, file: Path) -> bool:
     """Draw the speed-ups; returns False where matplotlib is missing or there is nothing to draw."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         return False
@@ -263,7 +266,6 @@ def plot(content: dict, file: Path) -> bool:
     if not rows:
         return False
     figure = Figure(figsize=(8, 1.2 + 0.27 * len(rows)), layout="constrained")
-    FigureCanvasAgg(figure)
     axis = figure.subplots()
     medians = [ratio.median for _, ratio in rows]
     spread = [[m - r.low for m, (_, r) in zip(medians, rows, strict=True)]]
@@ -271,9 +273,7 @@ def plot(content: dict, file: Path) -> bool:
     places = range(len(rows))
     colours = ["tab:blue" if m >= 1 else "tab:red" for m in medians]
     axis.barh(places, [m - 1 for m in medians], left=1, color=colours, xerr=spread, ecolor="0.4")
-    axis.set_yticks(
-        places, [f"{row['op']}  {'x'.join(map(str, row['shape']))}" for row, _ in rows], fontsize=8
-    )
+    axis.set_yticks(places, [f"{row['op']}  {_shape(row)}" for row, _ in rows], fontsize=8)
     axis.set_ylim(len(rows) - 0.4, -0.6)
     axis.axvline(1, color="black", linewidth=1)
     axis.set_xlabel("PyTorch's time / ours (fastest of PyTorch's ways; quartiles)")

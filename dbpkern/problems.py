@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -99,14 +100,19 @@ class Problem:
 
         return tree_map_only(Tensor, copy, self.inputs)
 
+    @cached_property
+    def _yardstick(self) -> tuple[list[Any], list[Any]]:
+        """What the formula gives in fp64, and with rounded operands: once for all that is held against it."""
+        exact = self.formula(torch.matmul, *self.cast(torch.float64))
+        return tree_leaves(exact), tree_leaves(self.formula(rounded_product, *self.fresh()))
+
     def error(self, found: object) -> float:
         """The largest error against fp64, relative to what is allowed; at most 1 where the result is right.
 
         Allowed is twice the error of PyTorch's products of the same operands, and 4 units in the last place
         of the largest value.
         """
-        exact = tree_leaves(self.formula(torch.matmul, *self.cast(torch.float64)))
-        peers = tree_leaves(self.formula(rounded_product, *self.fresh()))
+        exact, peers = self._yardstick
         worst = 0.0
         for actual, truth, peer in zip(tree_leaves(found), exact, peers, strict=True):
             error, other = ((t.double() - truth).abs().max() for t in (actual, peer.to(actual.dtype)))
@@ -376,7 +382,12 @@ def _answer(sender: Connection, work: Callable[..., dict[str, Any]], args: tuple
     try:
         sender.send(work(*args))
     except Exception as error:
-        sender.send({"error": f"{type(error).__name__}: {error}".strip().partition("\n")[0][:300]})
+        sender.send({"error": reason(error)})
+
+
+def reason(error: Exception) -> str:
+    """The first line of what an exception says."""
+    return f"{type(error).__name__}: {error}".strip().partition("\n")[0][:300]
 
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:

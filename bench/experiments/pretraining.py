@@ -121,74 +121,84 @@ def _changes(*changes: tuple[str, str, Mapping[str, object]], arms: Sequence[str
     }
 
 
-ABLATIONS = {
-    "rank": _changes(
+# Changes of R's rule by name.
+_OF_R = {
+    name: (name, title, settings)
+    for name, title, settings in (
         ("low", "low rank", {"decor.rank": "low"}),
         ("full", "full R everywhere", {"decor.rank": None}),
         ("sublayers-full", "full R in front of sublayers", {"decor.rank": _SUBLAYERS}),
         ("rank-8", "rank 8", {"decor.rank": 8}),
         ("rank-quarter", "rank 1/4 of the width", {"decor.rank": 0.25}),
-        arms=["decor-adamw"],
-    ),
-    "sites": _changes(
         ("sublayers", "sublayer sites", {"decor.sites": "sublayers"}),
         ("without-proj", "without proj", {"decor.sites": ["patch_embed", "qkv", "fc1", "fc2"]}),
         ("without-fc2", "without fc2", {"decor.sites": ["patch_embed", "qkv", "proj", "fc1"]}),
         ("encoder", "encoder alone", {"decor.encoder_only": True}),
         ("auto", "sites by measurement", {"decor.sites": "auto"}),
-        arms=["decor-adamw"],
-    ),
-    "rate": _changes(
-        *((f"eta-{eta:g}", f"eta {eta:g}", {"decor.eta": eta}) for eta in (0.0025, 0.005, 0.02, 0.04)),
-        arms=["decor-adamw"],
-    ),
-    "sample": _changes(
+        ("qkv", "qkv alone", {"decor.sites": ["qkv"]}),
+        ("patches", "patch embedding alone", {"decor.sites": ["patch_embed"], "decor.rank": None}),
+        *(
+            (f"eta-{eta:g}", f"eta {eta:g}", {"decor.eta": eta})
+            for eta in (0.0025, 0.005, 0.01, 0.02, 0.04, 0.15)
+        ),
         *((f"sample-{k}", f"sample {k} %", {"decor.sample": k / 100}) for k in (1, 2, 5, 20)),
-        arms=["decor-adamw"],
-    ),
-    "every": _changes(
         *((f"every-{k}", f"every {k} steps", {"decor.every": k}) for k in (1, 4, 10)),
-        arms=["decor-adamw"],
-    ),
-    "rule": _changes(
+        ("scale-free", "scale-free", _SCALE_FREE),
         ("unlimited", "no limiter", {"decor.limit": None}),
         ("kappa", "towards unit variances, kappa 0.5", {"decor.kappa": 0.5}),
         ("follow", "eta follows the learning rate", {"decor.follow": True}),
+    )
+}
+
+
+def _of_r(*names: str, arm: str = "decor-adamw") -> dict[str, Arm]:
+    return _changes(*(_OF_R[name] for name in names), arms=[arm])
+
+
+def _scale_free(*names: str) -> dict[str, Arm]:
+    """The scale-free rule, and changes of it."""
+    changed = (_OF_R[name] for name in names)
+    return _of_r("scale-free") | _changes(
+        *((f"scale-free-{name}", f"scale-free, {title}", _SCALE_FREE | own) for name, title, own in changed),
         arms=["decor-adamw"],
-    ),
+    )
+
+
+ABLATIONS = {
+    "rank": _of_r("low", "full", "sublayers-full", "rank-8", "rank-quarter"),
+    "sites": _of_r("sublayers", "without-proj", "without-fc2", "encoder", "auto"),
+    "rate": _of_r("eta-0.0025", "eta-0.005", "eta-0.02", "eta-0.04"),
+    "sample": _of_r("sample-1", "sample-2", "sample-5", "sample-20"),
+    "every": _of_r("every-1", "every-4", "every-10"),
+    "rule": _of_r("unlimited", "kappa", "follow"),
     # The rule that was the default before, and what was changed of it then.
-    "scale-free": _changes(
-        *(
-            (f"scale-free{name and '-'}{name}", f"scale-free{title and ', '}{title}", _SCALE_FREE | settings)
-            for name, title, settings in (
-                ("", "", {}),
-                *((f"eta-{eta:g}", f"eta {eta:g}", {"decor.eta": eta}) for eta in (0.01, 0.02, 0.15)),
-                ("low", "low rank", {"decor.rank": "low"}),
-                ("full", "full R everywhere", {"decor.rank": None}),
-                ("sublayers", "sublayer sites", {"decor.sites": "sublayers"}),
-                ("without-proj", "without proj", {"decor.sites": ["patch_embed", "qkv", "fc1", "fc2"]}),
-                ("encoder", "encoder alone", {"decor.encoder_only": True}),
-                ("sample-2", "sample 2 %", {"decor.sample": 0.02}),
-                ("every-4", "every 4 steps", {"decor.every": 4}),
-                ("unlimited", "no limiter", {"decor.limit": None}),
-                ("kappa", "towards unit variances, kappa 0.5", {"decor.kappa": 0.5}),
-                ("follow", "eta follows the learning rate", {"decor.follow": True}),
-            )
-        ),
-        arms=["decor-adamw"],
+    "scale-free": _scale_free(
+        "eta-0.01",
+        "eta-0.02",
+        "eta-0.15",
+        "low",
+        "full",
+        "sublayers",
+        "without-proj",
+        "encoder",
+        "sample-2",
+        "every-4",
+        "unlimited",
+        "kappa",
+        "follow",
     ),
-    "beside-muon": _changes(
-        ("low", "low rank", {"decor.rank": "low"}),
-        ("full", "full R everywhere", {"decor.rank": None}),
-        ("qkv", "qkv alone", {"decor.sites": ["qkv"]}),
-        ("patches", "patch embedding alone", {"decor.sites": ["patch_embed"], "decor.rank": None}),
-        ("encoder", "encoder alone", {"decor.encoder_only": True}),
-        ("eta-0.02", "eta 0.02", {"decor.eta": 0.02}),
-        ("eta-0.005", "eta 0.005", {"decor.eta": 0.005}),
-        ("scale-free", "scale-free", _SCALE_FREE),
-        ("kappa", "towards unit variances, kappa 0.5", {"decor.kappa": 0.5}),
-        ("follow", "eta follows the learning rate", {"decor.follow": True}),
-        arms=["decor-muon"],
+    "beside-muon": _of_r(
+        "low",
+        "full",
+        "qkv",
+        "patches",
+        "encoder",
+        "eta-0.02",
+        "eta-0.005",
+        "scale-free",
+        "kappa",
+        "follow",
+        arm="decor-muon",
     ),
     "decay": {
         name: arm

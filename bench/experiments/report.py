@@ -291,11 +291,9 @@ def _colours(figures: StudyFigures) -> dict[str, object]:
     return {name: f"C{i}" if i < 10 else colormaps["tab20"](2 * i - 19) for i, name in names}
 
 
-def _draw_curves(
-    figure: Figure, figures: StudyFigures, names: Sequence[str], colours: Mapping[str, object]
-) -> None:
+def _draw_curves(figure: Figure, figures: StudyFigures, names: Sequence[str]) -> None:
     """Curves over steps and, where all of them have a time of a step, over seconds."""
-    timing = figures.timing["arms"]
+    timing, colours = figures.timing["arms"], _colours(figures)
     timed = all(name in timing for name in names)
     if timed:
         figure.set_figwidth(11)
@@ -354,7 +352,7 @@ def plots(figures: StudyFigures, folder: Path) -> dict[str, str]:
     preset = figures.preset
     curves = [name for name in figures.main if figures.arms[name].curve is not None]
     if preset.pretrains and curves:
-        drawn["loss"] = partial(_draw_curves, figures=figures, names=curves, colours=_colours(figures))
+        drawn["loss"] = partial(_draw_curves, figures=figures, names=curves)
         if any(figures.rows[name]["heldout_loss"] for name in figures.main):
             drawn["heldout_loss"] = partial(
                 _draw_evals, figures=figures, key="heldout_loss", label="held-out loss"
