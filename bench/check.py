@@ -77,16 +77,16 @@ def compare(case: Case, sites: str, device: torch.device, precision: str) -> dic
         return Arm(case, method, sites, inputs, precision, sgd, replace(rule, **changes))
 
     plain, published, kept = make("plain"), make("published"), make("published")
-    ours, around = make("layers"), make("full")
-    low = make("full", rank={name: len(R) for name, R in around.R().items()})
-    for arm in (ours, around, low, published):
+    layers, optimizer = make("layers"), make("full")
+    low = make("full", rank={name: len(R) for name, R in optimizer.R().items()})
+    for arm in (layers, optimizer, low, published):
         if not torch.equal(arm.output(), plain.output()):
             raise CheckFailed(
                 f"{case.name}, {sites}: with R = I, {arm.method} computes another output than plain"
             )
 
     rows = _Rows(case)
-    for arm in (ours, around, low):  # they draw without replacement; here they must not
+    for arm in (layers, optimizer, low):  # they draw without replacement; here they must not
         arm.engine.sampler.index = rows.index
     for arm in (published, kept):
         for layer in published_layers(arm.model).values():
@@ -94,11 +94,11 @@ def compare(case: Case, sites: str, device: torch.device, precision: str) -> dic
     losses = []
     for step in range(3):
         rows.step = step
-        full = around.step()
-        losses += [(ours.step(), published.step()), (full, _step_in_place(kept)), (low.step(), full)]
+        full = optimizer.step()
+        losses += [(layers.step(), published.step()), (full, _step_in_place(kept)), (low.step(), full)]
     _fuse(kept)
 
-    sides = [(ours, published), (around, kept), (low, around)]
+    sides = [(layers, published), (optimizer, kept), (low, optimizer)]
     weights = [zip(*(arm.model.parameters() for arm in (plain, *pair)), strict=True) for pair in sides]
     Rs = [(R, theirs.R()[name]) for mine, theirs in sides[:2] for name, R in mine.R().items()]
     return {

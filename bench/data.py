@@ -160,7 +160,7 @@ class Loader:
 
     def start(self) -> DataLoader:
         """Make the loader."""
-        return loading.build_loader(self.dataset, self.sampler, self.workers, self.pin)
+        return loading.build_loader(self.dataset, self.sampler, self.workers, self.pin, pretraining.collate)
 
     def seconds(self) -> float:
         """Time of a batch, once those that are ready at the start are used up."""

@@ -3,9 +3,9 @@
 Parameters, gradients, optimizer states, R and samples (the rows from which R is updated) lie there between
 steps. "saved" is what autograd keeps from the forward for the backward, without inputs, parameters and
 buffers; "scratch" is what the update of R allocates on top of all that is there when it begins; "peak" is the
-most that is held at any time of a step, inputs excepted. Around the optimizer ("around"), R's update is part
-of the optimizer's step, and has no scratch of its own here. Steps are looked at that update R, when all
-states exist, after the check that `python -m bench step` makes.
+most that is held at any time of a step, inputs excepted. Where an optimizer holds R, its update is part of
+the optimizer's step, and has no scratch of its own here. Steps are looked at that update R, when all states
+exist, after the check that `python -m bench step` makes.
 """
 
 import argparse

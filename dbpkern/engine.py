@@ -300,15 +300,15 @@ class LowRankStack(Stack):
         statistics = self._statistics()
         yield
         B, Y, c, _ = statistics.wait()
-        self._apply(slice(None), B, Y, c, step)
+        self._queue(slice(None), B, Y, c, step)
         self.traffic = distributed.Traffic(tuple(Y.shape), "all-reduce", statistics.sent)
 
     def step_alone(self, step: Step) -> None:  # noqa: D102
         for where, rows in self.runs():
-            self._apply(where, *ops.lowrank_statistics(rows, self.factors[0][where]), step)
+            self._queue(where, *ops.lowrank_statistics(rows, self.factors[0][where]), step)
 
-    def _apply(self, where: slice, B: Tensor, Y: Tensor, c: Tensor, step: Step) -> None:
-        """Have the sites `where` stepped by their statistics, see `ops.lowrank_statistics`."""
+    def _queue(self, where: slice, B: Tensor, Y: Tensor, c: Tensor, step: Step) -> None:
+        """Leave the sites `where` and their statistics for `Engine.step`, which moves all at once."""
         if step.keep is not None:  # as without rows
             B, Y, c = (statistic * step.keep for statistic in (B, Y, c))
         changed = (part[where] for part in (*self.factors, self.caution, self.rates))
@@ -477,6 +477,7 @@ class Engine(Generic[HolderT]):
         under_way, done = [stack.step(step) for stack in stacks], object()
         while under_way:
             under_way = [updates for updates in under_way if next(updates, done) is not done]
+        # Full R have moved in their stacks; low ranks have queued.
         ops.lowrank_step_(step.lowrank, step.eta, step.kappa, step.scale_free, step.limit)
         for site in self.sites:
             site.slot.settle()

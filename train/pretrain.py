@@ -164,7 +164,7 @@ def prepare(config: Config, procs: Processes, optimizers: Optimizers = build_opt
                 "larger budget, or --decor.enable false"
             )
         if config.decor.in_layers:
-            task.place_model()
+            task.place_model()  # again, as the plan says which layers are decorrelated
     optimizer, decor = optimizers(config, task.model, task.ranks)
 
     def recheck() -> dict[str, Any]:

@@ -181,6 +181,7 @@ def serve(
         name, kernel = kernels[size]
         every = [[t.flatten(1) for t in matrices[i]] + list(factors[i] if size == 2 else ()) for i in members]
         aligned = all((address(t) | t.stride(0) * t.itemsize) % 16 == 0 for ts in every for t in ts)
+        # An odd number takes the table's row for what is not aligned.
         tiles = _dispatch.tiles(name, "16bit", r if aligned else r | 1)
         rows = [len(ts[0]) for ts in every]
         *firsts, blocks = itertools.accumulate((cdiv(o, tiles.m) for o in rows), initial=0)

@@ -1,11 +1,9 @@
 """Many processes with gloo: one script runs in 2 and in 4 of them, the tests judge what they wrote."""
 
-import multiprocessing
-
 import distributed_worker
+import launch
 import pytest
 import torch
-from torch.multiprocessing import start_processes
 
 from dbpkern import distributed, reference
 
@@ -16,9 +14,7 @@ pytestmark = pytest.mark.filterwarnings("error")
 def ranks(request, tmp_path_factory):
     """The results of every process, in the order of ranks."""
     folder, world = tmp_path_factory.mktemp("ranks"), request.param
-    # The server imports once and forks: a process starts in no time. DistributedDataParallel needs _dynamo.
-    multiprocessing.set_forkserver_preload(distributed_worker.PRELOAD)
-    start_processes(distributed_worker.run, (world, str(folder)), nprocs=world, start_method="forkserver")
+    launch.processes(distributed_worker.run, world, str(folder))
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
 
 

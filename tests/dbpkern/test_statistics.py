@@ -1,14 +1,13 @@
 """Statistics over many processes in both modes: parity with one process, what is sent, and in which order."""
 
 import itertools
-import multiprocessing
 
 import distributed_worker
+import launch
 import pytest
 import torch
 from distributed_worker import CASES, KINDS, ROWS
 from rules import decor_sgd
-from torch.multiprocessing import start_processes
 
 from dbpkern import distributed
 
@@ -19,10 +18,7 @@ pytestmark = pytest.mark.filterwarnings("error")
 def ranks(request, tmp_path_factory):
     """The results of every process, in the order of ranks."""
     folder, world = tmp_path_factory.mktemp("ranks"), request.param
-    multiprocessing.set_forkserver_preload(distributed_worker.PRELOAD)
-    start_processes(
-        distributed_worker.run_statistics, (world, str(folder)), nprocs=world, start_method="forkserver"
-    )
+    launch.processes(distributed_worker.run_statistics, world, str(folder))
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
 
 

@@ -23,9 +23,6 @@ from dbpkern import Decor, DecorAdamW, DecorMuon, distributed
 
 MICRO, STEPS, BATCH = 2, 3, 8
 
-# What the server of processes imports once and for all: the first test that starts it decides.
-PRELOAD = ["torch", "torch._dynamo", "torch.distributed", "dbpkern", "timm", "train.pretrain"]
-
 
 def models() -> dict[str, tuple[nn.Module, list[torch.Tensor]]]:
     """Models and their global batches, the same in every process and in the single one."""

@@ -359,24 +359,16 @@ def special(rank: int, world: int, folder: Path) -> None:
     finish(results, rank, folder)
 
 
-def pretrain(rank: int, world: int, port: int, arguments: list[str]) -> None:
-    """What torchrun starts, without torchrun."""
-    torch.set_num_threads(1)
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in names.items()}
-    train.pretrain.main(arguments)
-
-
-def pretrain_with_a_bad_batch(rank: int, world: int, port: int, arguments: list[str]) -> None:
-    """The same, with images that are not finite in the third step of the last process."""
+def pretrain_with_a_bad_batch(arguments: list[str]) -> None:
+    """Pre-training, with images that are not finite in the third step of the second process."""
     make, calls = pretraining.to_images, itertools.count(1)
 
     def spoilt(*given):
         made = make(*given)
-        return made * torch.nan if rank == world - 1 and next(calls) == 3 else made
+        return made * torch.nan if os.environ["RANK"] == "1" and next(calls) == 3 else made
 
     pretraining.to_images = spoilt
-    pretrain(rank, world, port, arguments)
+    train.pretrain.main(arguments)
 
 
 def die_while_saving(rank: int, world: int, folder: Path) -> None:

@@ -1,10 +1,8 @@
 """DARL by the pre-training script, and images from its runs."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import launch
 import pytest
 import torch
 from PIL import Image
@@ -18,7 +16,6 @@ from train.engine.run_folder import RunFolder
 from train.tasks.autoregressive import neighbours_mean
 from train.tasks.families import task_of
 
-ROOT = Path(__file__).parents[2]
 TINY = [
     "--model=darl_vit_tiny",
     "--model_args={patch_size: 8, embed_dim: 32, depth: 2, num_heads: 2}",
@@ -41,16 +38,6 @@ def losses(folder: Path) -> list[float]:
 
 def heldout(folder: Path) -> list[float]:
     return [r["heldout_loss"] for r in RunFolder(folder).records() if r["kind"] == "eval"]
-
-
-def on_processes(count: int, *arguments: str) -> None:
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-    script = str(ROOT / "train" / "pretrain.py")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*start, script, *TINY, *arguments], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +127,8 @@ def test_a_run_resumed_half_way_gives_the_losses_of_one_never_stopped(diffusion,
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_give_the_run_of_one(diffusion, tmp_path, parallel):
-    on_processes(2, *DIFFUSION, *DBP, f"--parallel={parallel}", f"--out={tmp_path}/two")
+    arguments = [*TINY, *DIFFUSION, *DBP, f"--parallel={parallel}", f"--out={tmp_path}/two"]
+    launch.run(pretrain.main, arguments, world=2)
     assert losses(tmp_path / "two") == pytest.approx(losses(diffusion), rel=1e-4)
     assert heldout(tmp_path / "two") == pytest.approx(heldout(diffusion), rel=1e-4)
     assert (tmp_path / "two" / "denoising.png").exists()

@@ -4,13 +4,11 @@ import argparse
 import json
 import math
 import multiprocessing
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import launch
 import pytest
 import timm
 import torch
@@ -22,7 +20,7 @@ from torch import nn
 
 import train.engine.loop
 from models import classifier, darl, mae
-from models.classifier import Architecture, create_vit, load_encoder, to_classifier
+from models.classifier import Architecture, classifier_state_dict, create_vit, load_encoder, to_classifier
 from models.darl_order import patch_order
 from train import finetune, pretrain
 from train.data.labelled import (
@@ -33,7 +31,7 @@ from train.data.labelled import (
     all_seeded,
     build_labelled,
 )
-from train.engine import plots
+from train.engine import plots, processes
 from train.engine.processes import Processes
 from train.engine.run_folder import RunFolder
 from train.tasks.families import task_of
@@ -84,15 +82,6 @@ def final_weights(folder: Path) -> dict[str, torch.Tensor]:
     (file,) = (folder / "checkpoints" / "step-00000004").glob("*.safetensors")
     tensors = load_file(file)
     return {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
-
-
-def on_two_processes(script: Path, *arguments: str) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(script), *arguments], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")
@@ -809,7 +798,7 @@ def test_two_processes_give_the_losses_of_one(darl_run, tmp_path):
     start += ["--augment.mixup=0.8", "--augment.policy=rand-m9-mstd0.5-inc1", "--augment.erase=0.25"]
     start += ["--decor.enable=true", "--decor.sample=1"]
     finetune.main([*start, "--accumulation=2", f"--out={tmp_path / 'one'}"])
-    on_two_processes(ROOT / "train" / "finetune.py", *start, f"--out={tmp_path / 'two'}")
+    launch.run(finetune.main, [*start, f"--out={tmp_path / 'two'}"], world=2)
     one, two = tmp_path / "one", tmp_path / "two"
     assert list(losses(two).values()) == pytest.approx(list(losses(one).values()), rel=2e-5)
     for ours, theirs in zip(evals(one), evals(two), strict=True):
@@ -822,37 +811,30 @@ def test_two_processes_give_the_losses_of_one(darl_run, tmp_path):
     assert list(rest.values()) == pytest.approx(list(losses(one).values())[3:], rel=2e-5)
 
 
-PROBE = """\
-import sys
-
-import torch
-
-from models.classifier import classifier_state_dict
-from train import finetune
-from train.engine import processes
-
-config = finetune.parse(sys.argv[1:])
-procs = processes.start(config.device)
-loop = finetune.prepare(config, procs)
-norm, seen = loop.model.head[0], []
-norm.register_forward_pre_hook(lambda norm, args: seen.append(args[0].detach()) if norm.training else None)
-loop.train()
-made = {
-    "seen": torch.stack(seen),
-    "mean": norm.running_mean,
-    "variance": norm.running_var,
-    "classifier": classifier_state_dict(loop.model),
-}
-torch.save(made, f"{config.out}/rank-{procs.rank}.pt")
-processes.stop()
-"""
+def probed(arguments: list[str]) -> None:
+    """Train, and leave what this process's norm in front of the head has seen and found."""
+    config = finetune.parse(arguments)
+    procs = processes.start(config.device)
+    loop = finetune.prepare(config, procs)
+    norm, seen = loop.model.head[0], []
+    norm.register_forward_pre_hook(
+        lambda norm, args: seen.append(args[0].detach()) if norm.training else None
+    )
+    loop.train()
+    made = {
+        "seen": torch.stack(seen),
+        "mean": norm.running_mean,
+        "variance": norm.running_var,
+        "classifier": classifier_state_dict(loop.model),
+    }
+    torch.save(made, f"{config.out}/rank-{procs.rank}.pt")
+    processes.stop()
 
 
 def test_statistics_of_a_linear_probe_are_means_over_processes(tmp_path):
-    script, out = tmp_path / "probe.py", tmp_path / "run"
-    script.write_text(PROBE)
+    out = tmp_path / "run"
     steps = ["--steps=2", "--optim.warmup_steps=0", "--checkpoint_every=2"]
-    on_two_processes(script, *TINY, *SCRATCH, *LINEAR, *steps, f"--out={out}")
+    launch.run(probed, [*TINY, *SCRATCH, *LINEAR, *steps, f"--out={out}"], world=2)
     first, second = (torch.load(out / f"rank-{rank}.pt") for rank in (0, 1))
     assert not torch.equal(first["seen"], second["seen"])
     for name in ("mean", "variance"):

@@ -1,22 +1,20 @@
 """FSDP2 with gloo on 2 and 4 processes: training, checkpoints at other numbers of processes, restarts."""
 
-import multiprocessing
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import fsdp_worker
+import launch
 import pytest
 import torch
-from distributed_worker import PRELOAD
 from PIL import Image
 from safetensors.torch import load_file
-from torch.multiprocessing import ProcessExitedException, start_processes
+from torch.multiprocessing import ProcessExitedException
 
 from train import pretrain
 from train.engine import checkpoint, processes
@@ -29,16 +27,11 @@ STEPS = 6
 pytestmark = pytest.mark.filterwarnings("ignore:1 of 9 layers sampled no input")  # one weight rests
 
 
-def launch(work, world: int, *arguments) -> None:
-    multiprocessing.set_forkserver_preload(PRELOAD)
-    start_processes(work, (world, *arguments), nprocs=world, start_method="forkserver")
-
-
 @pytest.fixture(scope="module", params=[2, 4], ids=lambda n: f"{n} processes")
 def ranks(request, tmp_path_factory):
     """The results of every process, in the order of ranks."""
     folder, world = tmp_path_factory.mktemp("ranks"), request.param
-    launch(fsdp_worker.run, world, folder)
+    launch.processes(fsdp_worker.run, world, folder)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
 
 
@@ -127,7 +120,7 @@ def test_optimizers_that_hold_R_train_sharded_weights_as_whole_ones(ranks, whole
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair")
-    launch(fsdp_worker.special, 2, folder)
+    launch.processes(fsdp_worker.special, 2, folder)
     return torch.load(folder / "0.pt", weights_only=True)
 
 
@@ -209,18 +202,12 @@ DBP = ["--decor.enable=true", "--decor.sample=1", "--decor.rank={fc1: 8}"]
 ARMS = {"plain": [], **{m: [*DBP, f"--decor.mode={m}"] for m in ("layers", "optimizer", "preconditioner")}}
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def run_of(world: int, arguments: list[str]) -> None:
     """A run on `world` processes."""
     if world == 1:
         pretrain.main(arguments)
         return
-    launch(fsdp_worker.pretrain, world, free_port(), arguments)
+    launch.run(pretrain.main, arguments, world)
 
 
 def losses(folder: Path) -> dict[int, float]:
@@ -293,7 +280,7 @@ def test_checkpoints_load_in_the_other_mode_and_at_other_numbers(
 def test_a_step_that_is_bad_on_one_process_is_skipped_by_all(runs, options, tmp_path):
     out = tmp_path / "run"
     arguments = [*options, *ARMS["layers"], "--parallel=fsdp", f"--out={out}"]
-    launch(fsdp_worker.pretrain_with_a_bad_batch, 2, free_port(), arguments)
+    launch.run(fsdp_worker.pretrain_with_a_bad_batch, arguments, world=2)
     records = list(RunFolder(out).records())
     assert [r["step"] for r in records if r["kind"] == "skip"] == [3]
     assert losses(out).keys() == {1, 2, 4, 5, 6}
@@ -304,13 +291,13 @@ def test_divergence_of_sharded_weights_ends_the_run(options, tmp_path):
     out = tmp_path / "run"
     arguments = [*options, "--parallel=fsdp", "--optim.blr=1e38", "--max_bad_steps=2", f"--out={out}"]
     with pytest.raises(ProcessExitedException, match="exit code 1"):
-        launch(fsdp_worker.pretrain, 2, free_port(), arguments)
+        launch.run(pretrain.main, arguments, world=2)
     assert [r["in_a_row"] for r in RunFolder(out).records() if r["kind"] == "skip"] == [1, 2]
 
 
 def test_a_process_that_dies_while_it_saves_leaves_nothing_half(tmp_path):
     with pytest.raises(ProcessExitedException, match="SIGKILL"):
-        launch(fsdp_worker.die_while_saving, 2, tmp_path)
+        launch.processes(fsdp_worker.die_while_saving, 2, tmp_path)
     folder = tmp_path / "checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == [".writing-00000002", "step-00000001"]
     path, state = checkpoint.newest(folder, Processes(0, 1, torch.device("cpu")))

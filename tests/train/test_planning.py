@@ -2,23 +2,18 @@
 
 import copy
 import itertools
-import multiprocessing
-import os
 import re
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import launch
 import planning_worker
 import pytest
 import torch
 from planning_worker import RHO, N, Net, rows, stepper
 from rules import convert, layers_rule
 from torch import nn
-from torch.multiprocessing import start_processes
 from torch.utils.flop_counter import FlopCounterMode
 from vits import HuggingFaceViT, decorrelated, everything, images, mlp, timm_vit
 
@@ -27,7 +22,6 @@ from dbpkern import Decor, DecorPreconditioner
 from train import planning, pretrain
 from train.engine.run_folder import RunFolder
 
-ROOT = Path(__file__).parents[2]
 FREE = planning.Price(ratio=1.0, entry=0.0, each=0.0, group=0.0)
 
 
@@ -539,8 +533,7 @@ def test_a_choice_that_cannot_be_changes_nothing():
 
 
 def test_processes_with_different_data_make_one_plan_of_all(tmp_path):
-    multiprocessing.set_forkserver_preload(["torch", "train.planning"])
-    start_processes(planning_worker.run, (2, str(tmp_path)), nprocs=2, start_method="forkserver")
+    launch.processes(planning_worker.run, 2, str(tmp_path))
     first, second = ((tmp_path / f"{rank}.txt").read_text() for rank in range(2))
     assert first == second
     model = Net()
@@ -585,19 +578,13 @@ def test_a_planned_run_killed_and_resumed_gives_the_losses_of_one_never_killed(t
     # Making a plan is time that the run would not take without.
     taken = {r["step"]: r["seconds"] for r in records(whole, "step")}
     assert taken[2] < plan["seconds"] < taken[3]
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train" / "pretrain.py"), *RUN, "--decor.budget=40", f"--out={killed}"],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    script = launch.Script(pretrain.main, [*RUN, "--decor.budget=40", f"--out={killed}"])
     deadline = time.monotonic() + 120
     while len(records(killed, "step")) < 7:
-        assert process.poll() is None
+        script.check_runs()
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    script.kill()
     pretrain.main([*RUN, "--decor.budget=40", f"--out={killed}"])
     said = capsys.readouterr().out
     assert "resuming from" in said

@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import launch
 import pytest
 import timm
 import torch
@@ -16,6 +18,7 @@ from PIL import Image
 from runs import ENVIRONMENT, TINY
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.multiprocessing import ProcessExitedException
 
 import train.data.pretraining
 import train.engine.loop
@@ -25,7 +28,7 @@ from train.engine import checkpoint
 from train.engine.processes import Processes
 from train.engine.run_folder import RunFolder
 
-ROOT = Path(__file__).parents[2]
+SCRIPT = str(Path(__file__).parents[2] / "train" / "pretrain.py")
 SITES = ["--decor.sites=sublayers", "--decor.encoder_only=true"]
 # The published rule, by an optimizer that holds R; "--decor.enable=true" alone is the default rule.
 DBP = [
@@ -57,19 +60,6 @@ def weights(saved: Path) -> dict[str, torch.Tensor]:
     (file,) = saved.glob("*.safetensors")
     tensors = load_file(file)
     return {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
-
-
-def command(*arguments: str, processes: int | None = None) -> list[str]:
-    start = [sys.executable]
-    if processes is not None:
-        start = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc_per_node={processes}",
-        ]
-    return [*start, str(ROOT / "train" / "pretrain.py"), *TINY, *arguments]
 
 
 @pytest.fixture(scope="module")
@@ -162,10 +152,10 @@ def test_plain_and_decorrelated_arms_start_alike_and_see_the_same_data(finished,
     }
 
 
-def wait_for_step(process: subprocess.Popen, out: Path, step: int) -> None:
+def wait_for_step(check_runs: Callable[[], None], out: Path, step: int) -> None:
     deadline = time.monotonic() + 120
     while step not in losses(out):
-        assert process.poll() is None, f"ended with {process.returncode} before step {step}"
+        check_runs()
         assert time.monotonic() < deadline, f"step {step} did not come"
         time.sleep(0.005)
 
@@ -174,12 +164,11 @@ def test_by_default_dbp_works_around_the_optimizer_and_resumes_exactly(tmp_path)
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     settings = ["--decor.enable=true", "--decor.every=3"]
     pretrain.main([*TINY, *settings, f"--out={straight}"])
-    run = command(*settings, f"--out={killed}", "--resume=auto")
-    process = subprocess.Popen(run, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_for_step(process, killed, 14)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    pretrain.main([*TINY, *settings, f"--out={killed}", "--resume=auto"])
+    run = [*TINY, *settings, f"--out={killed}", "--resume=auto"]
+    script = launch.Script(pretrain.main, run)
+    wait_for_step(script.check_runs, killed, 14)
+    script.kill()
+    pretrain.main(run)
     assert losses(killed) == losses(straight)
     assert heldout(killed) == heldout(straight)
     # The model is the plain one throughout: what is exported is what was trained.
@@ -208,14 +197,12 @@ def test_rivals_train_and_resume_with_and_without_dbp(optimizer, tmp_path):
 
 def test_a_run_killed_twice_gives_the_losses_of_one_never_killed(finished, tmp_path):
     out = tmp_path / "killed"
-    run = command(*DBP, f"--out={out}", "--resume=auto")
+    run = [*TINY, *DBP, f"--out={out}", "--resume=auto"]
     for step in (7, 17):
-        process = subprocess.Popen(run, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        wait_for_step(process, out, step)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    done = subprocess.run(run, env=ENVIRONMENT, capture_output=True, text=True, check=True)
-    assert "resuming from" in done.stdout
+        script = launch.Script(pretrain.main, run)
+        wait_for_step(script.check_runs, out, step)
+        script.kill()
+    assert "resuming from" in launch.run(pretrain.main, run)
     assert losses(out) == losses(finished)
     assert heldout(out) == heldout(finished)
     encoders = [load_file(folder / "encoder.safetensors") for folder in (out, finished)]
@@ -227,14 +214,19 @@ def test_sigterm_saves_on_two_processes_and_one_process_can_go_on(tmp_path):
     arguments = [*DBP, "--decor.sample=1", "--checkpoint_every=1000", "--steps=30"]
     arguments.append("--data.workers=1")  # the loaders get the signal, too
     pretrain.main([*TINY, *arguments, f"--out={whole}"])
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     process = subprocess.Popen(
-        command(*arguments, f"--out={out}", processes=2),
+        [*start, SCRIPT, *TINY, *arguments, f"--out={out}"],
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
     )
-    wait_for_step(process, out, 2)
+
+    def check_runs() -> None:
+        assert process.poll() is None, f"ended with {process.returncode}"
+
+    wait_for_step(check_runs, out, 2)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert "The last good checkpoint is" in output
@@ -347,8 +339,7 @@ def test_a_finished_run_can_be_resumed_on_two_processes(finished, tmp_path):
     out = tmp_path / "copy"
     shutil.copytree(finished, out)
     (out / "encoder.safetensors").unlink()  # as if the run had been killed before it was written
-    run = command(*DBP, f"--out={out}", "--resume=auto", processes=2)
-    subprocess.run(run, env=ENVIRONMENT, capture_output=True, check=True)
+    launch.run(pretrain.main, [*TINY, *DBP, f"--out={out}", "--resume=auto"], world=2)
     assert (out / "encoder.safetensors").exists()
     assert losses(out) == losses(finished)
     assert [step for step, *_ in heldout(out)] == [0, 8, 16, 24]
@@ -520,15 +511,17 @@ def test_more_processes_than_data(tmp_path):
     images.mkdir()
     for i in range(2):
         Image.new("RGB", (40, 40), (i, 0, 0)).save(images / f"{i}.png")
-    arguments = [f"--data.source=folder:{images}", f"--out={tmp_path / 'run'}"]
-    done = subprocess.run(command(*arguments, processes=2), env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode != 0
-    assert "2 processes are more than the 1 training samples" in done.stderr
+    arguments = [*TINY, f"--data.source=folder:{images}", f"--out={tmp_path / 'run'}"]
+    script = launch.Script(pretrain.main, arguments, world=2)
+    with pytest.raises(ProcessExitedException, match="exit code 2"):
+        script.wait()
+    assert "2 processes are more than the 1 training samples" in script.output
     assert not (tmp_path / "run").exists()
 
 
 def test_help_explains_every_option():
-    done = subprocess.run(command("--help"), env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    help_ = [sys.executable, SCRIPT, "--help"]
+    done = subprocess.run(help_, env=ENVIRONMENT, capture_output=True, text=True, check=True)
     for option in ("--out", "--decor.eta", "--data.source", "--optim.blr", "--resume"):
         assert option in done.stdout
     assert "Rate of the decorrelation step." in done.stdout

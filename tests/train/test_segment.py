@@ -7,16 +7,16 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
+import launch
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
+from torch.multiprocessing import ProcessExitedException
 from torchmetrics.classification import MulticlassJaccardIndex
 
 import dbpkern
@@ -26,6 +26,7 @@ from train import predict, segment
 from train.data.masks import IGNORE
 from train.data.reading import choose_subset
 from train.engine import plots, processes
+from train.engine.loop import Loop
 from train.engine.processes import Processes
 from train.engine.results import write_results
 from train.engine.run_folder import RunFolder
@@ -387,32 +388,24 @@ def test_a_resumed_run_gives_the_figures_of_one_never_stopped(finished, folder, 
     assert all(torch.equal(made[name], again[name]) for name in made)
 
 
-KILLED = """\
-import os, signal, sys
+def killed_in_the_fifth_step(arguments: list[str]) -> None:
+    step = Loop._train_step
 
-from train import segment
-from train.engine import loop
+    def killed(self, *given):
+        if self.step == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        step(self, *given)
 
-step = loop.Loop._train_step
-
-def killed(self, *arguments):
-    if self.step == 4:
-        os.kill(os.getpid(), signal.SIGKILL)
-    step(self, *arguments)
-
-loop.Loop._train_step = killed
-segment.main(sys.argv[1:])
-"""
+    Loop._train_step = killed
+    segment.main(arguments)
 
 
 def test_a_killed_run_goes_on(finished, folder, tmp_path, capsys):
-    script, out = tmp_path / "killed.py", tmp_path / "run"
-    script.write_text(KILLED)
+    out = tmp_path / "run"
     decor = ["--decor.enable=true", "--decor.every=1"]
     arguments = [*TINY, *SCRATCH, *decor, f"--data.source=folder:{folder}", f"--out={out}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, str(script), *arguments], env=environment, capture_output=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    with pytest.raises(ProcessExitedException, match="SIGKILL"):
+        launch.run(killed_in_the_fifth_step, arguments)
     assert not (out / "segmenter.safetensors").exists()
     segment.main([*arguments, "--resume=auto"])
     assert "step-00000003, step 3" in capsys.readouterr().out
@@ -446,18 +439,10 @@ def kept(root: Path) -> list[str]:
     return choose_subset(sorted(path.name for path in (root / "train/images").iterdir()), 0.5, 0)
 
 
-def on_two_processes(*arguments: str) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    script = str(ROOT / "train" / "segment.py")
-    done = subprocess.run([*command, script, *arguments], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 def test_two_processes_give_the_figures_of_one(folder, tmp_path):
     start = [*TINY, *SCRATCH, *LINEAR, f"--data.source=folder:{folder}", "--steps=3", "--eval_every=3"]
     segment.main([*start, f"--out={tmp_path / 'one'}"])
-    on_two_processes(*start, f"--out={tmp_path / 'two'}")
+    launch.run(segment.main, [*start, f"--out={tmp_path / 'two'}"], world=2)
     one, two = tmp_path / "one", tmp_path / "two"
     assert list(losses(two).values()) == pytest.approx(list(losses(one).values()), rel=2e-5)
     assert [e[0] for e in evals(two)] == [0, 3]
@@ -467,7 +452,7 @@ def test_two_processes_give_the_figures_of_one(folder, tmp_path):
 
 def test_two_processes_train_upernet_and_evaluate_as_one(folder, tmp_path):
     start = [*TINY, f"--data.source=folder:{folder}"]
-    on_two_processes(*start, *SCRATCH, "--steps=2", f"--out={tmp_path / 'two'}")
+    launch.run(segment.main, [*start, *SCRATCH, "--steps=2", f"--out={tmp_path / 'two'}"], world=2)
     assert list(losses(tmp_path / "two")) == [1, 2]
     # Each has normalised by its own images, but its file gives the figures that both found.
     encoder = tmp_path / "two" / "segmenter.safetensors"
@@ -500,7 +485,7 @@ def test_a_process_without_readable_images_stops_nobody(finished, folder, tmp_pa
     for name in broken:
         (root / name).write_bytes(b"no image")
     start = [f"--encoder={finished / 'segmenter.safetensors'}", f"--data.source=folder:{root}", "--steps=0"]
-    on_two_processes(*TINY, *start, f"--out={out}")
+    launch.run(segment.main, [*TINY, *start, f"--out={out}"], world=2)
     assert set(json.loads((out / "summary.json").read_text())["unreadable_files"]) == set(broken)
     table = list(csv.DictReader((out / "classes.csv").read_text().splitlines()))
     mask = np.asarray(Image.open(folder / "val/masks/3.png"))

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dbpkern.capture import derive_seed
-from train.data.pretraining import collate
 from train.data.samples import SampleSet, SampleT
 
 
@@ -153,7 +152,7 @@ def build_loader(
     sampler: Iterable[list[Any]],
     workers: int,
     pin_memory: bool,
-    collate: Callable[[list[Any]], Mapping[str, object]] = collate,
+    collate: Callable[[list[Any]], Mapping[str, object]],
 ) -> DataLoader[Any]:
     """Build the loader of the batches that `collate` makes.
 

@@ -352,7 +352,7 @@ class Loop:
         self._stop = stop > 0
         good = math.isfinite(loss) and math.isfinite(norm)
         if good:
-            self.optimizer.step()  # and R's
+            self.optimizer.step()  # moves R, too: in its own step, or by a hook of `build_optimizers`
         else:
             for tensor, value in zip(self._statistics, before, strict=True):
                 tensor.copy_(value)

@@ -63,7 +63,8 @@ def test_fold(L, o, d, backend, dtype, out):
         return
     exact = reference.fold(W.double(), R.double())
     as_good(ops.fold(W, R, out, backend=backend), exact, plain(W, R, backend, out))
-    as_good(ops.fold(W[0], R[0], out, backend=backend), exact[0], plain(W[0], R[0], backend, out))
+    if L == 1:
+        as_good(ops.fold(W[0], R[0], out, backend=backend), exact[0], plain(W[0], R[0], backend, out))
     assert ops.fold(W, R, backend=backend).dtype == dtype
 
 

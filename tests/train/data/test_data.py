@@ -28,7 +28,7 @@ from train.data import augment, pretraining, reading, shards
 from train.data import photos as photographs
 from train.data.augment import Crop, View
 from train.data.loading import StepSampler, build_loader
-from train.data.pretraining import DataConfig, HeldOutSet, TrainingSet, build_data
+from train.data.pretraining import DataConfig, HeldOutSet, TrainingSet, build_data, collate
 from train.data.reading import Images
 from train.tasks.families import task_of
 
@@ -142,7 +142,7 @@ def test_random_numbers_of_the_caller_are_untouched(photos, monkeypatch):
         _ = photos[1][0]
     for workers in (0, 2):
         sampler = StepSampler(len(photos[0]), 2, seed=0, total_steps=2)
-        list(build_loader(photos[0], sampler, workers, pin_memory=False))
+        list(build_loader(photos[0], sampler, workers, False, collate))
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -151,8 +151,8 @@ def test_loader_gives_the_same_batches_with_workers(photos):
         (photos[0], StepSampler(len(photos[0]), 6, seed=0, total_steps=3, accumulation=2)),
         (photos[1], [[0, 1, 2], [3, 255]]),
     ]:
-        alone = list(build_loader(dataset, sampler, 0, pin_memory=False))
-        pooled = list(build_loader(dataset, sampler, 2, pin_memory=False))
+        alone = list(build_loader(dataset, sampler, 0, False, collate))
+        pooled = list(build_loader(dataset, sampler, 2, False, collate))
         keys = list(sampler)
         assert len(alone) == len(pooled) == len(keys)
         for a, b, batch in zip(alone, pooled, keys, strict=True):
@@ -219,7 +219,7 @@ def test_loader_processes_use_one_thread():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        (batch,) = build_loader(Threads(), [[0]], 1, pin_memory=False)
+        (batch,) = build_loader(Threads(), [[0]], 1, False, collate)
     finally:
         torch.set_num_threads(before)
     assert batch["image"].tolist() == [1]
@@ -472,7 +472,7 @@ def test_skipped_files_are_reported_with_the_batches(broken_folder, workers):
     broken = set(BROKEN) & set(train.files)
     assert len(broken) >= len(BROKEN) - 1
     skipped = {}
-    for batch in build_loader(train, StepSampler(len(train), 4, 0, total_steps=4), workers, pin_memory=False):
+    for batch in build_loader(train, StepSampler(len(train), 4, 0, total_steps=4), workers, False, collate):
         assert batch["image"].shape == (4, 3, *IMG_SIZE)
         skipped.update(batch["skipped"])
     assert set(skipped) == broken
@@ -801,7 +801,7 @@ def test_sharded_batches_are_those_of_direct_reading(sharded, workers):
     train, _ = build(f"wds:{sharded}")
     sampler = StepSampler(len(train), 6, 0, total_steps=5, shards=train.shards, window=2)
     _ = train[0, 0]  # leaves a file open, which the loaders must not use
-    for keys, batch in zip(sampler, build_loader(train, sampler, workers, False), strict=True):
+    for keys, batch in zip(sampler, build_loader(train, sampler, workers, False, collate), strict=True):
         assert torch.equal(batch["image"], torch.stack([train[key].image for key in keys]))
     again = pickle.loads(pickle.dumps(train))
     assert_same(again[1, 3], train[1, 3])
@@ -964,7 +964,7 @@ def test_broken_files_beside_images_in_memory_are_skipped(broken_folder, workers
     plain, _ = build(f"folder:{broken_folder}")
     assert (train.images.decoded.places[:, 1] > 0).any()
     sampler = StepSampler(len(train), 4, 0, total_steps=4)
-    batches, others = (build_loader(dataset, sampler, workers, False) for dataset in (train, plain))
+    batches, others = (build_loader(dataset, sampler, workers, False, collate) for dataset in (train, plain))
     skipped = {}
     for batch, other in zip(batches, others, strict=True):
         assert torch.equal(batch["image"], other["image"])
@@ -1070,7 +1070,7 @@ def test_device_and_host_show_the_same(size):
     """The same boxes and flips; pixels differ by what is rounded and clamped between passes."""
     sets = [build_data(DataConfig(augment_on=place), size, NUM_PATCHES, 3)[0] for place in ("host", "device")]
     keys = [(epoch, index) for epoch in range(2) for index in range(0, 896, 40)]
-    host, device = (pretraining.collate([dataset[key] for key in keys]) for dataset in sets)
+    host, device = (collate([dataset[key] for key in keys]) for dataset in sets)
     assert device["image"].dtype == torch.uint8
     assert device["size"].shape == (len(keys), 2)
     assert 0 < device["flip"].sum() < len(keys)

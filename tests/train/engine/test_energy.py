@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import launch
 import pytest
 import torch
 from runs import ENVIRONMENT, TINY
@@ -389,27 +390,15 @@ def test_steps_are_metered_and_a_resumed_run_adds_to_them(tmp_path, monkeypatch)
     assert rest["kg_co2"] == pytest.approx(240.0 / 3.6e6 * rest["kg_co2_per_kwh"])
 
 
-WORKER = """
-import os, sys
-from test_energy import ticking
-from train import pretrain
-from train.engine import energy
-rank = int(os.environ["RANK"])
-counters = [ticking("gpu", 1.0 + 2.0 * rank)] + ([] if rank else [ticking("cpu", 100.0)])
-energy.find_counters = lambda _: (counters, {"dram": "denied"} if rank else {})
-pretrain.main(sys.argv[1:])
-"""
+def pretrain_metered(arguments: list[str]) -> None:
+    rank = int(os.environ["RANK"])
+    counters = [ticking("gpu", 1.0 + 2.0 * rank)] + ([] if rank else [ticking("cpu", 100.0)])
+    energy.find_counters = lambda _: (counters, {"dram": "denied"} if rank else {})
+    pretrain.main(arguments)
 
 
 def test_what_processes_read_is_summed(tmp_path):
-    worker = tmp_path / "worker.py"
-    worker.write_text(WORKER)
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = ENVIRONMENT | {
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests/train/engine'}{os.pathsep}{ROOT / 'tests/support'}"
-    }
-    arguments = [str(worker), *TINY, "--steps=4", f"--out={tmp_path / 'run'}"]
-    subprocess.run([*start, *arguments], check=True, env=environment, timeout=300)
+    launch.run(pretrain_metered, [*TINY, "--steps=4", f"--out={tmp_path / 'run'}"], world=2)
     summary, steps = summary_and_steps(tmp_path / "run")
     assert summary["by_device"] == {"cpu": 800.0, "gpu": 2 * 4 * (1.0 + 3.0)}
     assert summary["joules"] == 832.0
