@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # The exact versions that the tests last passed with on a fresh machine; CONSTRAINTS= takes what is newest.
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: install demo test test-versions lint docs format clean
+.PHONY: install demo test coverage test-versions lint docs format clean
 
 install: $(VENV)/.installed
 
@@ -31,6 +31,10 @@ demo: install
 # By files, whose tests share what is slow to set up.
 test: install
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
+# The part of the lines that the tests run in their own processes; kernels in Triton's interpreter do not count.
+coverage: install
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --cov=dbpkern --cov=models --cov=train
 
 # The tests of ops, kernels, engine and optimizers with the oldest and the newest supported torch, each with its
 # Triton, and two between; every one has a virtual environment of its own, of several GB.

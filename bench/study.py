@@ -27,12 +27,13 @@ from bench import record
 from bench.experiments import report, timing, trial
 from bench.experiments.figures import StudyFigures
 from bench.experiments.jobs import run_all
-from bench.experiments.preset import PRESETS
+from bench.experiments.preset import PRESETS, Trial
 from bench.experiments.study import SEEDS, Study
 from bench.options import count
 from train.data.pretraining import DataConfig
 
 FOLDER = Path(__file__).parent / "reports"
+FOLDERS = ("folder", "ade20k", "cityscapes")  # kinds of sources that name one
 WORKER = (sys.executable, "-m", "bench", "study", "--worker")  # what makes a trial or an encoder
 
 
@@ -88,7 +89,7 @@ def _check_folder(option: str, source: str | None, config: type) -> None:
     if source is None:
         return
     kind, _, path = config(source=source).source.partition(":")
-    if path and kind != "wds" and not Path(path).expanduser().is_dir():
+    if kind in FOLDERS and not Path(path).expanduser().is_dir():
         raise ValueError(f"{option}: there is no folder {path}")
 
 
@@ -131,6 +132,11 @@ def check_arms(study: Study, args: argparse.Namespace, arms: Sequence[str]) -> N
     wrong = [unusable.text for unusable in study.unusable if unusable.arm in (None, *arms)]
     if wrong:
         raise ValueError("\n".join([*wrong, "delete these lines, and their trials are made again"]))
+    for arm in arms:
+        lrs = study.preset.lrs_of(study.preset.tuned(arm))
+        if not lrs and args.lr is None:
+            raise ValueError(f"{arm}: it has no learning rates to try; give it some, or an --lr")
+        Trial(args.study, arm, args.lr or lrs[0], args.seeds[0]).config("", {})  # raises for its settings
     ablations = [arm for arm in arms if arm not in study.preset.arms]
     waiting = study.waiting(ablations, args.seeds, args.lr)
     unknown = sorted({study.preset.tuned(arm) for arm in waiting} - set(arms))

@@ -109,6 +109,21 @@ def correlations(G: Tensor) -> Tensor:
     return scale[:, None] * G * scale
 
 
+def observed(
+    model: nn.Module, sites: str | Iterable[str] | None = "sublayers", filter: Filter | None = None
+) -> dict[str, nn.Module]:
+    """The layers that `observe` would observe, by name; arguments and errors are its own."""
+    found: dict[str, nn.Module] = {
+        name: m for name, m in model.named_modules() if isinstance(m, Decorrelated)
+    }
+    if found:
+        return {name: m for name, m in found.items() if filter is None or filter(name, m)}
+    found = {name: module for name, (module, _) in select(model, sites, filter).items()}
+    for name, module in found.items():
+        check_kind(name, module)
+    return found
+
+
 @contextlib.contextmanager
 def observe(
     model: nn.Module,
@@ -129,16 +144,7 @@ def observe(
     Raises:
         ValueError: as `decorrelate`, for stock models.
     """
-    found: dict[str, nn.Module] = {
-        name: m for name, m in model.named_modules() if isinstance(m, Decorrelated)
-    }
-    if found:
-        found = {name: m for name, m in found.items() if filter is None or filter(name, m)}
-    else:
-        found = {name: module for name, (module, _) in select(model, sites, filter).items()}
-    for name, module in found.items():
-        if not isinstance(module, Decorrelated):
-            check_kind(name, module)
+    found = observed(model, sites, filter)
     # Whatever may fail comes before the first hook.
     sources = {name: stock_layer(module) or as_decorrelated(module) for name, module in found.items()}
     layers = {name: Layer(name, source) for name, source in sources.items()}

@@ -1,105 +1,33 @@
-"""DARL against its definition: who sees whom, orders, rotations, losses, timm's ViTs, decorrelated layers."""
+"""DARL against its definition: who sees whom, losses, gradients, initial values, odd inputs, errors."""
 
 import math
 from functools import partial
-from itertools import pairwise
 
 import pytest
-import timm
 import torch
-from rotary_embedding_torch import RotaryEmbedding, apply_rotary_emb
-from rules import convert, decor_sgd, preconditioner
-from timm.layers import apply_rot_embed_cat
-from timm.models import eva
-from timm.models.vision_transformer import Block, VisionTransformer
+from darls import (
+    GRID,
+    LENGTH,
+    SMALL,
+    VALUES,
+    arguments,
+    codes,
+    each_objective,
+    each_order,
+    each_place,
+    each_position,
+    images,
+    name_of,
+    patch_of,
+    rename,
+    small,
+)
 from torch import nn
 
-import dbpkern
-from dbpkern.layers.modules import Decorrelated
-from models import diffusion
-from models.darl import DARL, POSITIONS, SIZES, create_darl
-from models.darl_decoder import PairBlock, PairDecoder
-from models.darl_order import ORDERS, patch_order, rotary_positions, two_stream_mask
-from models.vit import patchify, sincos_positions
-
-# A grid of 3 by 5 patches: nothing is square, so swapped axes do not go unnoticed.
-SMALL = {"img_size": (24, 60), "patch_size": (8, 12), "embed_dim": 48, "depth": 2, "num_heads": 3}
-GRID, LENGTH, VALUES = (3, 5), 15, 8 * 12 * 3
-
-# Orders that every image shares.
-SHARED = [
-    {"order": "raster"},
-    {"order": "nested"},
-    {"order": "nested", "order_block": 3},
-    {"order": "round-robin"},
-    {"order": "round-robin", "order_block": 3},
-    {"order": "fixed", "order_seed": 1},
-]
-
-# timm's ViTs with axial RoPE; widths that it lacks are set.
-TIMM = {
-    "darl_vit_tiny": ("vit_small_patch16_rope_224", {"embed_dim": 192, "num_heads": 3}),
-    "darl_vit_small": ("vit_small_patch16_rope_224", {}),
-    "darl_vit_base": ("vit_base_patch16_rope_224", {}),
-    "darl_vit_large": ("vit_large_patch16_rope_224", {}),
-    "darl_vit_huge": ("vit_large_patch16_rope_224", {"patch_size": 14, "embed_dim": 1280, "depth": 32}),
-}
-
-OBJECTIVES = [
-    {},
-    {"decoder_depth": 2},
-    {"norm_pix_loss": True},
-    {"objective": "diffusion"},
-    {"objective": "diffusion", "decoder": "mlp", "decoder_depth": 0, "gamma_conditioned": True},
-    {"objective": "diffusion", "decoder_depth": 2, "prediction": "epsilon", "gamma": (3, 10)},
-    {"objective": "tokens", "vocabulary": 7},
-    {"objective": "tokens", "vocabulary": 7, "inputs": "tokens", "positions": "learned", "two_stream": True},
-    {"inputs": "tokens", "vocabulary": 7},
-    {"order": "random", "two_stream": True},
-]
-
-
-def perturbed(model: nn.Module) -> nn.Module:
-    """Move every trained tensor off its initial value, so that no bias or scale is trivial."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
-
-
-def small(**overrides) -> DARL:
-    return perturbed(create_darl("darl_vit_tiny", **{**SMALL, **overrides}))
-
-
-def images(count: int = 2, size: tuple[int, int] = SMALL["img_size"]) -> torch.Tensor:
-    return torch.randn(count, 3, *size)
-
-
-def codes(count: int = 2) -> torch.Tensor:
-    return torch.randint(7, (count, LENGTH))
-
-
-def patch_of(imgs: torch.Tensor, index: int) -> torch.Tensor:
-    """The values of patch `index` in the order (row, column, channel): [B, 288]."""
-    row, column = divmod(index, GRID[1])
-    return imgs[:, :, 8 * row : 8 * row + 8, 12 * column : 12 * column + 12].permute(0, 2, 3, 1).flatten(1)
-
-
-def timm_rope_vit(name: str = "vit_small_patch16_rope_224", **overrides) -> nn.Module:
-    """timm's ViT without LayerScale; `timm.create_model` would drop an init_values of None."""
-    return getattr(eva, name)(init_values=None, num_classes=0, **overrides)
-
-
-def name_of(options: object) -> str:
-    return " ".join(map(str, options.values())) or "default" if isinstance(options, dict) else "layers"
-
-
-each_order = pytest.mark.parametrize("order", SHARED, ids=name_of)
-each_position = pytest.mark.parametrize("positions", POSITIONS)
-each_place = pytest.mark.parametrize("positions", [name for name in POSITIONS if name != "none"])
-each_objective = pytest.mark.parametrize("options", OBJECTIVES, ids=name_of)
-
+from models.darl import DARL, SIZES, create_darl
+from models.darl_decoder import PairDecoder
+from models.darl_order import ORDERS, patch_order
+from models.vit import patchify
 
 # Who sees whom.
 
@@ -126,11 +54,6 @@ def test_a_context_depends_on_the_patches_before_and_no_other(order, two_stream,
     places = model.order_of(GRID, None, imgs)
     assert torch.equal(places, patch_order(grid_size=GRID, **rename(order)))
     assert torch.equal(dependence(model, imgs, places), BEFORE[None])
-
-
-def rename(order: dict) -> dict:
-    """Arguments of `patch_order` for those of DARL."""
-    return {{"order": "kind", "order_block": "block", "order_seed": "seed"}[k]: v for k, v in order.items()}
 
 
 @each_place
@@ -169,18 +92,6 @@ def test_predictions_depend_on_the_patches_before(options):
         pred[0, order[t]].square().sum().backward()
         moved = [s for s in range(LENGTH) if patch_of(pixels.grad, s).any()]
         assert moved == sorted(order[:t].tolist())
-
-
-@pytest.mark.parametrize("length", [1, 2, 5])
-def test_two_stream_mask_from_the_definition(length):
-    mask = two_stream_mask(length)
-    assert mask.dtype == torch.bool
-    assert mask.shape == (2 * length, 2 * length)
-    names = [("content", t) for t in range(length)] + [("query", t) for t in range(length)]
-    for i, (_, reader) in enumerate(names):
-        for j, (kind, read) in enumerate(names):
-            # Content t is the start token and then patch t - 1; query t may know the patches up to t - 1.
-            assert mask[i, j] == (kind == "content" and read <= reader)
 
 
 def two_stream_tokens(model: DARL) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -269,326 +180,6 @@ def test_queries_alone_know_which_patch_is_next(positions):
         assert (change[6:] > 1e-3).all()
 
 
-# Orders.
-
-
-def squares(rows: int, columns: int, block: int) -> list[tuple[int, int]]:
-    return [(top, left) for top in range(0, rows, block) for left in range(0, columns, block)]
-
-
-def nested(rows: int, columns: int, block: int) -> list[int]:
-    return [
-        row * columns + column
-        for top, left in squares(rows, columns, block)
-        for row in range(top, min(top + block, rows))
-        for column in range(left, min(left + block, columns))
-    ]
-
-
-def round_robin(rows: int, columns: int, block: int) -> list[int]:
-    return [
-        (top + down) * columns + left + right
-        for down in range(block)
-        for right in range(block)
-        for top, left in squares(rows, columns, block)
-        if top + down < rows and left + right < columns
-    ]
-
-
-@pytest.mark.parametrize("block", [1, 2, 3, 20])
-@pytest.mark.parametrize("grid", [(4, 6), (3, 5), (5, 3), (7, 8), (1, 4), (1, 1), (14, 14)])
-def test_orders_from_their_definitions(grid, block):
-    length = grid[0] * grid[1]
-    assert patch_order("raster", grid, block).tolist() == list(range(length))
-    assert patch_order("nested", grid, block).tolist() == nested(*grid, block)
-    assert patch_order("round-robin", grid, block).tolist() == round_robin(*grid, block)
-    for kind in ("nested", "round-robin", "fixed"):
-        assert sorted(patch_order(kind, grid, block).tolist()) == list(range(length))
-
-
-def test_nested_and_round_robin_by_eye():
-    assert patch_order("nested", (2, 4)).tolist() == [0, 1, 4, 5, 2, 3, 6, 7]
-    assert patch_order("round-robin", (2, 4)).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
-
-
-def test_a_seed_decides_the_fixed_order():
-    state = torch.get_rng_state()
-    orders = [patch_order("fixed", GRID, seed=seed).tolist() for seed in (0, 0, 1, 2)]
-    assert orders[0] == orders[1]
-    assert len(set(map(tuple, orders))) == 3
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-@pytest.mark.parametrize("kind", ["random", "spiral", None])
-def test_unknown_orders_are_refused(kind):
-    with pytest.raises(
-        ValueError, match=f"order: expected one of raster, nested, round-robin, fixed, got {kind!r}"
-    ):
-        patch_order(kind, GRID)
-
-
-@pytest.mark.parametrize("block", [0, -2])
-def test_squares_have_a_side(block):
-    with pytest.raises(ValueError, match=f"order_block: expected at least 1, got {block}"):
-        patch_order("nested", GRID, block)
-
-
-def test_random_orders_are_uniform_and_follow_the_seed():
-    model, imgs = small(order="random", two_stream=True), torch.zeros(3000, 3, 24, 60)
-    order = model.order_of(GRID, None, imgs)
-    assert torch.equal(order.sort(dim=1).values, torch.arange(LENGTH).expand(3000, -1))
-    for t in range(LENGTH):
-        # The frequency of a patch has a standard deviation of 0.0046.
-        assert order[:, t].bincount(minlength=LENGTH).div(3000).sub(1 / 15).abs().max() < 0.02
-    torch.manual_seed(7)
-    first, other = (model.order_of(GRID, None, imgs[:2]) for _ in range(2))
-    torch.manual_seed(7)
-    assert torch.equal(model.order_of(GRID, None, imgs[:2]), first)
-    assert not torch.equal(first, other)
-
-
-# Rotations.
-
-
-def angles_of_library(grid: tuple[int, int], head_dim: int) -> torch.Tensor:
-    """Angles [L, head_dim]; the library has rows first, and we have columns."""
-    rows, columns = grid
-    made = RotaryEmbedding(dim=head_dim // 2, freqs_for="lang", theta=100).get_axial_freqs(rows, columns)
-    by_row, by_column = made.flatten(0, 1).chunk(2, dim=-1)
-    return torch.cat([by_column, by_row], dim=-1)
-
-
-@pytest.mark.parametrize("head_dim", [8, 16, 64])
-@pytest.mark.parametrize("grid", [(3, 5), (14, 14)])
-def test_rope2d_is_that_of_another_library(grid, head_dim):
-    angles, rope = angles_of_library(grid, head_dim), rotary_positions("rope2d", grid, head_dim)
-    assert rope.dtype == torch.float32
-    assert rope.shape == (grid[0] * grid[1], 2 * head_dim)
-    torch.testing.assert_close(rope, torch.cat([angles.sin(), angles.cos()], dim=-1), rtol=0, atol=1e-6)
-    x = torch.randn(2, 3, len(rope), head_dim)
-    torch.testing.assert_close(apply_rot_embed_cat(x, rope), apply_rotary_emb(angles, x), rtol=0, atol=1e-5)
-
-
-def test_rope1d_is_that_of_another_library():
-    angles = RotaryEmbedding(dim=16, freqs_for="lang", theta=100)(torch.arange(LENGTH))
-    rope = rotary_positions("rope1d", GRID, 16)
-    assert rope.dtype == torch.float32
-    torch.testing.assert_close(rope, torch.cat([angles.sin(), angles.cos()], dim=-1), rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("size", ["small", "base", "large"])
-def test_rope2d_is_that_of_timm(size):
-    vit = timm.create_model(f"vit_{size}_patch16_rope_224", depth=1, embed_dim=64, num_heads=1)
-    model = create_darl(f"darl_vit_{size}", depth=1, embed_dim=64, num_heads=1)
-    assert vit.patch_embed.grid_size == (14, 14)
-    assert torch.equal(model.rope, vit.rope.get_embed())
-
-
-@pytest.mark.parametrize("kind", ["rope1d", "rope2d"])
-def test_rotated_scores_depend_on_the_distance_alone(kind):
-    rope = rotary_positions(kind, GRID, 16).double()
-    q, k = torch.randn(2, 1, 16, dtype=torch.float64)
-    scores = (
-        apply_rot_embed_cat(q.expand(LENGTH, -1), rope) @ apply_rot_embed_cat(k.expand(LENGTH, -1), rope).T
-    )
-    by_distance = {}
-    for i in range(LENGTH):
-        for j in range(LENGTH):
-            (r, c), (s, d) = divmod(i, GRID[1]), divmod(j, GRID[1])
-            distance = i - j if kind == "rope1d" else (r - s, c - d)
-            by_distance.setdefault(distance, []).append(scores[i, j].item())
-    assert len(by_distance) == {"rope1d": 2 * LENGTH - 1, "rope2d": 5 * 9}[kind]
-    for found in by_distance.values():
-        assert max(found) - min(found) < 1e-5
-    # Other distances have other scores: each axis counts, and so do signs.
-    means = sorted(sum(found) / len(found) for found in by_distance.values())
-    assert min(b - a for a, b in pairwise(means)) > 1e-5
-
-
-@pytest.mark.parametrize("grid", [(3, 5), (6, 5), (4, 10), (2, 3)])
-def test_rotations_are_scaled_to_the_range_of_the_reference(grid):
-    plane, line = (rotary_positions(kind, grid, 16, reference=GRID) for kind in ("rope2d", "rope1d"))
-    for index in range(grid[0] * grid[1]):
-        row, column = divmod(index, grid[1])
-        axes = [column * GRID[1] / grid[1]] * 4 + [row * GRID[0] / grid[0]] * 4
-        place = index * LENGTH / (grid[0] * grid[1])
-        for pair in range(8):
-            for rope, angle in (
-                (plane, axes[pair] * 100 ** (-(pair % 4) / 4)),
-                (line, place * 100 ** (-pair / 8)),
-            ):
-                for channel in (2 * pair, 2 * pair + 1):
-                    assert rope[index, channel].item() == pytest.approx(math.sin(angle), abs=2e-6)
-                    assert rope[index, 16 + channel].item() == pytest.approx(math.cos(angle), abs=2e-6)
-
-
-def test_temperature_sets_the_longest_wavelength():
-    for kind in ("rope1d", "rope2d"):
-        model = small(positions=kind, rope_temperature=1000.0)
-        assert torch.equal(model.rope, rotary_positions(kind, GRID, 16, temperature=1000.0))
-        assert not torch.allclose(model.rope, rotary_positions(kind, GRID, 16), atol=1e-2)
-        _, other = model.place((4, 4), torch.device("cpu"))
-        assert torch.equal(other, rotary_positions(kind, (4, 4), 16, GRID, 1000.0))
-
-
-# Other sizes of images.
-
-
-@pytest.mark.parametrize("size", [(384, 384), (112, 336)])
-def test_rope_serves_other_sizes_as_timm_does(size):
-    options = {"img_size": 224, "patch_size": 16, "embed_dim": 48, "depth": 1, "num_heads": 3}
-    model = perturbed(create_darl("darl_vit_tiny", **options))
-    vit = timm_rope_vit(**options, dynamic_img_size=True, ref_feat_shape=(14, 14))
-    vit.load_state_dict(model.encoder_state_dict(), strict=True)
-    with torch.no_grad():
-        imgs = images(1, size)
-        torch.testing.assert_close(model.features(imgs), vit.forward_features(imgs), rtol=1e-5, atol=1e-5)
-        loss, pred = model(imgs)
-    assert loss.isfinite()
-    assert pred.shape == (1, size[0] * size[1] // 256, 768)
-
-
-@pytest.mark.parametrize("size", [(40, 48), (48, 60), (8, 12)])
-def test_learned_positions_are_resampled_as_timm_does(size):
-    model = small(positions="learned")
-    vit = VisionTransformer(num_classes=0, dynamic_img_size=True, **SMALL)
-    vit.load_state_dict(model.encoder_state_dict(), strict=True)
-    imgs = images(2, size)
-    torch.testing.assert_close(model.features(imgs), vit.forward_features(imgs), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("grid", [(5, 4), (6, 5), (3, 10), (1, 1)])
-def test_fixed_positions_are_scaled_to_the_range_of_the_model(grid):
-    model = small(positions="sincos")
-    added, rope = model.place(grid, torch.device("cpu"))
-    assert rope is None
-    assert added.shape == (1, 1 + grid[0] * grid[1], 48)
-    assert not added[0, 0].any()
-    for index in range(grid[0] * grid[1]):
-        row, column = divmod(index, grid[1])
-        for i in range(12):
-            scale = 10000 ** (i / 12)
-            angles = column * GRID[1] / grid[1] / scale, row * GRID[0] / grid[0] / scale
-            expected = [wave(angle) for angle in angles for wave in (math.sin, math.cos)]
-            assert added[0, 1 + index, i::12].tolist() == pytest.approx(expected, abs=1e-6)
-
-
-@pytest.mark.parametrize("order", [*SHARED, {"order": "random", "two_stream": True}], ids=name_of)
-@each_place
-def test_every_model_serves_other_sizes(positions, order):
-    model = small(positions=positions, **order)
-    loss, pred = model(images(2, (32, 24)))
-    assert loss.isfinite()
-    assert pred.shape == (2, 8, VALUES)
-    if order["order"] != "random":
-        found = model.order_of((4, 2), None, images(2, (32, 24)))
-        assert torch.equal(found, patch_order(grid_size=(4, 2), **rename(order)))
-
-
-def test_at_its_own_size_a_model_has_its_own_positions():
-    for positions in ("sincos", "learned"):
-        model = small(positions=positions)
-        assert model.place(GRID, torch.device("cpu")) == (model.pos_embed, None)
-    assert torch.equal(small(positions="sincos").pos_embed, sincos_positions(GRID, 48))
-    assert small(positions="none").place(GRID, torch.device("cpu")) == (None, None)
-
-
-# timm's ViTs.
-
-
-@pytest.mark.parametrize("name", SIZES)
-def test_encoder_loads_into_timm(name):
-    other, overrides = TIMM[name]
-    with torch.device("meta"):
-        model = create_darl(name, objective="diffusion")
-        vit = timm_rope_vit(other, **overrides)
-    state = model.encoder_state_dict()
-    assert {key: value.shape for key, value in state.items()} == {
-        key: value.shape for key, value in vit.state_dict().items()
-    }
-    vit.load_state_dict(state, strict=True, assign=True)
-    assert len(model.blocks) == len(vit.blocks)
-    assert model.blocks[0].attn.num_heads == vit.blocks[0].attn.num_heads
-
-
-def test_encoder_state_dict_is_a_contiguous_copy():
-    model = small(two_stream=True, positions="learned", objective="diffusion").to(
-        memory_format=torch.channels_last
-    )
-    assert not model.patch_embed.proj.weight.is_contiguous()
-    state = model.encoder_state_dict()
-    assert all(tensor.is_contiguous() and not tensor.requires_grad for tensor in state.values())
-    before = model.cls_token.detach().clone()
-    state["cls_token"].add_(1)
-    assert torch.equal(model.cls_token, before)
-
-
-@each_objective
-def test_what_is_no_encoder_is_named_decoder(options):
-    model = small(**options)
-    others = model.state_dict().keys() - model.encoder_state_dict().keys()
-    assert all(name.startswith("decoder") for name in others - {"query_token"})
-    assert ("query_token" in others) == model.config.two_stream
-    assert {"decoder.pred.weight", "decoder.pred.bias"} <= others
-
-
-@pytest.mark.parametrize("is_causal", [False, True])
-def test_features_are_those_of_timm(is_causal):
-    model, vit, imgs = small(), timm_rope_vit(**SMALL), images()
-    vit.load_state_dict(model.encoder_state_dict(), strict=True)
-    found, expected = model.features(imgs, is_causal), vit.forward_features(imgs, is_causal=is_causal)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_a_vit_of_timm_with_layer_scale_needs_scales_of_one():
-    model, imgs = small(), images()
-    vit = timm.create_model("vit_small_patch16_rope_224", init_values=1.0, num_classes=0, **SMALL)
-    missing, unexpected = vit.load_state_dict(model.encoder_state_dict(), strict=False)
-    assert not unexpected
-    assert set(missing) == {f"blocks.{i}.gamma_{j}" for i in range(2) for j in (1, 2)}
-    torch.testing.assert_close(model.features(imgs), vit.forward_features(imgs), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("positions", ["none", "sincos", "learned"])
-def test_features_with_absolute_positions_are_those_of_timm(positions, is_causal):
-    model, imgs = small(positions=positions), images()
-    vit = VisionTransformer(num_classes=0, pos_embed="none" if positions == "none" else "learn", **SMALL)
-    vit.load_state_dict(model.encoder_state_dict(), strict=True)
-    found, expected = model.features(imgs, is_causal), vit.forward_features(imgs, is_causal=is_causal)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-
-
-@each_position
-@each_order
-def test_causal_features_are_the_contexts_of_the_next_patches(order, positions):
-    model, imgs = small(positions=positions, **order), images()
-    features = model.features(imgs, is_causal=True)
-    assert features.shape == (2, 1 + LENGTH, 48)
-    contexts = model.contexts(imgs, model.places)
-    torch.testing.assert_close(features[:, :-1], contexts, rtol=1e-5, atol=1e-5)
-
-
-@each_place
-def test_features_without_causality_have_no_order(positions):
-    model, imgs = small(positions=positions), images()
-    expected = model.features(imgs)
-    for order in ("nested", "fixed", "random"):
-        other = create_darl("darl_vit_tiny", **SMALL, positions=positions, order=order, two_stream=True)
-        other.load_state_dict(model.state_dict(), strict=False)
-        assert torch.equal(other.features(imgs), expected)
-
-
-def test_features_of_tokens():
-    model, imgs, entries = small(inputs="tokens", vocabulary=7, positions="sincos"), images(), codes()
-    features = model.features(imgs, codes=entries)
-    x = model.patch_embed.embedding.weight[entries] + model.pos_embed[:, 1:]
-    x = torch.cat([model.cls_token.expand(2, -1, -1), x], dim=1)
-    for block in model.blocks:
-        x = block(x)
-    torch.testing.assert_close(features, model.norm(x), rtol=1e-5, atol=1e-5)
-
-
 # Objectives.
 
 
@@ -616,105 +207,6 @@ def test_squared_error_from_the_definition(order, norm_pix_loss):
     assert loss.item() == pytest.approx(total / (2 * LENGTH), rel=1e-5)
 
 
-@pytest.mark.parametrize("decoder_depth", [0, 1, 3])
-def test_mlp_decoder_from_the_definition(decoder_depth):
-    model, context = small(decoder_depth=decoder_depth), torch.randn(2, 5, 48)
-    x = context
-    for block in model.decoder.blocks:
-        x = x + block.mlp.fc2(nn.functional.gelu(block.mlp.fc1(block.norm(x))))
-    assert len(model.decoder.blocks) == decoder_depth
-    # A linear decoder has no norm: the encoder's last one has just been.
-    assert isinstance(model.decoder.norm, nn.Identity) == (decoder_depth == 0)
-    torch.testing.assert_close(model.decoder(context), model.decoder.pred(model.decoder.norm(x)))
-
-
-DENOISERS = [
-    {"decoder": decoder, "decoder_depth": depth, "gamma_conditioned": conditioned, "prediction": prediction}
-    for decoder, depth in (("mlp", 0), ("mlp", 2), ("transformer", 1), ("transformer", 2))
-    for conditioned in (False, True)
-    for prediction in ("x0", "epsilon")
-]
-
-
-def decode(model: DARL, context: torch.Tensor, noisy: torch.Tensor, gamma: float) -> torch.Tensor:
-    """What the decoder of a diffusion model makes of one patch, in terms of timm's blocks: [288]."""
-    decoder = model.decoder
-    if model.config.gamma_conditioned:
-        noisy = torch.cat([noisy, torch.tensor([gamma])])
-    embedded = decoder.embed(noisy)
-    if isinstance(decoder, PairDecoder):
-        x = torch.stack([context, embedded]).unsqueeze(0)
-        for block in decoder.blocks:
-            x = Block.forward(block, x)
-        x = x[0, 1]
-    else:
-        x = context + embedded
-        for block in decoder.blocks:
-            x = x + block.mlp.fc2(nn.functional.gelu(block.mlp.fc1(block.norm(x))))
-    return decoder.pred(decoder.norm(x))
-
-
-@pytest.mark.parametrize("options", DENOISERS, ids=name_of)
-@torch.no_grad()
-def test_diffusion_from_the_definition(options):
-    model, imgs = small(objective="diffusion", order="nested", **options), images()
-    gamma = torch.rand(2, LENGTH)
-    gamma[0, 3], gamma[1, 7] = 1, 1e-3
-    eps = torch.randn(2, LENGTH, VALUES)
-    loss, pred = model(imgs, drawn=(gamma, eps))
-    assert pred.shape == (2, LENGTH, VALUES)
-    contexts = model.contexts(imgs, model.places)
-    total = 0.0
-    for b in range(2):
-        for t, i in enumerate(model.places.tolist()):
-            g, target = gamma[b, i].item(), patch_of(imgs, i)[b]
-            noisy = math.sqrt(g) * target + math.sqrt(1 - g) * eps[b, i]
-            made = decode(model, contexts[b, t], noisy, g)
-            if options["prediction"] == "epsilon":
-                total += (made - eps[b, i]).square().mean().item()
-                made = (noisy - math.sqrt(1 - g) * made) / math.sqrt(g)
-            else:
-                total += (made - target).square().mean().item()
-            torch.testing.assert_close(pred[b, i], made, rtol=1e-4, atol=1e-4)
-            found = model.denoise(contexts[b, t], noisy, gamma[b, i])
-            torch.testing.assert_close(found, made, rtol=1e-4, atol=1e-4)
-    assert loss.shape == ()
-    assert loss.item() == pytest.approx(total / (2 * LENGTH), rel=1e-5)
-
-
-@pytest.mark.parametrize("prediction", ["x0", "epsilon"])
-def test_pure_noise_has_a_finite_loss(prediction):
-    model = small(objective="diffusion", prediction=prediction)
-    loss, pred = model(images(), drawn=(torch.zeros(2, LENGTH), torch.randn(2, LENGTH, VALUES)))
-    assert loss.isfinite()
-    assert pred.isfinite().all()
-    loss.backward()
-    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
-
-
-@pytest.mark.parametrize("decoder", ["mlp", "transformer"])
-@pytest.mark.parametrize("conditioned", [False, True])
-def test_a_conditioned_decoder_is_told_the_noise_level(conditioned, decoder):
-    model = small(objective="diffusion", gamma_conditioned=conditioned, decoder=decoder)
-    assert model.decoder.embed.in_features == VALUES + conditioned
-    context, noisy = torch.randn(4, 48), torch.randn(4, VALUES)
-    low, high = (model.denoise(context, noisy, torch.full((4,), gamma)) for gamma in (0.1, 0.9))
-    assert torch.allclose(low, high, atol=1e-4) != conditioned
-
-
-def test_normalised_patches_are_corrupted_and_predicted():
-    model, imgs = small(objective="diffusion", norm_pix_loss=True), 3 + 0.5 * images()
-    gamma, eps = torch.rand(2, LENGTH), torch.randn(2, LENGTH, VALUES)
-    patches = patchify(imgs, (8, 12))
-    target = (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
-    torch.testing.assert_close(model.targets(imgs), target, rtol=1e-4, atol=1e-4)
-    loss, pred = model(imgs, drawn=(gamma, eps))
-    assert loss.item() == pytest.approx((pred - target).square().mean().item(), rel=1e-4)
-    context = model.contexts(imgs, model.places)
-    expected = model.denoise(context, diffusion.corrupt(target, gamma, eps), gamma)
-    torch.testing.assert_close(pred, expected, rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize("inputs", ["pixels", "tokens"])
 def test_cross_entropy_from_the_definition(inputs):
     model = small(objective="tokens", inputs=inputs, vocabulary=7, order="round-robin")
@@ -740,16 +232,6 @@ def test_pixels_are_predicted_from_tokens():
     assert torch.equal(pred, other)  # pixels are not read
     _, other = model(imgs, codes=(entries + 1) % 7)
     assert not torch.allclose(pred[:, 1:], other[:, 1:], atol=1e-2)
-
-
-def arguments(model: DARL, imgs: torch.Tensor) -> dict:
-    """What a step of this model needs beside the images, random numbers included."""
-    found = {"noise": torch.rand(len(imgs), LENGTH)}
-    if model.config.objective == "diffusion":
-        found["drawn"] = model.draw(imgs)
-    if "tokens" in (model.config.inputs, model.config.objective):
-        found["codes"] = codes(len(imgs))
-    return found
 
 
 @each_objective
@@ -796,66 +278,6 @@ def test_a_step_down_the_gradient_lowers_the_loss(options):
     before.backward()
     optimizer.step()
     assert model(imgs, **extra)[0] < before
-
-
-# Random numbers of diffusion.
-
-
-def test_noise_follows_torch():
-    model, imgs = small(objective="diffusion"), images()
-    losses = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        losses.append(model(imgs)[0])
-        torch.manual_seed(seed)
-        assert torch.equal(model(imgs, drawn=model.draw(imgs))[0], losses[-1])
-    assert torch.equal(losses[0], losses[1])
-    assert not torch.equal(losses[1], losses[2])
-
-
-def test_noise_fits_images_of_any_size():
-    gamma, noise = small(objective="diffusion").draw(images(2, (32, 24)))
-    assert (gamma.shape, noise.shape) == ((2, 8), (2, 8, VALUES))
-
-
-# The decoder of two tokens.
-
-
-@pytest.mark.parametrize("second", [False, True])
-def test_pair_block_is_that_of_timm(second):
-    make = partial(Block, 48, 3, 4.0, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))
-    expected = perturbed(make())
-    block = PairBlock(48, 3, 4.0, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))
-    block.load_state_dict(expected.state_dict(), strict=True)
-    pairs = torch.randn(2, 5, 2, 48)
-    outputs, gradients = [], []
-    for module in (block, expected):
-        x = pairs.clone().requires_grad_()
-        if module is block:
-            y = module(x, second=second)
-        else:
-            y = module(x.flatten(0, 1)).unflatten(0, (2, 5))[:, :, int(second) :]
-        assert y.shape == (2, 5, 2 - second, 48)
-        weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
-        outputs.append(y)
-        gradients.append(torch.autograd.grad((y * weight).sum(), [x, *module.parameters()]))
-    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-6, atol=2e-6)
-    for found, wanted in zip(*gradients, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=2e-5)
-
-
-def test_pair_decoder_reads_both_tokens():
-    decoder, context, noisy = (
-        perturbed(PairDecoder(48, 5, 2, 3, 4.0, 9)),
-        torch.randn(4, 48),
-        torch.randn(4, 9),
-    )
-    pred = decoder(context, noisy)
-    assert pred.shape == (4, 5)
-    assert not torch.allclose(decoder(context.flip(0), noisy), pred, atol=1e-2)
-    assert not torch.allclose(decoder(context, noisy.flip(0)), pred, atol=1e-2)
-    # Every pair is by itself.
-    torch.testing.assert_close(decoder(context.flip(0), noisy.flip(0)), pred.flip(0))
 
 
 # Pictures.
@@ -1081,85 +503,3 @@ def test_models_by_name():
         ValueError, match="unknown argument 'depht' for darl_vit_tiny, expected some of config, img_size, "
     ):
         create_darl("darl_vit_tiny", depht=3)
-
-
-# Decorrelated layers.
-
-BLOCK_LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-
-
-def expected_layers(depth: int, decoder_depth: int, decoder_layers: tuple = BLOCK_LAYERS) -> set[str]:
-    return {
-        "patch_embed.proj",
-        *(f"blocks.{i}.{layer}" for i in range(depth) for layer in BLOCK_LAYERS),
-        *(f"decoder.blocks.{i}.{layer}" for i in range(decoder_depth) for layer in decoder_layers),
-    }
-
-
-CONVERTED = [
-    ({}, expected_layers(2, 0)),
-    ({"decoder_depth": 1}, expected_layers(2, 1, BLOCK_LAYERS[2:])),
-    ({"objective": "diffusion", "decoder_depth": 2}, expected_layers(2, 2)),
-    ({"objective": "diffusion", "order": "random", "two_stream": True}, expected_layers(2, 1)),
-]
-
-
-def step(model: DARL, optimizer: torch.optim.Optimizer, imgs: torch.Tensor) -> torch.Tensor:
-    optimizer.zero_grad()
-    loss, _ = model(imgs, torch.rand(2, LENGTH))
-    loss.backward()
-    optimizer.step()
-    return loss
-
-
-@pytest.mark.parametrize(("options", "names"), CONVERTED, ids=name_of)
-def test_decorrelated_layers(options, names):
-    model, imgs = small(**options), images()
-    extra = arguments(model, imgs)
-    expected, keys = model(imgs, **extra), list(model.state_dict())
-    assert convert(model, sites="all") is model
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, Decorrelated)}
-    assert layers.keys() == names
-    for found, wanted in zip(model(imgs, **extra), expected, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
-
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    decor = decor_sgd(model, eta=0.05, sample=1.0)
-    for _ in range(2):
-        assert step(model, optimizer, imgs).isfinite()
-        decor.step()
-    for name, layer in layers.items():
-        assert not torch.equal(layer.R, torch.eye(len(layer.R))), name
-
-    # Fused, it is a stock model of the same function, and its encoder is timm's.
-    expected = model(imgs, **extra)
-    features = model.features(imgs)
-    assert dbpkern.fuse(model) is model
-    assert not any(isinstance(m, Decorrelated) for m in model.modules())
-    assert list(model.state_dict()) == keys
-    for found, wanted in zip(model(imgs, **extra), expected, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
-    vit = timm_rope_vit(**SMALL)
-    vit.load_state_dict(model.encoder_state_dict(), strict=True)
-    torch.testing.assert_close(vit.forward_features(imgs), features, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize(("options", "names"), CONVERTED, ids=name_of)
-def test_preconditioned_layers(options, names):
-    model, imgs = small(**options), images()
-    extra = arguments(model, imgs)
-    expected, keys = model(imgs, **extra), list(model.state_dict())
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    decor = preconditioner(model, optimizer, rank=None, sample=1.0, every=1)
-    assert decor.layers.keys() == names
-    assert list(model.state_dict()) == keys
-    for found, wanted in zip(model(imgs, **extra), expected, strict=True):
-        assert torch.equal(found, wanted)
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    for _ in range(2):
-        assert step(model, optimizer, imgs).isfinite()
-    for name, layer in decor.layers.items():
-        assert not torch.equal(layer.dense_R(), torch.eye(len(layer.dense_R()))), name
-    for name, parameter in model.named_parameters():
-        assert parameter.isfinite().all(), name
-        assert not torch.equal(parameter, before[name]), name

@@ -1,6 +1,15 @@
-"""What tests of whole runs share: a tiny run, and the environment of processes that are started."""
+"""What tests of runs share: a tiny run, its encoder, its losses, and the environment of processes."""
 
 import os
+from pathlib import Path
+
+import torch
+
+from models.classifier import Architecture
+from train.engine.processes import Processes
+from train.engine.run_folder import RunFolder
+
+CONFIGS = Path(__file__).parents[2] / "train" / "configs"
 
 TINY = [
     "--model=mae_vit_tiny",
@@ -15,4 +24,11 @@ TINY = [
     "--checkpoint_every=4",
     "--device=cpu",
 ]
+SIZES = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+ARCHITECTURE = Architecture("mae_vit_tiny", 32, SIZES)
+ALONE = Processes(0, 1, torch.device("cpu"))
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def losses(folder: Path) -> dict[int, float]:
+    return {r["step"]: r["loss"] for r in RunFolder(folder).records() if r["kind"] == "step"}

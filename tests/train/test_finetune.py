@@ -1,6 +1,5 @@
-"""Classifiers on pre-trained encoders: their models, their data, whole runs, bad input."""
+"""Classifiers on pre-trained encoders: whole runs, linear probes, several processes, bad input."""
 
-import argparse
 import json
 import math
 import multiprocessing
@@ -12,35 +11,21 @@ import launch
 import pytest
 import timm
 import torch
+from image_files import make_folder
 from PIL import Image
+from runs import ALONE, ARCHITECTURE, CONFIGS, SIZES, losses
 from safetensors.torch import load_file, save_file
-from timm.data.auto_augment import AugmentOp
 from timm.layers import resample_abs_pos_embed
 from torch import nn
 
 import train.engine.loop
-from models import classifier, darl, mae
-from models.classifier import Architecture, classifier_state_dict, create_vit, load_encoder, to_classifier
-from models.darl_order import patch_order
+from models import darl, mae
+from models.classifier import classifier_state_dict, create_vit, load_encoder, to_classifier
 from train import finetune, pretrain
-from train.data.labelled import (
-    AugmentConfig,
-    LabelledConfig,
-    LabelledSample,
-    Mixer,
-    all_seeded,
-    build_labelled,
-)
+from train.data.labelled import build_labelled
 from train.engine import plots, processes
-from train.engine.processes import Processes
 from train.engine.run_folder import RunFolder
-from train.tasks.families import task_of
 
-ROOT = Path(__file__).parents[2]
-CONFIGS = ROOT / "train" / "configs"
-SIZES = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-ARCHITECTURE = Architecture("mae_vit_tiny", 32, SIZES)
-MEAN = STD = (0.5, 0.5, 0.5)
 PRETRAIN = [
     "--model_args={patch_size: 8, embed_dim: 32, depth: 2, num_heads: 2}",
     "--img_size=32",
@@ -63,13 +48,8 @@ TINY = [
     "--device=cpu",
 ]
 SCRATCH = ["--model=mae_vit_tiny", "--model_args={patch_size: 8, embed_dim: 32, depth: 2, num_heads: 2}"]
-ALONE = Processes(0, 1, torch.device("cpu"))
 LINEAR = ["--linear=true", "--optim.lr=0.03", "--augment.mixup=0"]
 LARS = [*LINEAR, "--optim.name=lars", "--optim.lr=5", "--optim.weight_decay=0"]
-
-
-def losses(folder: Path) -> dict[int, float]:
-    return {r["step"]: r["loss"] for r in RunFolder(folder).records() if r["kind"] == "step"}
 
 
 def evals(folder: Path) -> list[tuple]:
@@ -107,20 +87,6 @@ def finished(mae_run, tmp_path_factory) -> Path:
     return out
 
 
-def exported(folder: Path, **options) -> tuple[darl.DARL, Path]:
-    """A DARL model with random weights, and the file that a run would leave of it."""
-    config = pretrain.Config("", "darl_vit_tiny", model_args=SIZES, img_size=32, seed=3)
-    for name, value in options.items():
-        setattr(config.darl, name, value)
-    task = task_of(config)
-    model = task.build().eval()
-    for parameter in model.parameters():
-        parameter.requires_grad_(False).add_(0.1 * torch.randn_like(parameter))
-    path = folder / "encoder.safetensors"
-    path.write_bytes(task.exports(model)["encoder.safetensors"])
-    return model, path
-
-
 def test_features_of_mae_are_those_of_its_pretraining(mae_run):
     model = mae.create_mae("mae_vit_tiny", img_size=32, decoder_embed_dim=16, decoder_depth=1, **SIZES).eval()
     model.load_state_dict(final_weights(mae_run))
@@ -145,82 +111,6 @@ def test_features_of_darl_are_those_of_its_pretraining(darl_run):
     assert not torch.allclose(seen, model.features(imgs), atol=1e-3)
 
 
-@pytest.mark.parametrize("positions", darl.POSITIONS)
-@pytest.mark.parametrize("order", ["raster", "nested", "fixed"])
-@pytest.mark.parametrize("size", [(32, 32), (48, 32)])
-def test_every_darl_encoder_becomes_a_plain_vit(tmp_path, positions, order, size):
-    model, path = exported(tmp_path, positions=positions, order=order, rope_temperature=30.0)
-    loaded = load_encoder(path)
-    if order == "fixed" and size != (32, 32):
-        with pytest.raises(
-            ValueError, match=r'readout: the order "fixed" is one of the patches of \(32, 32\)'
-        ):
-            to_classifier(loaded.model, loaded.architecture, 5, "last", img_size=size, causal=True)
-        return
-    to_classifier(loaded.model, loaded.architecture, 5, "last", img_size=size, causal=True)
-    vit = loaded.model.eval()
-    imgs = torch.randn(2, 3, *size)
-    if positions == "sincos" and size != (32, 32):
-        # timm resamples what DARL computes anew.
-        table = resample_abs_pos_embed(model.pos_embed, (6, 4), (4, 4))
-        torch.testing.assert_close(vit.pos_embed, table)
-        return
-    torch.testing.assert_close(vit.forward_features(imgs), model.features(imgs))
-    seen = vit.forward_features(imgs, attn_mask=vit.attn_mask)
-    places = model.order_of((size[0] // 8, size[1] // 8), None, imgs)
-    expected = model.features(imgs, is_causal=True)
-    torch.testing.assert_close(seen[:, 1 + places], expected[:, 1:])
-    torch.testing.assert_close(seen[:, 0], expected[:, 0])
-    # The mask is part of what a call computes.
-    torch.testing.assert_close(vit(imgs), vit.head(seen[:, 1 + places[-1]]))
-
-
-def test_read_outs_are_what_they_say(tmp_path):
-    model, path = exported(tmp_path, order="nested")
-    imgs = torch.randn(2, 3, 32, 32)
-    made = {}
-    for readout in classifier.READOUTS:
-        loaded = load_encoder(path)
-        to_classifier(loaded.model, loaded.architecture, 5, readout)
-        nn.init.normal_(loaded.model.head.weight)
-        made[readout] = loaded.model.eval()
-    tokens = model.features(imgs)
-    before = []
-    model.norm.register_forward_pre_hook(lambda _, args: before.append(args[0]))
-    model.features(imgs)
-    last = 1 + patch_order("nested", (4, 4))[-1]
-    expected = {
-        "class": tokens[:, 0],
-        "last": tokens[:, last],
-        "mean": nn.functional.layer_norm(before[0][:, 1:].mean(1), (32,), eps=1e-6),
-    }
-    for readout, vit in made.items():
-        torch.testing.assert_close(vit(imgs), vit.head(expected[readout]))
-        assert vit(imgs).shape == (2, 5)
-    assert isinstance(made["mean"].norm, nn.Identity)
-    assert isinstance(made["last"].fc_norm, nn.Identity)
-
-
-def test_the_last_of_raster_order_is_the_last_patch():
-    vit = create_vit(ARCHITECTURE)
-    to_classifier(vit, ARCHITECTURE, 5, "last")
-    imgs = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(vit(imgs), vit.head(vit.forward_features(imgs)[:, -1]))
-
-
-def test_a_layer_in_the_middle_is_the_pretraining_models_block(tmp_path):
-    model, path = exported(tmp_path)
-    loaded = load_encoder(path)
-    architecture = to_classifier(loaded.model, loaded.architecture, 5, "mean", layer=1)
-    after = []
-    model.blocks[0].register_forward_hook(lambda _, args, output: after.append(output))
-    imgs = torch.randn(2, 3, 32, 32)
-    model.features(imgs)
-    pooled = nn.functional.layer_norm(after[0][:, 1:].mean(1), (32,), eps=1e-6)
-    torch.testing.assert_close(loaded.model(imgs), loaded.model.head(pooled))
-    assert architecture.sizes["depth"] == 1
-
-
 def test_positions_of_other_image_sizes_are_resampled(mae_run):
     loaded = load_encoder(mae_run / "encoder.safetensors")
     table = loaded.model.pos_embed.detach().clone()
@@ -229,50 +119,6 @@ def test_positions_of_other_image_sizes_are_resampled(mae_run):
     assert loaded.model(torch.randn(2, 3, 48, 64)).shape == (2, 5)
     with pytest.raises(ValueError, match="divisible"):
         to_classifier(loaded.model, loaded.architecture, 5, img_size=30)
-
-
-@pytest.mark.parametrize("parts", ["all", "encoder"])
-def test_checkpoints_of_facebookresearch_mae(tmp_path, parts):
-    model = mae.create_mae("mae_vit_tiny", img_size=32, decoder_embed_dim=16, decoder_depth=1, **SIZES).eval()
-    weights = model.state_dict() if parts == "all" else model.encoder_state_dict()
-    path = tmp_path / "mae_pretrain.pth"
-    torch.save({"model": weights, "args": argparse.Namespace(lr=1)}, path)
-    loaded = load_encoder(path, model="mae_vit_tiny", sizes=SIZES)
-    assert loaded.architecture.img_size == (32, 32)
-    imgs = torch.randn(2, 3, 32, 32)
-    expected, _, _ = model.forward_encoder(imgs, 0.0, torch.arange(16.0).expand(2, -1))
-    torch.testing.assert_close(loaded.model.eval().forward_features(imgs), expected)
-
-
-def test_models_of_timm_by_name():
-    for name, readout, norm in (
-        ("vit_tiny_patch16_224", "mean", "fc_norm"),
-        ("vit_tiny_patch16_224", "last", "norm"),
-        ("vit_small_patch16_rope_224", "class", "norm"),
-        ("vit_medium_patch16_reg4_gap_256", "mean", "fc_norm"),
-        ("vit_medium_patch16_reg4_gap_256", "last", "norm"),
-    ):
-        architecture = Architecture(f"timm:{name}", 32)
-        vit = create_vit(architecture, drop_path=0.1)
-        to_classifier(vit, architecture, 5, readout)
-        assert vit(torch.randn(2, 3, 32, 32)).shape == (2, 5)
-        assert isinstance(getattr(vit, norm), nn.LayerNorm)
-        assert isinstance(getattr(vit, {"norm": "fc_norm", "fc_norm": "norm"}[norm]), nn.Identity)
-    with pytest.raises(ValueError, match="has no class token"):
-        to_classifier(vit, architecture, 5, "class")
-
-
-def test_a_start_token_that_sees_nothing_is_no_read_out():
-    architecture = Architecture("darl_vit_tiny", 32, SIZES)
-    with pytest.raises(ValueError, match="readout: the start token sees no patch if causal"):
-        to_classifier(create_vit(architecture), architecture, 5, "class", causal=True)
-    for name, message in (
-        ("nonsense", "timm cannot build 'nonsense'"),
-        ("resnet18", "timm cannot build 'resnet18'.*img_size"),
-        ("swin_tiny_patch4_window7_224", "expected timm's VisionTransformer or Eva, got SwinTransformer"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            create_vit(Architecture(f"timm:{name}", 224 if "swin" in name else 32))
 
 
 def test_a_model_of_timm_trains_and_its_classifier_is_read_again(tmp_path):
@@ -299,37 +145,6 @@ def test_evaluation_ends_its_workers(tmp_path):
     assert found[0] == found[1]
 
 
-def mae_layer(name: str, depth: int) -> int:
-    """As `get_layer_id_for_vit` in facebookresearch/mae, util/lr_decay.py."""
-    if name in ("cls_token", "pos_embed") or name.startswith("patch_embed"):
-        return 0
-    if name.startswith("blocks"):
-        return int(name.split(".")[1]) + 1
-    return depth + 1
-
-
-@pytest.mark.parametrize(("model", "readout"), [("mae_vit_tiny", "mean"), ("darl_vit_tiny", "last")])
-def test_rates_and_weight_decay_by_layer_are_those_of_mae(model, readout):
-    depth = 3
-    architecture = Architecture(model, 32, SIZES | {"depth": depth})
-    vit = create_vit(architecture)
-    to_classifier(vit, architecture, 5, readout)
-    config = finetune.parse(["--out=x", "--optim.layer_decay=0.65", "--batch_size=1024"])
-    optimizer, _ = finetune.build_optimizers(config, vit)
-    assert config.peak_lr == pytest.approx(2e-3)
-    names = {id(p): name for name, p in vit.named_parameters()}
-    found = {names[id(p)]: group for group in optimizer.param_groups for p in group["params"]}
-    assert set(found) == set(names.values())
-    for name, group in found.items():
-        scale = 0.65 ** (depth + 1 - mae_layer(name, depth))
-        if name.startswith("norm."):
-            scale = 0.65  # of the last block, by timm
-        assert group["lr_scale"] == pytest.approx(scale), name
-        assert group["initial_lr"] == pytest.approx(2e-3 * scale), name
-        free = name in ("cls_token", "pos_embed") or vit.get_parameter(name).ndim == 1
-        assert group["weight_decay"] == (0 if free else 0.05), name
-
-
 def test_the_loop_scales_the_rate_of_each_group(finished):
     (file,) = (finished / "checkpoints" / "step-00000006").glob("state.pt")
     groups = torch.load(file, weights_only=True)["optimizer"]["param_groups"]
@@ -338,220 +153,6 @@ def test_the_loop_scales_the_rate_of_each_group(finished):
     assert len({g["lr"] for g in groups}) > 2
     for group in groups:
         assert group["lr"] == pytest.approx(rate * group["lr_scale"])
-
-
-MAE_AUGMENT = {"policy": "rand-m9-mstd0.5-inc1", "flip": 0.5, "erase": 0.25}
-MAE_AUGMENT |= {"mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1}
-PLAIN_AUGMENT = {"policy": None, "flip": 0.5, "erase": 0, "mixup": 0, "cutmix": 0, "smoothing": 0}
-
-
-@pytest.mark.parametrize(
-    ("preset", "expected"),
-    [
-        (
-            "finetune_mae_base",
-            {
-                "readout": "mean",
-                "linear": False,
-                "causal": False,
-                "layer": None,
-                "drop_path": 0.1,
-                "epochs": 100,
-            }
-            | {"optim": {"name": "adamw", "betas": (0.9, 0.999), "weight_decay": 0.05, "warmup_epochs": 5}}
-            | {"peak_lr": 2e-3, "min_lr": 1e-6, "layer_decay": 0.65, "augment": MAE_AUGMENT},
-        ),
-        (
-            "finetune_darl_base",
-            {
-                "readout": "last",
-                "linear": False,
-                "causal": False,
-                "layer": None,
-                "drop_path": 0.0,
-                "epochs": 90,
-            }
-            | {"optim": {"name": "adamw", "betas": (0.9, 0.95), "weight_decay": 0.05, "warmup_epochs": 5}}
-            | {"peak_lr": 1e-3, "min_lr": 0.0, "layer_decay": 0.75, "augment": MAE_AUGMENT | {"erase": 0}},
-        ),
-        (
-            "linprobe_mae_base",
-            {"readout": "class", "linear": True, "causal": False, "layer": None, "drop_path": 0, "epochs": 90}
-            | {"optim": {"name": "lars", "betas": (0.9, 0.999), "weight_decay": 0, "warmup_epochs": 10}}
-            | {"peak_lr": 6.4, "min_lr": 0.0, "layer_decay": 1.0, "augment": PLAIN_AUGMENT},
-        ),
-        (
-            "linprobe_darl_base",
-            {"readout": "mean", "linear": True, "causal": True, "layer": 6, "drop_path": 0, "epochs": 90}
-            | {"optim": {"name": "lars", "betas": (0.9, 0.999), "weight_decay": 0, "warmup_epochs": 10}}
-            | {"peak_lr": 6.4, "min_lr": 0.0, "layer_decay": 1.0, "augment": PLAIN_AUGMENT},
-        ),
-    ],
-)
-def test_presets_are_the_recipes(preset, expected):
-    config = finetune.parse([f"--config={CONFIGS / preset}.yaml", "--out=x"])
-    config.check(processes=8)
-    for name in ("readout", "linear", "causal", "layer", "drop_path", "epochs"):
-        assert getattr(config, name) == expected[name], name
-    for name, value in expected["optim"].items():
-        assert getattr(config.optim, name) == value, name
-    assert config.peak_lr == pytest.approx(expected["peak_lr"])
-    assert config.optim.min_lr == expected["min_lr"]
-    assert config.optim.layer_decay == expected["layer_decay"]
-    assert vars(config.augment) == expected["augment"]
-    assert config.img_size == 224
-
-
-def sample(number: int) -> LabelledSample:
-    return LabelledSample(torch.full((3, 8, 8), float(number)), number, number, [])
-
-
-def test_neighbours_are_mixed_however_the_batch_is_cut():
-    samples = [sample(i) for i in range(8)]
-    mixer = Mixer(AugmentConfig(smoothing=0.0), 8)
-    whole = mixer(samples)
-    parts = [mixer(samples[:2]), mixer(samples[2:])]
-    for name in ("image", "target"):
-        torch.testing.assert_close(torch.cat([p[name] for p in parts]), whole[name], rtol=0, atol=0)
-    # Pixels are class numbers: their mean is that of the classes by their weights, mixed up or cut out.
-    means = whole["image"].mean((1, 2, 3))
-    torch.testing.assert_close(means, whole["target"] @ torch.arange(8.0))
-    weights = whole["target"].view(4, 2, 4, 2)
-    assert all(weights[i, :, j].sum() == 0 for i in range(4) for j in range(4) if i != j)
-    assert len({round(float(w), 4) for w in whole["target"].amax(1)}) > 2
-    flat = [image.std() < 1e-6 for image in whole["image"][::2]]
-    assert any(flat)  # mixup
-    assert not all(flat)  # CutMix
-
-
-def test_without_mixing_labels_are_smoothed_alone():
-    batch = Mixer(AugmentConfig(mixup=0, cutmix=0, smoothing=0.2), 4)([sample(i) for i in range(3)])
-    assert batch["image"][:, 0, 0, 0].tolist() == [0, 1, 2]
-    expected = torch.full((3, 4), 0.05)
-    expected[range(3), range(3)] = 0.85
-    torch.testing.assert_close(batch["target"], expected)
-
-
-def test_samples_are_functions_of_seed_epoch_and_index():
-    augment = AugmentConfig()
-    sets = [build_labelled(LabelledConfig(), augment, (16, 16), MEAN, STD, seed)[0] for seed in (0, 0, 1)]
-    first = sets[0][2, 5]
-    torch.rand(3)
-    sets[1][0, 1]
-    assert torch.equal(sets[1][2, 5].image, first.image)
-    assert sets[1][2, 5].seed == first.seed
-    assert not torch.equal(sets[2][2, 5].image, first.image)
-    assert not torch.equal(sets[0][3, 5].image, first.image)
-    state = torch.get_rng_state()
-    with all_seeded(1):
-        torch.rand(1)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_digits_are_split_by_class_and_upscaled():
-    training, held_out, classes = build_labelled(
-        LabelledConfig(crop_pct=1.0), AugmentConfig(), (16, 24), MEAN, STD, 0
-    )
-    assert classes == tuple("0123456789")
-    assert (len(training), len(held_out)) == (1437, 360)
-    assert not set(training.files) & set(held_out.files)
-    counts = torch.tensor(held_out.labels).bincount()
-    assert counts.tolist() == pytest.approx([36] * 10, abs=2)
-    image = held_out[0, 0].image
-    assert image.shape == (3, 16, 24)
-    assert torch.equal(image[0], image[1])
-    assert -1.01 <= image.min() < image.max() <= 1.01
-
-
-def make_folder(root: Path, classes: str, count: int) -> Path:
-    for i, name in enumerate(classes):
-        (root / name).mkdir(parents=True)
-        for j in range(count):
-            Image.new("RGB", (20, 20), (20 * i, 0, 0)).save(root / name / f"{j}.png")
-    return root
-
-
-def test_folders_of_classes(tmp_path):
-    args = (AugmentConfig(policy=None, erase=0), (16, 16), (0.0,) * 3, (1.0,) * 3, 0)
-    own = make_folder(tmp_path / "own", "abc", 5)
-    training, held_out, classes = build_labelled(LabelledConfig(f"folder:{own}"), *args)
-    assert (classes, len(training), len(held_out)) == (("a", "b", "c"), 12, 3)
-    assert sorted(held_out.labels) == [0, 1, 2]
-    given = make_folder(tmp_path / "given" / "train", "abc", 3).parent
-    make_folder(given / "val", "abc", 2)
-    (given / "train" / "b" / "0.png").write_bytes(b"not an image")
-    training, held_out, _ = build_labelled(LabelledConfig(f"folder:{given}"), *args)
-    assert (len(training), len(held_out)) == (9, 6)
-    assert training.files[0] == "train/a/0.png"
-    # What stands in for an unreadable image brings its own label.
-    found = [training[0, i] for i in range(len(training))]
-    assert [s.label for s in found] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    assert [name for s in found for name, _ in s.skipped] == ["train/b/0.png"]
-    for s in found:
-        assert float(s.image[0].mean()) == pytest.approx(20 * s.label / 255, abs=0.01)
-
-
-def test_folders_with_test_in_place_of_val_or_beside_it(tmp_path):
-    args = (AugmentConfig(), (16, 16), MEAN, STD, 0)
-    make_folder(tmp_path / "train", "ab", 3)
-    make_folder(tmp_path / "test", "ab", 2)
-    training, held_out, _ = build_labelled(LabelledConfig(f"folder:{tmp_path}"), *args)
-    assert (len(training), len(held_out)) == (6, 4)
-    assert held_out.files[0] == "test/a/0.png"
-    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/val"):
-        build_labelled(LabelledConfig(f"folder:{tmp_path}", split="val"), *args)
-    make_folder(tmp_path / "val", "ab", 1)
-    _, held_out, _ = build_labelled(LabelledConfig(f"folder:{tmp_path}"), *args)
-    assert held_out.files == ["val/a/0.png", "val/b/0.png"]
-    same, held_out, _ = build_labelled(LabelledConfig(f"folder:{tmp_path}", split="test"), *args)
-    assert same.files == training.files
-    assert held_out.files[0] == "test/a/0.png"
-
-
-def test_a_fraction_has_as_many_of_each_class(tmp_path):
-    args = (AugmentConfig(), (16, 16), MEAN, STD, 0)
-    for name, count in (("a", 20), ("b", 30), ("c", 50)):
-        make_folder(tmp_path / "train", name, count)
-        make_folder(tmp_path / "val", name, 2)
-    source = f"folder:{tmp_path}"
-
-    def subset(fraction, subset_seed=0):
-        training, held_out, _ = build_labelled(LabelledConfig(source, None, fraction, subset_seed), *args)
-        assert len(held_out) == 6
-        assert [name.split("/")[1] for name in training.files] == ["abc"[label] for label in training.labels]
-        return training
-
-    tenth = subset(0.1)
-    assert torch.tensor(tenth.labels).bincount().tolist() == [3, 3, 3]
-    assert tenth.files == sorted(tenth.files, key=subset(1.0).files.index)
-    assert subset(0.1).files == tenth.files
-    assert subset(0.1, 1).files != tenth.files
-    assert set(tenth.files) < set(subset(0.3).files)
-    assert torch.tensor(subset(1e-9).labels).bincount().tolist() == [1, 1, 1]
-    assert len(subset(1.0)) == 100
-    assert len(subset(0.6)) == 60  # all of a
-    with pytest.raises(ValueError, match=r"data.fraction: 0.7 of 100 images takes 23 .* but 'a' has 20"):
-        subset(0.7)
-
-
-def test_samples_of_a_fraction_have_their_labels():
-    args = (AugmentConfig(), (16, 16), MEAN, STD, 0)
-    training, held_out, _ = build_labelled(LabelledConfig(fraction=0.1), *args)
-    whole, same, _ = build_labelled(LabelledConfig(), *args)
-    assert torch.tensor(training.labels).bincount().tolist() == [14] * 10
-    assert held_out.files == same.files
-    for index in (0, 70, 139):
-        assert training[0, index].label == whole.labels[whole.files.index(training.files[index])]
-
-
-@pytest.mark.parametrize("policy", ["rand-m10-inc1", "rand-m9-mstd0.5-inc1", "original"])
-def test_policies_of_timm_may_keep_no_bit_of_a_colour(policy):
-    operation = AugmentOp("PosterizeIncreasing", prob=1, magnitude=10)
-    white = Image.new("RGB", (4, 4), "white")
-    assert operation(white).getextrema() == ((0, 0),) * 3
-    training, _, _ = build_labelled(LabelledConfig(), AugmentConfig(policy=policy), (8, 8), MEAN, STD, 0)
-    for index in range(1000):  # some of them are posterised as strongly
-        training[0, index]
 
 
 @pytest.mark.parametrize("model", ["mae_vit_tiny", "darl_vit_tiny"])
@@ -582,57 +183,6 @@ def test_small_images_train_in_their_own_size(tmp_path, model):
     weights = load_file(out / "classifier.safetensors")
     assert weights["patch_embed.proj.weight"].shape[2:] == (4, 4)
     assert evals(out)[-1][0] == 6
-
-
-def test_images_in_memory_are_those_of_files(tmp_path):
-    args = (AugmentConfig(), (16, 16), MEAN, STD, 0)
-    make_folder(tmp_path / "train", "ab", 4)
-    make_folder(tmp_path / "val", "ab", 2)
-    (tmp_path / "train/a/1.png").write_bytes(b"no image")
-    configs = (LabelledConfig(f"folder:{tmp_path}", cache=cache) for cache in (0, "auto"))
-    plain, kept = (build_labelled(config, *args) for config in configs)
-    before = [[part[1, i] for i in range(len(part))] for part in plain[:2]]
-    for path in tmp_path.rglob("*.png"):
-        path.unlink()
-    for part, samples in zip(kept, before, strict=False):
-        for i, sample in enumerate(samples):
-            assert torch.equal(part[1, i].image, sample.image)
-            assert part[1, i].label == sample.label
-            assert [name for name, _ in part[1, i].skipped] == [name for name, _ in sample.skipped]
-    assert [name for sample in before[0] for name, _ in sample.skipped] == ["train/a/1.png"]
-
-
-def test_small_images_are_padded_and_cropped_as_they_are(tmp_path):
-    for part in ("train", "val"):
-        (tmp_path / part / "a").mkdir(parents=True)
-        values = torch.arange(32 * 32 * 3).reshape(32, 32, 3) % 255 + 1
-        Image.fromarray(values.to(torch.uint8).numpy()).save(tmp_path / part / "a/0.png")
-    config = LabelledConfig(f"folder:{tmp_path}", crop_padding=4, crop_pct=1.0)
-    augment = AugmentConfig(policy=None, erase=0)
-    training, held_out, _ = build_labelled(config, augment, (32, 32), (0.0,) * 3, (1.0,) * 3, 0)
-    image = held_out[0, 0].image
-    assert torch.equal((255 * image).round().permute(1, 2, 0), values.float())  # no upscaling, no crop
-    padded = nn.functional.pad(image, (4, 4, 4, 4))
-    found = set()
-    for epoch in range(40):
-        crop = training[epoch, 0].image
-        assert crop.shape == (3, 32, 32)
-        places = [
-            (top, left, flip)
-            for top in range(9)
-            for left in range(9)
-            for flip in (False, True)
-            if torch.equal(crop.flip(-1) if flip else crop, padded[:, top : top + 32, left : left + 32])
-        ]
-        assert len(places) == 1
-        found.update(places)
-    assert {flip for *_, flip in found} == {False, True}
-    assert {top for top, *_ in found} > {0, 8}
-    assert {left for _, left, _ in found} > {0, 8}
-    config = LabelledConfig(f"folder:{tmp_path}", crop_padding=0)  # other sizes cover img_size
-    training, _, _ = build_labelled(config, augment, (16, 24), (0.0,) * 3, (1.0,) * 3, 0)
-    assert training[0, 0].image.shape == (3, 16, 24)
-    assert training[0, 0].image.min() > 0
 
 
 def test_a_run_leaves_everything_it_promises(finished):
@@ -951,25 +501,6 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path, mae_run, caps
     assert error.startswith("finetune: ")
     assert re.search(message, error), error
     assert not out.exists()
-
-
-def test_encoders_that_cannot_be_used_say_why(tmp_path):
-    _, path = exported(tmp_path)
-    weights = load_file(path)
-    for about, message in (
-        ({"model": "darl_vit_tiny", "img_size": "32"}, "order, order_block, .*positions.* missing"),
-        ({"model": "mae_vit_tiny", "img_size": "32", "inputs": "tokens"}, "reads pixels, got one for tokens"),
-        ({"model": "mae_vit_tiny", "img_size": "32"}, "does not fit the model: .*missing"),
-    ):
-        save_file(weights, tmp_path / "other.safetensors", metadata=about)
-        with pytest.raises(ValueError, match=message):
-            load_encoder(tmp_path / "other.safetensors")
-    _, path = exported(tmp_path, order="random", two_stream=True)
-    loaded = load_encoder(path)
-    for readout, causal in (("last", False), ("mean", True)):
-        with pytest.raises(ValueError, match='order "random"'):
-            to_classifier(loaded.model, loaded.architecture, 5, readout, causal=causal)
-    to_classifier(loaded.model, loaded.architecture, 5, "mean")
 
 
 def test_help_explains_every_option(capsys):

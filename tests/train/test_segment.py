@@ -1,6 +1,5 @@
-"""Segmentation runs: figures from their definition, whole runs, bad input; prediction and export."""
+"""Segmentation runs: what they leave, resumed ones, several processes, bad input."""
 
-import copy
 import csv
 import json
 import os
@@ -14,236 +13,29 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import ALONE, losses
 from safetensors.torch import load_file
-from torch import nn
+from segment_runs import SCRATCH, TINY, by_definition, make_pair, save
 from torch.multiprocessing import ProcessExitedException
-from torchmetrics.classification import MulticlassJaccardIndex
 
-import dbpkern
-from models.classifier import Architecture, create_vit
-from models.segmentation import Segmentation, SegmentationModel, load_segmenter, multiscale_logits
+from models.segmentation import load_segmenter
 from train import predict, segment
 from train.data.masks import IGNORE
 from train.data.reading import choose_subset
-from train.engine import plots, processes
+from train.engine import processes
 from train.engine.loop import Loop
 from train.engine.processes import Processes
 from train.engine.results import write_results
 from train.engine.run_folder import RunFolder
-from train.engine.schedule import warmup_linear
-from train.tasks import segmentation, transfer
+from train.tasks import segmentation
 
-ROOT = Path(__file__).parents[2]
-CONFIGS = ROOT / "train" / "configs"
-ALONE = Processes(0, 1, torch.device("cpu"))
-SIZES = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
-SCRATCH = ["--model=mae_vit_tiny", "--model_args={patch_size: 8, embed_dim: 16, depth: 2, num_heads: 2}"]
-TINY = [
-    f"--config={CONFIGS / 'segment_scenes.yaml'}",
-    "--img_size=32",
-    "--width=8",
-    "--batch_size=4",
-    "--steps=6",
-    "--optim.warmup_steps=2",
-    "--drop_path=0.1",
-    "--eval_every=6",
-    "--checkpoint_every=3",
-    "--device=cpu",
-]
 LINEAR = ["--head=linear", "--width=null", "--drop_path=0"]
 FIGURES = ("heldout_loss", "miou", "mean_accuracy", "pixel_accuracy")
-
-
-def losses(folder: Path) -> dict[int, float]:
-    return {r["step"]: r["loss"] for r in RunFolder(folder).records() if r["kind"] == "step"}
 
 
 def evals(folder: Path) -> list[tuple]:
     records = (r for r in RunFolder(folder).records() if r["kind"] == "eval")
     return [(r["step"], *(r[name] for name in FIGURES)) for r in records]
-
-
-def save(path: Path, values) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.asarray(values, np.uint8)).save(path)
-    return path
-
-
-def make_pair(root: Path, part: str, name: str, size: tuple[int, int], labels: int, kind: str) -> None:
-    """An image whose grey tells its labels, and the mask; with values of ADE20K or of folders."""
-    height, width = size
-    values = (np.arange(height)[:, None] // 8 + np.arange(width) // 8 + len(name)) % labels
-    save(root / {"ade20k": f"images/{part}/{name}.jpg", "folder": f"{part}/images/{name}.png"}[kind],
-         np.stack([values * 60 + 20] * 3, 2))  # fmt: skip
-    if kind == "folder":
-        values[0] = IGNORE
-    save(
-        root / {"ade20k": f"annotations/{part}/{name}.png", "folder": f"{part}/masks/{name}.png"}[kind],
-        values,
-    )
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """Images of several sizes, three labels, some ignored."""
-    root = tmp_path_factory.mktemp("data") / "folder"
-    for i in range(4):
-        make_pair(root, "train", f"{i}", (40, 48), 3, "folder")
-    for i, size in enumerate([(40, 56), (32, 32), (32, 32), (24, 30), (33, 70)]):
-        make_pair(root, "val", f"{i}", size, 3, "folder")
-    return root
-
-
-@pytest.fixture(scope="module")
-def finished(folder, tmp_path_factory) -> Path:
-    """A run with decorrelation."""
-    out = tmp_path_factory.mktemp("segmented") / "run"
-    decor = ["--decor.enable=true", "--decor.every=1"]
-    segment.main([*TINY, *SCRATCH, *decor, f"--data.source=folder:{folder}", f"--out={out}"])
-    return out
-
-
-# Figures
-
-
-def by_definition(masks: list[np.ndarray], predictions: list[np.ndarray], classes: int) -> dict:
-    """Figures in per cent, each from the pixels of all images."""
-    truth, found = (np.concatenate([x.ravel() for x in xs]) for xs in (masks, predictions))
-    found, truth = found[truth != IGNORE], truth[truth != IGNORE]
-    ious, accuracies = [], []
-    for label in range(classes):
-        both, either = (
-            ((truth == label) & (found == label)).sum(),
-            ((truth == label) | (found == label)).sum(),
-        )
-        ious.append(100 * both / either if either else np.nan)
-        accuracies.append(100 * both / (truth == label).sum() if (truth == label).any() else np.nan)
-    return {
-        "miou": np.nanmean(ious),
-        "mean_accuracy": np.nanmean(accuracies),
-        "pixel_accuracy": 100 * (truth == found).mean(),
-        "iou": ious,
-        "accuracy": accuracies,
-    }
-
-
-@pytest.mark.parametrize("decor", [False, True])
-def test_muon_trains_a_segmenter_with_the_same_rates_by_layer(decor):
-    encoder = create_vit(Architecture("mae_vit_tiny", 32, SIZES | {"depth": 2}), dynamic_img_size=True)
-    model = SegmentationModel(encoder, 3, width=8)
-    arguments = ["--out=x", "--head=linear", "--optim.name=muon", f"--decor.enable={str(decor).lower()}"]
-    config = segment.parse(arguments)
-    optimizer, held = transfer.build_optimizers(config, model)
-    assert isinstance(optimizer, dbpkern.DecorMuon)
-    assert (held is optimizer, optimizer.engine is not None) == (decor, decor)
-    assert {group["momentum"] for group in optimizer.param_groups} == {config.optim.betas[0]}
-    assert len({group["initial_lr"] for group in optimizer.param_groups}) == 4
-
-
-@pytest.mark.parametrize("case", ["random", "absent", "predicted alone", "ignored", "perfect"])
-def test_figures_are_those_of_their_definition(case):
-    rng = np.random.default_rng(0)
-    masks = [rng.integers(0, 4, size) for size in ((5, 7), (3, 4), (6, 6))]
-    predictions = [rng.integers(0, 4, mask.shape) for mask in masks]
-    if case == "absent":
-        masks, predictions = ([np.minimum(x, 2) for x in xs] for xs in (masks, predictions))
-    if case == "predicted alone":
-        masks = [np.minimum(mask, 2) for mask in masks]
-    if case == "ignored":
-        masks[0][:] = IGNORE
-        masks[1][1:] = IGNORE
-    if case == "perfect":
-        predictions = masks
-    expected = by_definition(masks, predictions, 4)
-    counts = torch.zeros(4, 4, dtype=torch.int64)
-    theirs = MulticlassJaccardIndex(4, ignore_index=IGNORE)
-    for mask, prediction in zip(masks, predictions, strict=True):
-        pair = torch.from_numpy(prediction), torch.from_numpy(mask)
-        counts += segmentation.count_pixels(*pair, 4)
-        theirs.update(*pair)
-    assert torch.equal(counts, theirs.confmat)
-    found = segmentation.score(counts)
-    assert found.miou == pytest.approx(100 * theirs.compute().item(), rel=1e-5)
-    for name, value in expected.items():
-        actual = getattr(found, name)
-        actual = actual.numpy() if isinstance(actual, torch.Tensor) else actual
-        np.testing.assert_allclose(actual, value, rtol=1e-5, err_msg=name)
-    assert found.pixels.tolist() == [sum(int((mask == label).sum()) for mask in masks) for label in range(4)]
-
-
-def test_a_table_of_classes():
-    counts = segmentation.count_pixels(torch.tensor([0, 0, 1]), torch.tensor([0, 1, 1]), 3)
-    text = segmentation.class_table(("a", "b, c", "d"), segmentation.score(counts))
-    assert list(csv.reader(text.splitlines())) == [
-        ["class", "iou", "accuracy", "pixels"],
-        ["a", "50.00", "100.00", "1"],
-        ["b, c", "50.00", "50.00", "2"],
-        ["d", "", "", "0"],
-    ]
-
-
-def test_versions_are_averaged_as_probabilities():
-    def model(crops: torch.Tensor) -> Segmentation:
-        return Segmentation(crops[:, :2] * 2, None)
-
-    images, larger = torch.randn(2, 3, 6, 8), torch.randn(2, 3, 9, 12)
-    one = multiscale_logits(model, [images], (6, 8), 6, 4)
-    torch.testing.assert_close(one, 2 * images[:, :2])
-    both = multiscale_logits(model, [images, images], (6, 8), 6, 4, flip=True)
-    torch.testing.assert_close(both.softmax(1), one.softmax(1))
-    mixed = multiscale_logits(model, [images, larger], (6, 8), 6, 4)
-    other = multiscale_logits(model, [larger], (6, 8), 6, 4)
-    torch.testing.assert_close(mixed.exp(), (one.softmax(1) + other.softmax(1)) / 2)
-
-
-def test_colours_differ_and_ignored_pixels_are_black():
-    table = plots.colour_table()
-    assert table[IGNORE].tolist() == [0, 0, 0]
-    assert table[:4].tolist() == [[128, 0, 0], [0, 128, 0], [128, 128, 0], [0, 0, 128]]  # as PASCAL VOC's
-    assert len({tuple(colour) for colour in table.tolist()}) == 256
-
-
-# The optimizer
-
-
-def test_the_rate_rises_and_falls_in_lines():
-    rates = [warmup_linear(step, 10, 4, 1.0, 0.1) for step in range(11)]
-    assert rates[:5] == pytest.approx([0, 0.25, 0.5, 0.75, 1])
-    assert rates[4:] == pytest.approx([1 - 0.15 * i for i in range(7)])
-
-
-def test_rates_decay_over_the_encoder_alone():
-    encoder = create_vit(Architecture("mae_vit_tiny", 32, SIZES | {"depth": 12}), dynamic_img_size=True)
-    model = SegmentationModel(encoder, 3, width=8)
-    config = segment.parse(["--out=x"])
-    assert config.peak_lr == pytest.approx(1e-4)
-    assert (config.head, config.steps, config.optim.warmup_steps) == ("upernet", 160_000, 1500)
-    optimizer, _ = transfer.build_optimizers(config, model)
-    names = {id(p): name for name, p in model.named_parameters()}
-    found = {names[id(p)]: group for group in optimizer.param_groups for p in group["params"]}
-    assert set(found) == set(names.values())
-    for name, group in found.items():
-        part, _, rest = name.partition(".")
-        layer = 13
-        if part == "encoder":
-            layer = int(rest.split(".")[1]) + 1 if rest.startswith("blocks") else 0
-        assert group["lr_scale"] == pytest.approx(0.65 ** (13 - layer)), name
-        assert group["initial_lr"] == pytest.approx(1e-4 * 0.65 ** (13 - layer)), name
-        free = rest in ("cls_token", "pos_embed") or model.get_parameter(name).ndim == 1
-        assert group["weight_decay"] == (0 if free else 0.05), name
-
-
-@pytest.mark.parametrize("preset", ["segment_mae_base", "segment_darl_base"])
-def test_presets_are_the_recipe(preset):
-    config = segment.parse([f"--config={CONFIGS / preset}.yaml", "--data.source=ade20k:x", "--out=x"])
-    config.check(Processes(0, 8, torch.device("cuda")))
-    total, rate = config.schedule(20_210)
-    assert (total, config.batch_size, config.img_size) == (160_000, 16, 512)
-    assert [rate(step) for step in (0, 750, 1500, 160_000)] == pytest.approx([0, 5e-5, 1e-4, 0])
-    assert (config.optim.layer_decay, config.optim.weight_decay, config.drop_path) == (0.65, 0.05, 0.1)
-    assert config.evaluation.windows((512, 512)) == (341, 341)
-    assert segmentation.EvaluationConfig().windows((512, 512)) == (341, 341)
-    assert config.data.short_side == 512
 
 
 # Runs
@@ -641,95 +433,3 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path, finished, cap
     assert error.startswith("segment: ")
     assert re.search(message, error), error
     assert not out.exists()
-
-
-# Prediction
-
-
-def test_masks_and_overlays_of_a_folder(finished, folder, tmp_path, capsys):
-    images, out = tmp_path / "images", tmp_path / "out"
-    shutil.copytree(folder / "val/images", images / "sub")
-    (images / "bad.jpg").write_bytes(b"no image")
-    arguments = [f"--segmenter={finished}", f"--images={images}", f"--out={out}", "--device=cpu"]
-    with pytest.raises(SystemExit) as stop:
-        predict.main(arguments)
-    assert stop.value.code == 1
-    assert f"{images / 'bad.jpg'} was skipped: UnidentifiedImageError" in capsys.readouterr().err
-    names = sorted(str(path.relative_to(out)) for path in out.rglob("*.*"))
-    assert names == sorted(f"{kind}/sub/{i}.png" for kind in ("masks", "overlays") for i in range(5))
-    single = [f"--images={images / 'sub/4.png'}", f"--out={tmp_path / 'one'}", "--first=1", "--device=cpu"]
-    predict.main([f"--segmenter={finished / 'segmenter.safetensors'}", *single])
-    mask, shifted = (
-        np.asarray(Image.open(p)) for p in (out / "masks/sub/4.png", tmp_path / "one/masks/4.png")
-    )
-    assert mask.shape == (33, 70)
-    assert (shifted == mask + 1).all()
-    over = np.asarray(Image.open(out / "overlays/sub/4.png")).astype(float)
-    source = np.asarray(Image.open(images / "sub/4.png")).astype(float)
-    assert np.abs(over - (source + plots.colour_table().numpy()[mask]) / 2).max() <= 1
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "images: expected a file or a folder; or --export"),
-        (["--images={tmp}"], "images, out: expected both or none"),
-        (["--images={tmp}/none", "--out={tmp}/out"], "images: no such file or folder: .*none"),
-        (["--images={tmp}/twice", "--out={tmp}/out"], "a.jpg and a.png would have the same masks"),
-        (["--images={tmp}/twice/a.png", "--out={tmp}/out", "--first=2"], "first: expected 0 or 1, got 2"),
-        (
-            ["--images={tmp}", "--out={tmp}/out", "--evaluation.scales=[0]"],
-            "evaluation.scales: expected factors",
-        ),
-        (["--export={tmp}/model.onnx"], "export: expected the name of a .pt2 file"),
-        (
-            ["--segmenter={tmp}", "--export={tmp}/model.pt2"],
-            "no such segmentation model: .*segmenter.safetensors",
-        ),
-    ],
-)
-def test_predictions_that_cannot_be_made_say_why(finished, tmp_path, capsys, arguments, message):
-    for name in ("a.jpg", "a.png"):
-        save(tmp_path / "twice" / name, np.zeros((8, 8, 3)))
-    arguments = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
-    with pytest.raises(SystemExit) as stop:
-        predict.main([f"--segmenter={finished}", "--device=cpu", *arguments])
-    assert stop.value.code == 2
-    assert re.search(f"predict: .*{message}", capsys.readouterr().err)
-    assert not (tmp_path / "out").exists()
-
-
-def test_an_exported_graph_computes_what_the_model_does(finished, tmp_path):
-    target = tmp_path / "made" / "model.pt2"
-    predict.main([f"--segmenter={finished}", f"--export={target}", "--device=cpu"])
-    extra = {"about.json": ""}
-    graph = torch.export.load(target, extra_files=extra).module()
-    assert json.loads(extra["about.json"])["classes"] == ["class 0", "class 1", "class 2"]
-    model = load_segmenter(finished / "segmenter.safetensors").model.eval()
-    images = torch.randn(2, 3, 96, 64)
-    torch.testing.assert_close(graph(images), model(images).logits, atol=1e-4, rtol=1e-3)
-
-
-def test_a_graph_that_computes_something_else_is_not_written(finished, tmp_path, monkeypatch):
-    loaded = predict.find_segmenter(str(finished))
-    real = torch.export.export
-
-    def off(model, *arguments, **options):
-        other = copy.deepcopy(model)
-        with torch.no_grad():
-            other.model.classifier.bias += 1
-        return real(other, *arguments, **options)
-
-    monkeypatch.setattr(torch.export, "export", off)
-    with pytest.raises(RuntimeError, match="the exported graph is off by"):
-        predict.export(loaded)
-
-
-def test_batch_norms_of_several_processes_share_their_statistics():
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
-    assert segmentation.synchronise(model, ALONE) is model
-    assert not model[1]._forward_hooks
-    on_cpus = segmentation.synchronise(model, Processes(0, 2, torch.device("cpu")))
-    assert len(on_cpus[1]._forward_hooks) == 1
-    on_gpus = segmentation.synchronise(model, Processes(0, 2, torch.device("cuda")))
-    assert isinstance(on_gpus[1], nn.SyncBatchNorm)

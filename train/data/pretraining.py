@@ -90,11 +90,13 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         kind, _, path = self.source.partition(":")
-        if self.source != "photos" and not (kind in ("folder", "wds") and path):
-            raise ValueError(f"source must be 'photos', 'folder:PATH' or 'wds:PATTERN', not {self.source!r}")
-        if self.val is not None and self.source == "photos":
+        if kind not in SOURCES or bool(path) != (":" in SOURCES[kind].spelling):
+            *spellings, last = (repr(source.spelling) for source in SOURCES.values())
+            raise ValueError(f"source must be {', '.join(spellings)} or {last}, not {self.source!r}")
+        files = SOURCES[kind].of_files
+        if self.val is not None and not files:
             raise ValueError(
-                f"val must be null for source 'photos', which has held-out images, not {self.val!r}"
+                f"val must be null for source {kind!r}, which has held-out images, not {self.val!r}"
             )
         # A comparison with nan is false: these refuse it as well.
         if self.val == "" or not (self.val is None or isinstance(self.val, str) or 0 < self.val < 1):
@@ -115,11 +117,9 @@ class DataConfig:
             raise ValueError(f"shard_window must be at least 0, not {self.shard_window}")
         if self.augment_on not in ("host", "device"):
             raise ValueError(f"augment_on must be 'host' or 'device', not {self.augment_on!r}")
-        if self.draft and self.source == "photos":
-            raise ValueError("draft has no meaning for source 'photos', which are decoded once")
-        check_cache(
-            self.cache, "cache", None if self.source != "photos" else "'photos', which are decoded once"
-        )
+        if self.draft and not files:
+            raise ValueError(f"draft has no meaning for source {kind!r}, which are decoded once")
+        check_cache(self.cache, "cache", None if files else f"{kind!r}, which are decoded once")
         if self.draft and self.cache != 0:
             raise ValueError(f"cache must be 0 beside draft, which decodes images anew, not {self.cache!r}")
 
@@ -338,21 +338,60 @@ class HeldOutSet(SampleSet[Sample]):
         return Sample(augment.finish(crop, self.img_size), draw.noise, skipped, seed=draw.seed)
 
 
-def open_source(kind: str, path: str) -> tuple[list[str], Callable[[str, Chooser], Crop], Shards | None]:
-    """Find the images of a folder or of shards.
+class Opened(NamedTuple):
+    """A source whose images are known.
 
-    Returns:
-        Their names, what loads them, as of `Images`, and the shards.
-
-    Raises:
-        FileNotFoundError: If the folder or a shard is missing, or no image is found.
-        ValueError: If a shard is damaged.
+    Attributes:
+        names: Of all images, in a fixed order.
+        load: Gives the chosen view of the image of a name, as of `Images`.
+        held_out: Names that the source itself holds out; where there are none, a part of all is.
+        shards: That the images lie in.
     """
-    if kind == "folder":
-        root = Path(path).expanduser()
-        return list_images(root), functools.partial(load_file, root), None
-    shards = Shards(find_shards(path), IMAGE_EXTENSIONS)
-    return shards.names(), functools.partial(load_member, shards), shards
+
+    names: list[str]
+    load: Callable[[str, Chooser], Crop]
+    held_out: tuple[str, ...] = ()
+    shards: Shards | None = None
+
+
+def open_photos(_: str) -> Opened:
+    """The photographs of scikit-image and scikit-learn."""
+    photos = load_photos()
+    return Opened(list(photos), functools.partial(cut, photos), HELD_OUT_PHOTOS)
+
+
+def open_folder(path: str) -> Opened:
+    """All image files below a folder."""
+    root = Path(path).expanduser()
+    return Opened(list_images(root), functools.partial(load_file, root))
+
+
+def open_shards(pattern: str) -> Opened:
+    """All image files in the shards of a pattern."""
+    shards = Shards(find_shards(pattern), IMAGE_EXTENSIONS)
+    return Opened(shards.names(), functools.partial(load_member, shards), shards=shards)
+
+
+class Source(NamedTuple):
+    """A kind of source.
+
+    Attributes:
+        spelling: What users write, with a colon where something follows the kind.
+        open: Finds the images by what follows; raises FileNotFoundError or ValueError.
+        of_files: Whether images are decoded from files at each turn, and some of them held out; otherwise
+            the source has them in memory, and holds out its own.
+    """
+
+    spelling: str
+    open: Callable[[str], Opened]
+    of_files: bool
+
+
+SOURCES = {
+    "photos": Source("photos", open_photos, False),
+    "folder": Source("folder:PATH", open_folder, True),
+    "wds": Source("wds:PATTERN", open_shards, True),
+}
 
 
 def check_apart(kind: str, source: str, val: str) -> None:
@@ -388,27 +427,20 @@ def build_data(
         ModuleNotFoundError: If a package with the photographs is not installed.
     """
     kind, _, path = config.source.partition(":")
-    load: Callable[[str, Chooser], Crop]
-    held_out_load: Callable[[str, Chooser], Crop]
-    shards = None
-    crops_per_image, held_out_crops = 1, None
-    if kind == "photos":
-        photos = load_photos()
-        load = held_out_load = functools.partial(cut, photos)
-        found = list(photos)
-        names = [name for name in found if name not in HELD_OUT_PHOTOS]
-        held_out = list(HELD_OUT_PHOTOS)
-        crops_per_image, held_out_crops = config.crops_per_photo, HELD_OUT_CROPS
+    found, load, own, shards = SOURCES[kind].open(path)
+    held_out_load = load
+    if isinstance(config.val, str):
+        check_apart(kind, path, config.val)
+        names = found
+        held_out, held_out_load, _, _ = SOURCES[kind].open(config.val)
+        Images(held_out, held_out_load).read(0)  # fails now rather than in the first evaluation
+    elif own:
+        names, held_out = [name for name in found if name not in own], list(own)
     else:
-        found, load, shards = open_source(kind, path)
-        if isinstance(config.val, str):
-            check_apart(kind, path, config.val)
-            names = found
-            held_out, held_out_load, _ = open_source(kind, config.val)
-            Images(held_out, held_out_load).read(0)  # fails now rather than in the first evaluation
-        else:
-            names, held_out = split_files(found, load, config.val)
-            held_out_load = load
+        names, held_out = split_files(found, load, config.val)
+    # A photograph is as large as many images.
+    photos = kind == "photos"
+    crops_per_image, held_out_crops = (config.crops_per_photo, HELD_OUT_CROPS) if photos else (1, None)
     if config.files is None:
         names = choose_subset(names, config.fraction, config.subset_seed)
     else:

@@ -19,6 +19,7 @@ class OptimConfig:
     """The optimizer of the weights and its schedule.
 
     Args:
+        name: Of the optimizer, one of those that a script offers.
         blr: Base learning rate; the peak rate is blr * batch_size / 256.
         min_lr: Rate at the end of the run.
         warmup_epochs: Length of the linear warm-up.
@@ -28,6 +29,7 @@ class OptimConfig:
         clip_grad: Largest norm of the gradient, before R maps it; null for no limit.
     """
 
+    name: str
     blr: float
     min_lr: float = 0.0
     warmup_epochs: float
@@ -35,11 +37,6 @@ class OptimConfig:
     weight_decay: float = 0.05
     betas: tuple[float, float]
     clip_grad: float | None = None
-
-    @property
-    def name(self) -> str:
-        """The optimizer; a field of each script's own options."""
-        raise NotImplementedError
 
 
 @dataclass

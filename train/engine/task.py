@@ -6,8 +6,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import torch
 from torch import Tensor, nn
 
+from dbpkern.diagnostics import observed
 from train.data.loading import StepSampler
 from train.data.samples import Batch, SampleSet
 from train.engine.config import RunConfig
@@ -38,9 +40,12 @@ class Task(ABC, Generic[BatchT, HeldOutT]):
         ranks: The layers that a plan chose, with the ranks of their R; None where nothing was planned.
         shards: Samples in each shard of the training set; None without shards.
         shard_window: Shards whose samples are mixed at a time; 0 for all.
-        observes: Whether evaluation measures what is left of the correlations of the layers' inputs; may be
-            set once the task is prepared.
+        observes: Whether evaluation measures what is left of the correlations of the layers' inputs, which
+            takes layers that DBP would serve; may be set once the task is prepared.
+        least_steps: The shortest run; 0 where one may evaluate only.
     """
+
+    least_steps = 1
 
     processes: Processes
     model: nn.Module
@@ -61,15 +66,29 @@ class Task(ABC, Generic[BatchT, HeldOutT]):
         Raises:
             ValueError, FileNotFoundError: What the user asked for cannot be done; the message says why.
         """
+        config = self.config
         self.processes = processes
+        config.check_numbers(self.least_steps)
+        self.check()
+        torch.manual_seed(config.seed)
         self.make()
-        total, _ = self.config.schedule(len(self.training))
+        sites = config.decor.present(self.model)
+        self.observes = self.observes and bool(sites)
+        if self.observes:
+            observed(self.model, sites, config.decor.accepts)  # raises now, not in the first evaluation
+        total, _ = config.schedule(len(self.training))
         self.order(total)  # raises where the batch does not fit
-        self.config.check_sample(self.rows_per_image, processes.world_size)
+        config.check_sample(self.rows_per_image, processes.world_size)
+
+    def check(self) -> None:
+        """Raise ValueError for options that do not go together; single numbers have been checked."""
 
     @abstractmethod
     def make(self) -> None:
-        """Make the model and open the data, for the processes that `prepare` was given."""
+        """Make the model and open the data, for the processes that `prepare` was given.
+
+        Torch's random numbers are those of the run's seed.
+        """
 
     @property
     @abstractmethod
@@ -136,12 +155,12 @@ class Task(ABC, Generic[BatchT, HeldOutT]):
             train.data.reading.DataError: The held-out images say nothing.
         """
 
-    @abstractmethod
     def pictures(self) -> dict[str, Tensor]:
         """Pictures of the last evaluation by name, `[3, H, W]` in [0, 1], on the main process.
 
         They may show what `figures` was given.
         """
+        return {}
 
     @abstractmethod
     def export(self, weights: Mapping[str, Tensor], folder: Path) -> None:
@@ -156,7 +175,6 @@ class Task(ABC, Generic[BatchT, HeldOutT]):
         """What the summary of a finished run says beside what every run's does, by its log."""
         return {}
 
-    @abstractmethod
     def draw(self, records: Sequence[Mapping[str, Any]], folder: Path) -> None:
         """Write the pictures of a finished run into its folder, by its log; after `export`."""
 

@@ -13,7 +13,6 @@ from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torchvision.utils import save_image
 
-from dbpkern.sites import select
 from models.classifier import Readout, Vit, classifier_metadata, classifier_state_dict, to_classifier
 from models.vit import pair
 from train.data.labelled import (
@@ -76,8 +75,7 @@ class Config(transfer.TransferConfig):
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     def check(self, processes: int) -> None:
-        """Raise ValueError for settings out of range or that do not go together, in so many processes."""
-        self.check_numbers(least_steps=0)
+        """Raise ValueError for settings that do not go together, in so many processes."""
         slices = self.accumulation * processes
         if self.augment.mixes and self.batch_size // slices % 2:
             raise ValueError(
@@ -100,12 +98,15 @@ class ClassificationTask(Task[MixedBatch, LabelledBatch]):
     config: Config
     model: Vit
     confusion: Tensor  # of the last evaluation, [C, C], rows by the label
+    least_steps = 0
+
+    def check(self) -> None:
+        """Raise ValueError for options that do not go together."""
+        self.config.check(self.processes.world_size)
 
     def make(self) -> None:
         """Make the model and open the data."""
         config, processes = self.config, self.processes
-        config.check(processes.world_size)
-        torch.manual_seed(config.seed)
         loaded = transfer.load(config)
         model, img_size = loaded.model, pair("img_size", config.img_size)
         pixels = resolve_model_data_config(model)  # as timm's own weights want them, or ImageNet's way
@@ -135,8 +136,6 @@ class ClassificationTask(Task[MixedBatch, LabelledBatch]):
                 f"layer, and --linear false; {config.encoder} is not one, or was made with other settings"
             )
         self.observes = not config.linear
-        if self.observes:
-            select(model, config.decor.present(model), config.decor.accepts)  # raises now
         self.model = model.to(processes.device)
         if config.linear and processes.world_size > 1:
             norm = next(model.head.children())  # before the linear layer

@@ -11,7 +11,6 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 import dbpkern
-from dbpkern.sites import select
 from models import darl
 from models.classifier import Architecture
 from models.darl import DARL
@@ -180,7 +179,6 @@ class PretrainingTask(Task[PretrainingBatch, PretrainingBatch], Generic[Model, M
     def check(self) -> None:
         """Raise ValueError for settings out of range, or that do not go together."""
         config = self.config
-        config.check_numbers()
         for family in FAMILIES:
             if family != self.name and getattr(config, family) != getattr(Config(""), family):
                 raise ValueError(
@@ -255,8 +253,6 @@ class PretrainingTask(Task[PretrainingBatch, PretrainingBatch], Generic[Model, M
         model = self.build()
         if decor.in_layers and (self.ranks is not None or not decor.planned):
             dbpkern.decorrelate(model, decor.rule(model, config.seed, self.ranks), decor.form)
-        else:
-            select(model, decor.present(model), decor.accepts)  # raises now: evaluation observes them
         return model
 
     def place_model(self) -> None:
@@ -268,7 +264,6 @@ class PretrainingTask(Task[PretrainingBatch, PretrainingBatch], Generic[Model, M
 
     def make(self) -> None:
         """Make the model and open the data."""
-        self.check()
         self.place_model()
         patches = self.model.patch_embed
         self.training, self.held_out = build_data(

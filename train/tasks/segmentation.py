@@ -15,7 +15,6 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torchvision.utils import save_image
 
-from dbpkern.sites import select
 from models.classifier import Architecture, Vit
 from models.segmentation import (
     Head,
@@ -132,8 +131,7 @@ class Config(transfer.TransferConfig):
     decay = staticmethod(warmup_linear)
 
     def check(self, procs: Processes) -> None:
-        """Raise ValueError for settings out of range or that do not go together, in these processes."""
-        self.check_numbers(least_steps=0)
+        """Raise ValueError for settings that do not go together, in these processes."""
         if self.deterministic and procs.device.type == "cuda":
             raise ValueError(
                 "deterministic: on GPUs PyTorch has no reproducible cross-entropy of pixels, nor gradients "
@@ -316,12 +314,15 @@ class SegmentationTask(Task[SegmentedBatch, WholeBatch]):
     model: SegmentationModel
     scores: Scores  # of the last evaluation
     counts: Tensor  # likewise, [C, C], rows by the mask
+    least_steps = 0
+
+    def check(self) -> None:
+        """Raise ValueError for options that do not go together."""
+        self.config.check(self.processes)
 
     def make(self) -> None:
         """Make the model and open the data."""
         config, processes = self.config, self.processes
-        config.check(processes)
-        torch.manual_seed(config.seed)
         start = load(config)
         pixels = resolve_model_data_config(start.encoder)  # as timm's own weights want them
         self.window = pair("img_size", config.img_size)
@@ -342,7 +343,6 @@ class SegmentationTask(Task[SegmentedBatch, WholeBatch]):
                 f"{describe(start.classes)}: the last layers start anew",
                 flush=True,
             )
-        select(model, config.decor.present(model), config.decor.accepts)  # raises now
         self.model = synchronise(model.to(processes.device), processes)
         self.stride = config.evaluation.windows(self.window)
         self.shown: dict[str, list[Tensor]] = {}  # of the last evaluation

@@ -4,63 +4,20 @@ import copy
 import gc
 import io
 import weakref
-from collections import OrderedDict
-from dataclasses import replace
 
 import pytest
 import timm
 import torch
+from optimizers import loss_of
+from preconditioned import ETA, D, batch, network, precondition, train
 from rules import convert, decor_sgd, preconditioner
 from timm.optim.muon import Muon
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from vits import MODELS, decorrelated, everything, images, make
 
-from dbpkern import Decor, DecorPreconditioner, ops
+from dbpkern import DecorPreconditioner, ops
 from dbpkern.structure import structure_of
-
-D = 12
-ETA = 0.05
-
-
-def network(dtype=torch.float64):
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(D, 24, dtype=dtype), nn.GELU(), nn.Linear(24, 8, dtype=dtype))
-
-
-def batch(seed, n=64, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(D, D, generator=torch.Generator().manual_seed(99), dtype=dtype)
-    return torch.randn(n, D, generator=generator, dtype=dtype) @ mixing
-
-
-def loss_of(model, x):
-    return (model(x) - x[:, :8]).square().mean()
-
-
-def precondition(model, optimizer, **options):
-    chosen = {
-        "sites": None,
-        "filter": everything,
-        "eta": ETA,
-        "sample": 1.0,
-        "rank": None,
-        "every": 1,
-        "scale_free": True,
-    }
-    return preconditioner(model, optimizer, **chosen | options)
-
-
-def train(model, optimizer, steps, start=0):
-    losses = []
-    for step in range(start, start + steps):
-        optimizer.zero_grad()
-        loss = loss_of(model, batch(step))
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
 
 # The mathematics.
 
@@ -433,6 +390,116 @@ def test_eta_follows_the_optimizers_schedule():
         scheduler.step()
 
 
+CLOSURES = {
+    "AdamW": lambda p: torch.optim.AdamW(p, 0.01),
+    "SGD": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9),
+    "Muon": lambda p: Muon(p, 0.01),
+}
+
+
+@pytest.mark.parametrize("keyword", [False, True])
+@pytest.mark.parametrize("kind", CLOSURES)
+def test_a_closure_evaluated_once_is_as_good_as_none(kind, keyword):
+    plain, closed = network(), network()
+    here, there = (CLOSURES[kind](m.parameters()) for m in (plain, closed))
+    decors = [precondition(m, o, sample=0.3, every=2) for m, o in ((plain, here), (closed, there))]
+    expected = train(plain, here, 6)
+    for step in range(6):
+
+        def closure(step=step):
+            there.zero_grad()
+            loss = loss_of(closed, batch(step))
+            loss.backward()
+            return loss
+
+        loss = there.step(closure=closure) if keyword else there.step(closure)
+        assert loss.item() == expected[step]
+    assert torch.equal(closed[0].weight, plain[0].weight)
+    assert torch.equal(*(decor.layers["0"].factors[0] for decor in decors))
+
+
+def test_an_optimizer_whose_step_calls_another_maps_once():
+    class Outer(torch.optim.SGD):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    models = network(), network()
+    torch.optim.SGD(models[0].parameters(), 0.05)  # from now on both steps run hooks
+    optimizers = torch.optim.SGD(models[0].parameters(), 0.05), Outer(models[1].parameters(), 0.05)
+    decors = [precondition(m, o, every=2) for m, o in zip(models, optimizers, strict=True)]
+    assert train(models[0], optimizers[0], 6) == train(models[1], optimizers[1], 6)
+    assert torch.equal(*(decor.layers["0"].factors[0] for decor in decors))
+
+
+def test_a_step_that_failed_can_be_tried_again():
+    class Fails(torch.optim.SGD):
+        fails = False
+
+        @torch.no_grad()
+        def step(self, closure=None):
+            if self.fails:
+                raise MemoryError
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.sub_(p.grad, alpha=0.05)
+
+    models = network(), network()
+    optimizers = [Fails(m.parameters(), 0.05) for m in models]
+    decors = [precondition(m, o) for m, o in zip(models, optimizers, strict=True)]
+    for model, optimizer in zip(models, optimizers, strict=True):
+        train(model, optimizer, 2)
+        optimizer.zero_grad()
+        loss_of(model, batch(2)).backward()
+    optimizers[1].fails = True
+    with pytest.raises(MemoryError):
+        optimizers[1].step()
+    optimizers[1].fails = False
+    for optimizer in optimizers:
+        optimizer.step()
+    torch.testing.assert_close(models[0][0].weight, models[1][0].weight)
+    torch.testing.assert_close(*(decor.layers["0"].factors[0] for decor in decors))
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_dropping_the_rows_in_every_step_does_not_stop_R(every):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    decor = precondition(model, optimizer, every=every)
+    for step in range(6):
+        decor.drop_samples()
+        train(model, optimizer, 1, step)
+    assert (decor.layers["0"].factors[0] - torch.eye(D)).abs().max() > 0.01
+
+
+def test_by_default_R_is_full_for_qkv_and_low_rank_elsewhere_and_moves_in_every_second_step():
+    model = make("timm")
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    decor = DecorPreconditioner(model, optimizer)
+    twelfths = {"patch_embed.proj": 16}  # of 192 features; 24 and 96 give 8
+    for name, layer in decor.layers.items():
+        if name.endswith("qkv"):
+            assert [tuple(f.shape) for f in layer.factors] == [(24, 24)]
+        else:
+            assert layer.factors[0].shape == (layer.weight[0].numel(), twelfths.get(name, 8))
+    moved = []
+    for _ in range(4):
+        before = decor.layers["blocks.0.attn.qkv"].factors[0].clone()
+        model(images()).square().mean().backward()
+        optimizer.step()
+        moved.append(not torch.equal(decor.layers["blocks.0.attn.qkv"].factors[0], before))
+    assert moved == [True, False, True, False]
+
+
+def test_low_ranks_everywhere():
+    model = make("timm")
+    low = preconditioner(model, torch.optim.SGD(model.parameters(), 0.01), rank="low")
+    assert {layer.factors[0].shape[1] for name, layer in low.layers.items() if "blocks" in name} == {8}
+    low.remove()
+    with pytest.raises(ValueError, match=r"rank: expected .* one of \('mixed', 'low'\), got 'high'"):
+        preconditioner(model, torch.optim.SGD(model.parameters(), 0.01), rank="high")
+    assert not any(module._forward_hooks for module in model.modules())
+
+
 # Checkpoints.
 
 STATEFUL = {
@@ -507,223 +574,3 @@ def test_the_model_may_move():
     loss_of(model, batch(1, dtype=torch.float32)).backward()
     optimizer.step()
     assert decor.layers["0"].factors[0].isfinite().all()
-
-
-# What cannot be.
-
-
-REFUSALS = {
-    "optimizer": (lambda m: (m, "adam"), TypeError, "expected a torch.optim.Optimizer, got str"),
-    "model": (lambda m: ("model", sgd(m)), TypeError, "model: expected a module, got str"),
-    "decor": (lambda m: (m, sgd(m), 0.1), TypeError, "decor: expected a Decor, got float"),
-    "other model": (lambda m: (m, sgd(network()), ALL), ValueError, "it lacks 2 of 2"),
-    "rank": (lambda m: (m, sgd(m), replace(ALL, rank=99)), ValueError, "0: rank: expected an integer in"),
-    "sites": (lambda m: (m, sgd(m), Decor()), ValueError, "site 'patch_embed' matches no layer"),
-}
-ALL = Decor(sites=None, filter=everything)
-
-
-def sgd(model):
-    return torch.optim.SGD(model.parameters(), 0.1)
-
-
-@pytest.mark.parametrize("case", REFUSALS)
-def test_bad_arguments_are_refused_and_leave_no_hooks(case):
-    make_arguments, error, match = REFUSALS[case]
-    model = network()
-    with pytest.raises(error, match=match):
-        DecorPreconditioner(*make_arguments(model))
-    assert all(not m._forward_hooks for m in model.modules())
-    optimizer = sgd(model)
-    assert train(model, optimizer, 2)
-
-
-def test_weights_that_another_optimizer_steps_are_refused():
-    model = network()
-    first = torch.optim.SGD(model[0].parameters(), 0.1)
-    with pytest.raises(ValueError, match=r"it lacks 1 of 2 \(2, ...\)"):
-        precondition(model, first)
-    decor = precondition(model, first, filter=lambda name, module: name == "0")
-    with pytest.raises(ValueError, match="it lacks 1 of 2"):
-        decor.replan(model, ALL)
-    assert list(decor.layers) == ["0"]
-    assert not model[2]._forward_hooks
-
-
-def test_a_copy_would_have_no_hooks():
-    model = network()
-    decor = precondition(model, torch.optim.SGD(model.parameters(), 0.1))
-    with pytest.raises(TypeError, match="make a new one"):
-        copy.deepcopy(decor)
-
-
-def test_tied_and_converted_models_are_refused():
-    model = network()
-    model[2].weight = nn.Parameter(torch.zeros(24, 12, dtype=torch.float64))
-    model[0].weight = model[2].weight
-    with pytest.raises(ValueError, match="tied"):
-        precondition(model, torch.optim.SGD(model.parameters(), 0.1))
-    model = convert(network(), sites=None, filter=everything)
-    with pytest.raises(ValueError, match="decorrelated already"):
-        precondition(model, torch.optim.SGD(model.parameters(), 0.1))
-
-
-CLOSURES = {
-    "AdamW": lambda p: torch.optim.AdamW(p, 0.01),
-    "SGD": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9),
-    "Muon": lambda p: Muon(p, 0.01),
-}
-
-
-@pytest.mark.parametrize("keyword", [False, True])
-@pytest.mark.parametrize("kind", CLOSURES)
-def test_a_closure_evaluated_once_is_as_good_as_none(kind, keyword):
-    plain, closed = network(), network()
-    here, there = (CLOSURES[kind](m.parameters()) for m in (plain, closed))
-    decors = [precondition(m, o, sample=0.3, every=2) for m, o in ((plain, here), (closed, there))]
-    expected = train(plain, here, 6)
-    for step in range(6):
-
-        def closure(step=step):
-            there.zero_grad()
-            loss = loss_of(closed, batch(step))
-            loss.backward()
-            return loss
-
-        loss = there.step(closure=closure) if keyword else there.step(closure)
-        assert loss.item() == expected[step]
-    assert torch.equal(closed[0].weight, plain[0].weight)
-    assert torch.equal(*(decor.layers["0"].factors[0] for decor in decors))
-
-
-def test_an_optimizer_that_evaluates_its_closure_again_is_refused():
-    model = network()
-    optimizer = torch.optim.LBFGS(model.parameters(), 0.1)
-    precondition(model, optimizer)
-
-    def closure():
-        optimizer.zero_grad()
-        loss = loss_of(model, batch(0))
-        loss.backward()
-        return loss
-
-    with pytest.raises(RuntimeError, match="evaluates its closure once, but LBFGS does so again"):
-        optimizer.step(closure)
-
-
-def test_a_second_one_is_refused_until_the_first_is_removed():
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), 0.05)
-    first = precondition(model, optimizer)
-    with pytest.raises(ValueError, match=r"0: another optimizer holds this layer's R; call its remove"):
-        precondition(model, optimizer)
-    train(model, optimizer, 1)
-    first.remove()
-    precondition(model, optimizer)
-
-
-def test_an_optimizer_without_hooks_is_refused_and_the_model_stays_free():
-    class Bare(torch.optim.Optimizer):
-        def __init__(self, inner):
-            self.param_groups, self.state, self.defaults = inner.param_groups, inner.state, inner.defaults
-            self._optimizer_step_pre_hooks = OrderedDict()
-
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), 0.05)
-    with pytest.raises(TypeError, match="Bare lacks some; take the optimizer inside it"):
-        precondition(model, Bare(optimizer))
-    precondition(model, optimizer)
-
-
-def test_an_optimizer_whose_step_calls_another_maps_once():
-    class Outer(torch.optim.SGD):
-        def step(self, closure=None):
-            return super().step(closure)
-
-    models = network(), network()
-    torch.optim.SGD(models[0].parameters(), 0.05)  # from now on both steps run hooks
-    optimizers = torch.optim.SGD(models[0].parameters(), 0.05), Outer(models[1].parameters(), 0.05)
-    decors = [precondition(m, o, every=2) for m, o in zip(models, optimizers, strict=True)]
-    assert train(models[0], optimizers[0], 6) == train(models[1], optimizers[1], 6)
-    assert torch.equal(*(decor.layers["0"].factors[0] for decor in decors))
-
-
-def test_a_step_that_failed_can_be_tried_again():
-    class Fails(torch.optim.SGD):
-        fails = False
-
-        @torch.no_grad()
-        def step(self, closure=None):
-            if self.fails:
-                raise MemoryError
-            for group in self.param_groups:
-                for p in group["params"]:
-                    p.sub_(p.grad, alpha=0.05)
-
-    models = network(), network()
-    optimizers = [Fails(m.parameters(), 0.05) for m in models]
-    decors = [precondition(m, o) for m, o in zip(models, optimizers, strict=True)]
-    for model, optimizer in zip(models, optimizers, strict=True):
-        train(model, optimizer, 2)
-        optimizer.zero_grad()
-        loss_of(model, batch(2)).backward()
-    optimizers[1].fails = True
-    with pytest.raises(MemoryError):
-        optimizers[1].step()
-    optimizers[1].fails = False
-    for optimizer in optimizers:
-        optimizer.step()
-    torch.testing.assert_close(models[0][0].weight, models[1][0].weight)
-    torch.testing.assert_close(*(decor.layers["0"].factors[0] for decor in decors))
-
-
-def test_cross_attention_is_refused():
-    attention = nn.MultiheadAttention(8, 2, batch_first=True)
-    model = nn.ModuleDict({"attention": attention})
-    optimizer = torch.optim.SGD(model.parameters(), 0.05)
-    precondition(model, optimizer, filter=lambda name, module: name == "attention")
-    x = torch.randn(2, 3, 8)
-    attention(x, x, x)[0].sum().backward()
-    optimizer.step()
-    with pytest.raises(ValueError, match="self-attention alone"):
-        attention(x, torch.randn(2, 3, 8), x)
-
-
-@pytest.mark.parametrize("every", [1, 2])
-def test_dropping_the_rows_in_every_step_does_not_stop_R(every):
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), 0.05)
-    decor = precondition(model, optimizer, every=every)
-    for step in range(6):
-        decor.drop_samples()
-        train(model, optimizer, 1, step)
-    assert (decor.layers["0"].factors[0] - torch.eye(D)).abs().max() > 0.01
-
-
-def test_by_default_R_is_full_for_qkv_and_low_rank_elsewhere_and_moves_in_every_second_step():
-    model = make("timm")
-    optimizer = torch.optim.SGD(model.parameters(), 0.01)
-    decor = DecorPreconditioner(model, optimizer)
-    twelfths = {"patch_embed.proj": 16}  # of 192 features; 24 and 96 give 8
-    for name, layer in decor.layers.items():
-        if name.endswith("qkv"):
-            assert [tuple(f.shape) for f in layer.factors] == [(24, 24)]
-        else:
-            assert layer.factors[0].shape == (layer.weight[0].numel(), twelfths.get(name, 8))
-    moved = []
-    for _ in range(4):
-        before = decor.layers["blocks.0.attn.qkv"].factors[0].clone()
-        model(images()).square().mean().backward()
-        optimizer.step()
-        moved.append(not torch.equal(decor.layers["blocks.0.attn.qkv"].factors[0], before))
-    assert moved == [True, False, True, False]
-
-
-def test_low_ranks_everywhere():
-    model = make("timm")
-    low = preconditioner(model, torch.optim.SGD(model.parameters(), 0.01), rank="low")
-    assert {layer.factors[0].shape[1] for name, layer in low.layers.items() if "blocks" in name} == {8}
-    low.remove()
-    with pytest.raises(ValueError, match=r"rank: expected .* one of \('mixed', 'low'\), got 'high'"):
-        preconditioner(model, torch.optim.SGD(model.parameters(), 0.01), rank="high")
-    assert not any(module._forward_hooks for module in model.modules())

@@ -6,10 +6,11 @@ import sys
 from dataclasses import asdict, replace
 
 import pytest
+import studies
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from test_study import ENERGY, HEADER, TINY
+from studies import ENERGY, HEADER, TINY
 
 from bench import study as command
 from bench.__main__ import main
@@ -48,7 +49,7 @@ PRETRAINING = replace(TINY, lrs={"adamw": (3e-3,), "dbp": (5e-3,)})
 WORKER = f"""\
 import sys
 
-sys.path.insert(0, {os.path.dirname(__file__)!r})
+sys.path[:0] = [{os.path.dirname(__file__)!r}, {os.path.dirname(studies.__file__)!r}]
 from test_encoders import shrink
 from bench.__main__ import main
 
