@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Literal, Self
 
 from torch import Tensor
 
@@ -44,6 +44,9 @@ class Decor:
         follow: scale eta by the optimizer's learning rate, relative to its `initial_lr`, which the schedulers
             of torch and timm set.
         seed: of the sampling.
+        unsampled: what a step does about layers to whose weights a gradient has come, but whose input was
+            never sampled, so that their R would rest without a word: "raise" a RuntimeError before anything
+            changes, or "warn".
 
     Raises:
         TypeError: a rank that is no number.
@@ -61,6 +64,7 @@ class Decor:
     kappa: float = 0.0
     follow: bool = False
     seed: int = 0
+    unsampled: Literal["raise", "warn"] = "raise"
 
     def __post_init__(self) -> None:
         check_sites(self.sites, self.filter)
@@ -78,6 +82,8 @@ class Decor:
             )
         if not isinstance(self.every, int) or self.every < 1:
             raise ValueError(f"every: expected a whole number of steps, at least 1, got {self.every!r}")
+        if self.unsampled not in ("raise", "warn"):
+            raise ValueError(f"unsampled: expected 'raise' or 'warn', got {self.unsampled!r}")
 
     @classmethod
     def published(cls) -> Self:

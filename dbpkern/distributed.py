@@ -10,7 +10,7 @@ are counted as a ring sends them, with w processes: `2 (w - 1) / w` of a tensor 
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -65,11 +65,16 @@ def rank() -> int:
 
 def any_process(flag: bool, device: torch.device) -> bool:
     """Whether `flag` holds on any process; a collective, and it waits for the device."""
+    return any_processes([flag], device)[0]
+
+
+def any_processes(flags: Sequence[bool], device: torch.device) -> list[bool]:
+    """Which of the flags hold on any process; a collective, and it waits for the device."""
     if world_size() == 1:
-        return flag
-    flags = torch.tensor(int(flag), device=device)
-    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    return bool(flags)
+        return list(flags)
+    found = torch.tensor(flags, dtype=torch.int, device=device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return [bool(flag) for flag in found.tolist()]
 
 
 def differs(value: str, device: torch.device) -> bool:

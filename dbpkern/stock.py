@@ -30,6 +30,8 @@ class StockLayer:
     """
 
     shared: SharedInput | None = None
+    site: str | None = None
+    """What it was chosen as, where its name has told."""
 
     def __init__(self, layer: Layer, rank: int | None) -> None:
         self.layer = layer
@@ -172,12 +174,13 @@ def hold(chosen: Chosen, ranks: Mapping[str, int | None]) -> dict[str, StockLaye
     """The chosen layers, each with an R that is the identity beside it."""
     layers: dict[str, StockLayer] = {}
     try:
-        for name, (module, _) in chosen.items():
+        for name, (module, site) in chosen.items():
             for old in _stock_layers(module):
                 if not old.live:
                     old.remove()  # of an optimizer that is gone
             try:
                 layers[name] = StockLayer(module, ranks[name])
+                layers[name].site = site
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
     except BaseException:

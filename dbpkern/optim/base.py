@@ -217,6 +217,18 @@ class Decorrelates:
         if self.engine is not None:
             self.engine.drop_samples()
 
+    def report(self) -> str:
+        """A table of all R, see `dbpkern.engine.Engine.report`; what is silent shows here.
+
+        Raises:
+            ValueError: there is no engine.
+        """
+        if self.engine is None:
+            raise ValueError(
+                f"{type(self).__name__}.report: expected an optimizer that was made with a model"
+            )
+        return self.engine.report()
+
     def replan(self, model: nn.Module, decor: Decor) -> None:
         """Choose other layers, between two steps; the function of the network stays as it is.
 
@@ -332,6 +344,8 @@ class DecorOptimizer(Decorrelates, torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self.engine is not None:
+            self.engine.check_sampled()  # before a weight has changed
         self._step_weights()
         if self.engine is not None:
             step_engine(self.engine, self)

@@ -11,9 +11,9 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from dbpkern.config import Decor
-from dbpkern.engine import Site
 from dbpkern.optim import state
 from dbpkern.optim.base import Decorrelates, make_engine, step_engine
+from dbpkern.stacks import Site
 from dbpkern.stock import StockLayer
 
 
@@ -106,6 +106,7 @@ class DecorPreconditioner(Decorrelates):
         return (first, mapped, *others[1:]), kwargs
 
     def _enter(self, optimizer: torch.optim.Optimizer) -> None:
+        self._live.check_sampled()  # before a weight has changed
         self._entered = True
         self._maps.enter(optimizer)
 

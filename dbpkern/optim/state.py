@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dbpkern.engine import Engine, Site
+from dbpkern.engine import Engine
+from dbpkern.stacks import Site
 from dbpkern.stock import StockLayer
 
 PREFIX = "decor_"

@@ -97,7 +97,7 @@ def test_a_step_before_which_no_layer_met_an_input_changes_nothing(make):
 
 
 @WAYS
-def test_a_first_step_on_zero_gradients_is_a_loaders_and_warns_of_nothing(make):
+def test_a_first_step_on_zero_gradients_is_a_loaders_and_one_without_samples_changes_nothing(make):
     model, engine, step = make()
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -105,8 +105,66 @@ def test_a_first_step_on_zero_gradients_is_a_loaders_and_warns_of_nothing(make):
     assert engine.sampler.step == 0
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
-    with pytest.warns(UserWarning, match="2 of 2 layers sampled no input before the first step"):
+    with pytest.raises(RuntimeError, match="2 of 2 layers sampled no input before the first step"):
         step()
+
+
+class Around(nn.Module):
+    """Reads the weight of a layer without calling it, as some attentions do with qkv."""
+
+    def __init__(self):
+        super().__init__()
+        self.called, self.read = nn.Linear(D, D), nn.Linear(D, D)
+
+    def forward(self, x):
+        return nn.functional.linear(self.called(x), self.read.weight, self.read.bias)
+
+
+@pytest.mark.parametrize("outside", [True, False])
+def test_a_layer_that_is_not_called_is_named_before_a_weight_changes(outside):
+    def trained(model, **changes):
+        decor = rule(**changes)
+        if outside:
+            optimizer = torch.optim.AdamW(model.parameters(), 0.1)
+            DecorPreconditioner(model, optimizer, decor)
+        else:
+            optimizer = DecorAdamW(model.parameters(), 0.1, model=model, decor=decor)
+        model(torch.randn(20, D).double()).square().mean().backward()
+        optimizer.step()
+        return optimizer
+
+    model = Around().double()
+    before = [parameter.clone() for parameter in model.parameters()]
+    with pytest.raises(RuntimeError, match=r"1 of 2 layers sampled no input .*gradient came .*: read\. Eval"):
+        trained(model)
+    assert all(map(torch.equal, model.parameters(), before))
+    # Both ways out that the message names.
+    with pytest.warns(UserWarning, match="1 of 2 layers"):
+        trained(Around().double(), unsampled="warn")
+    trained(Around().double(), filter=lambda name, module: name == "called")
+
+
+def test_the_report_has_a_line_for_each_R():
+    model = network()
+    optimizer = DecorAdamW(
+        model.parameters(), 0.1, model=model, decor=rule(rank={"2": 2}, limit=None, eta=0.01)
+    )
+    head, first, second = optimizer.report().splitlines()
+    assert head.split() == ["layer", "site", "width", "R", "rows", "|R", "-", "I|", "eta"]
+    assert first.split() == ["0", "-", str(D), "full", "0", "0", "0"]
+    backward(model, rows(0))
+    optimizer.step()
+    _, first, second = optimizer.report().splitlines()
+    *_, count, away, eta = first.split()
+    R = optimizer.engine.layers["0"].dense_R()
+    assert (count, eta) == ("20", "0.01")
+    assert float(away) == pytest.approx(float((R - torch.eye(D)).norm()) / D**0.5, rel=0.01)
+    assert second.split()[:5] == ["2", "-", str(D), "rank", "2"]
+    optimizer.remove()
+    with pytest.raises(
+        ValueError, match=r"DecorAdamW.report: expected an optimizer that was made with a model"
+    ):
+        optimizer.report()
 
 
 @WAYS

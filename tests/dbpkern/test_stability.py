@@ -10,7 +10,7 @@ from torch import nn
 from vits import decorrelated, mlp
 
 from dbpkern import reference
-from dbpkern.engine import eigenvalue_bound, scale_free_
+from dbpkern.stacks import eigenvalue_bound, scale_free_
 
 D = 24
 

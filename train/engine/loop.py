@@ -24,9 +24,9 @@ from tqdm import tqdm
 
 from dbpkern import DecorPreconditioner, DecorSGD
 from dbpkern.capture import derive_seed
-from dbpkern.engine import Holder
 from dbpkern.layers import Decorrelated
 from dbpkern.optim.base import DecorOptimizer
+from dbpkern.stacks import Holder
 from train.data.loading import build_loader
 from train.data.samples import Batch
 from train.engine import checkpoint

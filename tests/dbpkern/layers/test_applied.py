@@ -148,7 +148,7 @@ def test_nothing_moves_without_a_backward_in_training():
         model(x)
     backward(model.eval(), x)
     assert not any(site.slot.pending or site.slot.moves() is not None for site in decor.engine.sites)
-    with pytest.warns(UserWarning, match="2 of 2 layers sampled no input"):
+    with pytest.raises(RuntimeError, match=r"2 of 2 layers sampled no input.*Eval mode"):
         decor.step()
     for layer in decorrelated(model).values():
         assert torch.equal(layer.R, torch.eye(6, dtype=torch.float64))
