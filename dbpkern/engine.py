@@ -109,12 +109,13 @@ class Engine(Generic[HolderT]):
         for site in self.sites:
             if not site.source.trains and any(layer.trains for layer in site.layers):
                 site.choose_source()  # it was frozen since, or another no longer is
-        stacks = self.stacks()  # raises where the samples go elsewhere
         if not self.check_sampled():
+            self.stacks()  # raises where the samples go elsewhere
             return
         if not self.sampler.due:
             self.sampler.advance()
             return
+        stacks = self.stacks()
         together = distributed.world_size() > 1
         factor = scale * self.decor.every
         eta = self.eta if not isinstance(factor, Tensor) and factor == 1 else self.eta * factor

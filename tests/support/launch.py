@@ -5,7 +5,9 @@ They are real processes with their own group of gloo; what torchrun adds is test
 
 import os
 import socket
+import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
@@ -88,6 +90,18 @@ class Script:
         finally:
             self.output = self._file.read_text()
             self._file.unlink()
+
+
+def wait_until(condition: Callable[[], bool], started: Script | subprocess.Popen) -> None:
+    """Wait until something is so, at most two minutes, as long as what was started runs."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        if isinstance(started, Script):
+            started.check_runs()
+        else:
+            assert started.poll() is None, f"ended with {started.returncode}"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def run(main: Callable[[Sequence[str]], None], arguments: Sequence[str], world: int = 1) -> str:

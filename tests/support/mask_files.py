@@ -6,10 +6,7 @@ import numpy as np
 from PIL import Image
 
 from train.data.masks import IGNORE
-from train.data.segmented import (
-    SegmentedConfig,
-    build_segmented,
-)
+from train.data.segmented import SegmentedConfig, build_segmented
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
 SIZE = (16, 24)

@@ -24,10 +24,10 @@ def network(dtype=torch.float64):
     return nn.Sequential(nn.Linear(D, 24), nn.LayerNorm(24), nn.GELU(), nn.Linear(24, 8)).to(dtype)
 
 
-def batch(seed, dtype=torch.float64):
+def batch(seed, dtype=torch.float64, n=40):
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(D, D, generator=torch.Generator().manual_seed(99), dtype=dtype)
-    return torch.randn(40, D, generator=generator, dtype=dtype) @ mixing
+    return torch.randn(n, D, generator=generator, dtype=dtype) @ mixing
 
 
 def loss_of(model, x):

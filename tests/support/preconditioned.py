@@ -1,12 +1,12 @@
 """A small network that an optimizer trains with a DecorPreconditioner around it."""
 
+import optimizers
 import torch
-from optimizers import loss_of
+from optimizers import D, loss_of
 from rules import preconditioner
 from torch import nn
 from vits import everything
 
-D = 12
 ETA = 0.05
 
 
@@ -16,9 +16,7 @@ def network(dtype=torch.float64):
 
 
 def batch(seed, n=64, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(D, D, generator=torch.Generator().manual_seed(99), dtype=dtype)
-    return torch.randn(n, D, generator=generator, dtype=dtype) @ mixing
+    return optimizers.batch(seed, dtype, n)
 
 
 def precondition(model, optimizer, **options):

@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import fsdp_worker
@@ -13,12 +12,12 @@ import launch
 import pytest
 import torch
 from PIL import Image
+from runs import ALONE, losses
 from safetensors.torch import load_file
 from torch.multiprocessing import ProcessExitedException
 
 from train import pretrain
 from train.engine import checkpoint, processes
-from train.engine.processes import Processes
 from train.engine.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
@@ -210,10 +209,6 @@ def run_of(world: int, arguments: list[str]) -> None:
     launch.run(pretrain.main, arguments, world)
 
 
-def losses(folder: Path) -> dict[int, float]:
-    return {r["step"]: r["loss"] for r in RunFolder(folder).records() if r["kind"] == "step"}
-
-
 def final(folder: Path) -> float:
     return [r["heldout_loss"] for r in RunFolder(folder).records() if r["kind"] == "eval"][-1]
 
@@ -300,18 +295,10 @@ def test_a_process_that_dies_while_it_saves_leaves_nothing_half(tmp_path):
         launch.processes(fsdp_worker.die_while_saving, 2, tmp_path)
     folder = tmp_path / "checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == [".writing-00000002", "step-00000001"]
-    path, state = checkpoint.newest(folder, Processes(0, 1, torch.device("cpu")))
+    path, state = checkpoint.newest(folder, ALONE)
     assert (path.name, state["step"]) == ("step-00000001", 1)
     checkpoint.rewind(folder, state["step"])
     assert list(folder.iterdir()) == [path]
-
-
-def wait_until(condition, launcher: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert launcher.poll() is None, f"ended with {launcher.returncode}"
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def test_torchrun_restarts_a_run_whose_worker_is_killed(runs, options, tmp_path):
@@ -325,7 +312,7 @@ def test_torchrun_restarts_a_run_whose_worker_is_killed(runs, options, tmp_path)
         stderr=subprocess.DEVNULL,
         text=True,
     )
-    wait_until(lambda: 3 in losses(out), launcher)
+    launch.wait_until(lambda: 3 in losses(out), launcher)
     listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(launcher.pid)], capture_output=True, text=True)
     os.kill(int(listed.stdout.split()[-1]), signal.SIGKILL)
     output, _ = launcher.communicate(timeout=120)

@@ -1,6 +1,5 @@
 """Runs of which a plan chooses the layers: killed and resumed, exported, refused."""
 
-import time
 from pathlib import Path
 
 import launch
@@ -44,11 +43,7 @@ def test_a_planned_run_killed_and_resumed_gives_the_losses_of_one_never_killed(t
     taken = {r["step"]: r["seconds"] for r in records(whole, "step")}
     assert taken[2] < plan["seconds"] < taken[3]
     script = launch.Script(pretrain.main, [*RUN, "--decor.budget=40", f"--out={killed}"])
-    deadline = time.monotonic() + 120
-    while len(records(killed, "step")) < 7:
-        script.check_runs()
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    launch.wait_until(lambda: len(records(killed, "step")) >= 7, script)
     script.kill()
     pretrain.main([*RUN, "--decor.budget=40", f"--out={killed}"])
     said = capsys.readouterr().out

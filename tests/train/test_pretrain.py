@@ -6,8 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import launch
@@ -15,7 +13,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from runs import ENVIRONMENT, TINY
+from runs import ALONE, ENVIRONMENT, TINY, losses
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.multiprocessing import ProcessExitedException
@@ -25,7 +23,6 @@ import train.engine.loop
 from dbpkern.stock import StockLayer
 from train import pretrain
 from train.engine import checkpoint
-from train.engine.processes import Processes
 from train.engine.run_folder import RunFolder
 
 SCRIPT = str(Path(__file__).parents[2] / "train" / "pretrain.py")
@@ -43,16 +40,9 @@ DBP = [
 ]
 
 
-def losses(folder: Path) -> dict[int, float]:
-    return {r["step"]: r["loss"] for r in RunFolder(folder).records() if r["kind"] == "step"}
-
-
 def heldout(folder: Path) -> list[tuple]:
     records = (r for r in RunFolder(folder).records() if r["kind"] == "eval")
     return [(r["step"], r["heldout_loss"], r["decorrelation_loss"]) for r in records]
-
-
-ALONE = Processes(0, 1, torch.device("cpu"))
 
 
 def weights(saved: Path) -> dict[str, torch.Tensor]:
@@ -152,21 +142,13 @@ def test_plain_and_decorrelated_arms_start_alike_and_see_the_same_data(finished,
     }
 
 
-def wait_for_step(check_runs: Callable[[], None], out: Path, step: int) -> None:
-    deadline = time.monotonic() + 120
-    while step not in losses(out):
-        check_runs()
-        assert time.monotonic() < deadline, f"step {step} did not come"
-        time.sleep(0.005)
-
-
 def test_by_default_dbp_works_around_the_optimizer_and_resumes_exactly(tmp_path):
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     settings = ["--decor.enable=true", "--decor.every=3"]
     pretrain.main([*TINY, *settings, f"--out={straight}"])
     run = [*TINY, *settings, f"--out={killed}", "--resume=auto"]
     script = launch.Script(pretrain.main, run)
-    wait_for_step(script.check_runs, killed, 14)
+    launch.wait_until(lambda: 14 in losses(killed), script)
     script.kill()
     pretrain.main(run)
     assert losses(killed) == losses(straight)
@@ -200,7 +182,7 @@ def test_a_run_killed_twice_gives_the_losses_of_one_never_killed(finished, tmp_p
     run = [*TINY, *DBP, f"--out={out}", "--resume=auto"]
     for step in (7, 17):
         script = launch.Script(pretrain.main, run)
-        wait_for_step(script.check_runs, out, step)
+        launch.wait_until(lambda step=step: step in losses(out), script)
         script.kill()
     assert "resuming from" in launch.run(pretrain.main, run)
     assert losses(out) == losses(finished)
@@ -223,10 +205,7 @@ def test_sigterm_saves_on_two_processes_and_one_process_can_go_on(tmp_path):
         text=True,
     )
 
-    def check_runs() -> None:
-        assert process.poll() is None, f"ended with {process.returncode}"
-
-    wait_for_step(check_runs, out, 2)
+    launch.wait_until(lambda: 2 in losses(out), process)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert "The last good checkpoint is" in output

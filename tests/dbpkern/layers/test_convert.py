@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from layers import identical
 from rules import convert, decor_sgd
 from torch import nn
 from torch.nn.utils import prune
@@ -39,11 +40,6 @@ def sites_of(kind, preset="all"):
 
 def names(kind, sites):
     return {name for site in sites for name in SITES[kind][site]}
-
-
-def identical(one, other):
-    assert one.shape == other.shape
-    assert torch.equal(one, other)
 
 
 def steps(model, decor, n, start=0):

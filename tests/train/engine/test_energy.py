@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import launch
 import pytest
 import torch
-from runs import ENVIRONMENT, TINY
+from runs import ALONE, ENVIRONMENT, TINY
 
 from train import pretrain
 from train.engine import energy
@@ -22,7 +22,6 @@ from train.engine.processes import Processes
 from train.engine.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[3]
-ALONE = Processes(0, 1, torch.device("cpu"))
 SPAN = 262_143_328_850  # microjoules, of a common processor
 
 
